@@ -1,0 +1,149 @@
+"""VAEConfig: the shape of a KL-VAE and the scale of its latents, in diffusers' field names."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from sdvae.errors import ConfigError
+
+# What diffusers' AutoencoderKL assumes for a field its config.json leaves out (0.42). They differ
+# from the defaults of VAEConfig, which are Stable Diffusion's.
+_DIFFUSERS_DEFAULTS: dict[str, Any] = {
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "sample_size": 32,
+}
+_IMPLIED_FIELDS = {"act_fn", "down_block_types", "up_block_types"}
+_CLASS_NAMES = {"AutoencoderKL", "FlaxAutoencoderKL", None}  # SD 1.5's own config.json says Flax
+_PLAIN, _ATTENTION = "DownEncoderBlock2D UpDecoderBlock2D", "AttnDownEncoderBlock2D AttnUpDecoderBlock2D"
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """One KL-VAE of the Stable Diffusion kind; the defaults are SD 1's.
+
+    `attention_levels` is the one field diffusers spells otherwise: the levels (0 is full resolution)
+    whose blocks are `AttnDownEncoderBlock2D` and `AttnUpDecoderBlock2D` there.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    attention_levels: tuple[int, ...] = ()
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    sample_size: int = 512
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
+
+    def __post_init__(self) -> None:
+        odd = [width for width in self.block_out_channels if width % self.norm_num_groups]
+        if odd or not self.block_out_channels:
+            raise ConfigError(
+                f"block_out_channels {self.block_out_channels} cannot be split into "
+                f"norm_num_groups={self.norm_num_groups} groups; each width must be a multiple of it"
+            )
+        outside = [level for level in self.attention_levels if level not in range(len(self.block_out_channels))]
+        if outside:
+            raise ConfigError(
+                f"attention_levels {outside} do not exist: levels are 0..{len(self.block_out_channels) - 1}"
+            )
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.latent_channels:
+                raise ConfigError(f"{name} has {len(values)} values for {self.latent_channels} latent channels")
+
+    @property
+    def downscale(self) -> int:
+        """Pixels of the image per latent, along one side (8 for Stable Diffusion)."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    @classmethod
+    def from_family(cls, name: str) -> "VAEConfig":
+        """The configuration of a named family; an unknown name raises ConfigError with the close ones."""
+        if name in FAMILIES:
+            return FAMILIES[name]
+        close = difflib.get_close_matches(name, FAMILIES, n=3, cutoff=0.3) or sorted(FAMILIES)
+        raise ConfigError(f"unknown VAE family {name!r}; did you mean {', '.join(close)}?")
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> "VAEConfig":
+        """Read the mapping of a diffusers `config.json`; what it leaves out gets diffusers' default.
+
+        Raises ConfigError for another class, another activation, another block type, or unknown keys.
+        """
+        if config.get("_class_name") not in _CLASS_NAMES:
+            raise ConfigError(f"the config describes a {config['_class_name']}; sdvae reads AutoencoderKL")
+        known = {field.name for field in fields(cls)} - {"attention_levels"}
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        unknown = sorted(given.keys() - known - _IMPLIED_FIELDS)
+        if unknown:
+            raise ConfigError(f"the config has keys that AutoencoderKL does not know: {', '.join(unknown)}")
+        if given.get("act_fn", "silu") not in ("silu", "swish"):
+            raise ConfigError(f"act_fn is {given['act_fn']!r}; sdvae implements silu")
+        values = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in (_DIFFUSERS_DEFAULTS | given).items()
+            if key in known
+        }
+        if isinstance(values["sample_size"], tuple):
+            values["sample_size"] = values["sample_size"][0]
+        levels = _attention_levels(given, num_levels=len(values["block_out_channels"]))
+        return cls(**values, attention_levels=levels)
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The mapping that diffusers' `AutoencoderKL.from_config` reads, and that `config.json` holds."""
+        down, up = [], []
+        for level in range(len(self.block_out_channels)):
+            down_type, up_type = (_ATTENTION if level in self.attention_levels else _PLAIN).split()
+            down.append(down_type)
+            up.insert(0, up_type)
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "attention_levels"}
+        values |= {"act_fn": "silu", "down_block_types": down, "up_block_types": up}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {"_class_name": "AutoencoderKL"} | dict(sorted(plain.items()))
+
+
+def _attention_levels(given: Mapping[str, Any], num_levels: int) -> tuple[int, ...]:
+    plain_down, plain_up = _PLAIN.split()
+    down = list(given.get("down_block_types", [plain_down] * num_levels))
+    up = list(given.get("up_block_types", [plain_up] * num_levels))[::-1]
+    pairs = list(zip(down, up, strict=False))
+    known = {tuple(_PLAIN.split()): False, tuple(_ATTENTION.split()): True}
+    if len(down) != num_levels or len(up) != num_levels or any(pair not in known for pair in pairs):
+        raise ConfigError(f"block types {down} and {up[::-1]} are not those of a KL-VAE with {num_levels} levels")
+    return tuple(level for level, pair in enumerate(pairs) if known[pair])
+
+
+_SD1 = VAEConfig()
+_SD3 = replace(
+    _SD1, latent_channels=16, sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609,
+    use_quant_conv=False, use_post_quant_conv=False,
+)  # fmt: skip
+
+FAMILIES: dict[str, VAEConfig] = {
+    "sd1": _SD1,  # also SD 2 and the ft-ema and ft-mse decoders
+    "sdxl": replace(_SD1, sample_size=1024, scaling_factor=0.13025),
+    "sd3": _SD3,
+    "flux1": replace(_SD3, scaling_factor=0.3611, shift_factor=0.1159),
+    # CompVis trained with scale_by_std: the factor belongs to each diffusion run, the weights carry none.
+    "kl-f4": replace(_SD1, latent_channels=3, block_out_channels=(128, 256, 512), sample_size=256, scaling_factor=1.0),
+    "kl-f16": replace(
+        _SD1, latent_channels=16, block_out_channels=(128, 128, 256, 256, 512), sample_size=256,
+        scaling_factor=1.0, attention_levels=(4,),
+    ),
+    "x4-upscaler": replace(_SD1, block_out_channels=(128, 256, 512), sample_size=256, scaling_factor=0.08333),
+    # The embedded default: SD 1's latent space in 3.7 million parameters.
+    "small": replace(
+        _SD1, block_out_channels=(32, 64, 128, 128), layers_per_block=1, norm_num_groups=8,
+        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, force_upcast=False,
+    ),
+}  # fmt: skip

@@ -1,0 +1,47 @@
+"""Every error sdvae raises on purpose. A message is one sentence: what, where, what to do next."""
+
+
+class SdvaeError(Exception):
+    """Base of all errors a user can cause; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class ConfigError(SdvaeError):
+    """A VAE configuration that is unknown, incomplete or contradicts itself."""
+
+
+class WeightsError(SdvaeError):
+    """A weights file that is absent, unreadable or does not fit the model it is loaded into."""
+
+
+class UnsafeFileError(WeightsError):
+    """A file refused because reading it would run code."""
+
+    exit_code = 4
+
+
+class ImageError(SdvaeError):
+    """An image that cannot be read, or should not be (too large, truncated, an unknown format)."""
+
+
+class ShapeError(SdvaeError):
+    """A tensor of the wrong shape, channel count or size."""
+
+
+class LatentsError(SdvaeError):
+    """A latents file that cannot be decoded: wrong channels, not finite, or unknown scaling."""
+
+
+class StoreError(SdvaeError):
+    """A latent store that cannot be written, resumed or read."""
+
+
+class VerifyError(StoreError):
+    """Stored bytes that differ from their digest."""
+
+    exit_code = 5
+
+
+class DeviceError(SdvaeError):
+    """A device or dtype this machine cannot serve."""
