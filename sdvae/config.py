@@ -89,7 +89,7 @@ class VAEConfig:
             raise ConfigError(f"the config has keys that AutoencoderKL does not know: {', '.join(unknown)}")
         if given.get("act_fn", "silu") not in ("silu", "swish"):
             raise ConfigError(f"act_fn is {given['act_fn']!r}; sdvae implements silu")
-        values = {
+        values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in (_DIFFUSERS_DEFAULTS | given).items()
             if key in known
@@ -101,7 +101,8 @@ class VAEConfig:
 
     def to_diffusers(self) -> dict[str, Any]:
         """The mapping that diffusers' `AutoencoderKL.from_config` reads, and that `config.json` holds."""
-        down, up = [], []
+        down: list[str] = []
+        up: list[str] = []
         for level in range(len(self.block_out_channels)):
             down_type, up_type = (_ATTENTION if level in self.attention_levels else _PLAIN).split()
             down.append(down_type)

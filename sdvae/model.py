@@ -4,6 +4,8 @@ Architecture: CompVis latent-diffusion `ldm/modules/diffusionmodules/model.py` (
 Stable Diffusion). Whatever runs faster elsewhere in this package is held to the numbers of this file.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -50,7 +52,8 @@ class Attention(nn.Module):
         height = x.shape[2]
         tokens = rearrange(self.group_norm(x), "n c h w -> n 1 (h w) c")
         mixed = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return x + rearrange(self.to_out[0](mixed), "n 1 (h w) c -> n c h w", h=height)
+        out: Tensor = x + rearrange(self.to_out[0](mixed), "n 1 (h w) c -> n c h w", h=height)
+        return out
 
 
 class Downsample(nn.Module):
@@ -83,7 +86,7 @@ class Level(nn.Module):
 
     def __init__(self, widths: list[int], num_groups: int, has_attention: bool) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.resnets = nn.ModuleList([ResnetBlock(before, after, num_groups) for before, after in pairs])
         self.attentions = nn.ModuleList([Attention(widths[-1], num_groups) for _ in pairs] if has_attention else [])
 
