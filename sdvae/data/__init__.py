@@ -1,0 +1,1 @@
+"""Datasets of images, and the stores of their latents."""
