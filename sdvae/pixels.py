@@ -77,14 +77,12 @@ def read_size(source: Path | bytes | BinaryIO, *, max_pixels: int = MAX_IMAGE_PI
 
 def from_pil(image: Image.Image, *, background: tuple[int, int, int] = BACKGROUND) -> NDArray[np.uint8]:
     """Convert a Pillow image of any mode to an upright sRGB array, (H, W, 3) uint8; loads it if need be."""
-    width, height = image.size
-    if width * height == 0:
+    if 0 in image.size:
         raise ImageError("the image has no pixels")
     with _pillow_failures(image):
         transparent = _transparent_samples(image)  # before loading: it depends on the file's bit depth
         image.load()
-        if image.size != (width, height):  # an icon may hold another size than its directory says
-            raise ImageError(f"the header says {width}x{height}, the image is {image.width}x{image.height}")
+        width, height = image.size
         to_rgb = _converter(image, background, transparent)
         upright, as_stored = _empty_upright(height, width, _orientation(image))
         num_rows = max(1, _BAND_PIXELS // width)
@@ -157,8 +155,8 @@ _ORIENTATIONS = {
 
 
 def _orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":
-        return 1  # Pillow announces and loads a TIFF upright
+    if ExifTags.Base.Orientation in getattr(image, "tag_v2", {}):
+        return 1  # Pillow announces a TIFF upright, and turns it while loading
     try:
         # Not image.getexif(): a PNG's would decode the picture in search of EXIF.
         # Pillow does not turn an AVIF by its irot and imir boxes, but reports them as this.
