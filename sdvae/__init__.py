@@ -1,3 +1,35 @@
-"""sdvae: a KL-VAE toolkit in Stable Diffusion's format."""
+"""sdvae: a KL-VAE toolkit in Stable Diffusion's format.
+
+The public names load on first use (PEP 562), so that `import sdvae` costs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sdvae.config import VAEConfig
+    from sdvae.errors import SdvaeError
+    from sdvae.model import AutoencoderKL
+    from sdvae.posterior import DiagonalGaussian
+    from sdvae.vae import VAE
 
 __version__ = "0.1.0"
+__all__ = ["VAE", "AutoencoderKL", "DiagonalGaussian", "SdvaeError", "VAEConfig"]
+
+_MODULES = {
+    "VAE": "sdvae.vae",
+    "AutoencoderKL": "sdvae.model",
+    "DiagonalGaussian": "sdvae.posterior",
+    "SdvaeError": "sdvae.errors",
+    "VAEConfig": "sdvae.config",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'sdvae' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -142,9 +142,9 @@ FAMILIES: dict[str, VAEConfig] = {
         scaling_factor=1.0, attention_levels=(4,),
     ),
     "x4-upscaler": replace(_SD1, block_out_channels=(128, 256, 512), sample_size=256, scaling_factor=0.08333),
-    # The embedded default: SD 1's latent space in 3.7 million parameters.
+    # The embedded default: SD 1's latent space in 5.0 million parameters.
     "small": replace(
-        _SD1, block_out_channels=(32, 64, 128, 128), layers_per_block=1, norm_num_groups=8,
+        _SD1, block_out_channels=(32, 64, 128, 160), layers_per_block=1, norm_num_groups=8,
         mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, force_upcast=False,
     ),
 }  # fmt: skip

@@ -1,0 +1,1 @@
+"""How a VAE runs: dtypes now, compiled programs and memory plans as they land."""

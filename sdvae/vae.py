@@ -1,0 +1,228 @@
+"""VAE: what users hold. Weights, their identity, and a device and dtype to run them in."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from sdvae import latents as latent_scaling
+from sdvae import pixels as image_pixels
+from sdvae.config import VAEConfig
+from sdvae.engine.precision import choose_device, choose_dtype
+from sdvae.errors import LatentsError, ShapeError
+from sdvae.model import AutoencoderKL
+from sdvae.posterior import DiagonalGaussian
+from sdvae.weights import identity
+from sdvae.weights.load import build_model, load_weights, save_folder
+
+logger = logging.getLogger(__name__)
+
+AnyImage = Image.Image | NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Latents of images of any size: one raw (1, C, h, w) each, and the (height, width) to crop back to."""
+
+    latents: list[Tensor]
+    sizes: list[tuple[int, int]]
+
+
+class VAE:
+    """A KL-VAE ready to run; inference only (train through `vae.model`).
+
+    Results are fp32 whatever the compute dtype. A reduced-precision result that is not finite is
+    computed again in fp32, image by image, and said so in the log.
+    """
+
+    def __init__(self, model: AutoencoderKL, device: torch.device, dtype: torch.dtype, name: str) -> None:
+        self.name = name
+        self.config: VAEConfig = model.config
+        self.device = device
+        self.dtype = dtype
+        self.fingerprint = identity.fingerprint(model.state_dict())
+        self.latent_space = identity.latent_space(model.config, self.fingerprint)
+        # NHWC is 2x faster on CPUs; on CUDA it loses until GroupNorm is ours (docs/design.md, section 9).
+        self._memory_format = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+        self.model = self._placed(model)
+        self._original = self.model if dtype == torch.float32 else model  # what save() and in_float32() read
+        self._in_float32: VAE | None = None
+
+    @classmethod
+    def load(
+        cls, spec: str | Path | None = None, device: str = "auto", dtype: str = "auto", family: str | None = None
+    ) -> "VAE":
+        """The embedded VAE, or the one `spec` names: a diffusers folder, a safetensors file, a hub id.
+
+        `device` and `dtype` are "auto" or names ("cuda:1", "bf16"); `family` overrides the config.
+        Raises WeightsError, ConfigError or DeviceError.
+
+        >>> vae = VAE.load(device="cpu", dtype="fp32")
+        >>> vae.encode(torch.zeros(1, 3, 64, 64)).mode().shape
+        torch.Size([1, 4, 8, 8])
+        """
+        place = choose_device(device)
+        choice = choose_dtype(dtype, place)
+        weights = load_weights(spec, family)
+        return cls(build_model(weights), place, choice.dtype, weights.name)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the weights as loaded, in fp32, as a folder that diffusers' `from_pretrained` reads."""
+        save_folder(Path(folder), self.config, self._original.state_dict())
+
+    def in_float32(self) -> "VAE":
+        """This VAE computing in fp32 on the same device; itself if it does already."""
+        if self.dtype == torch.float32:
+            return self
+        if self._in_float32 is None:
+            self._in_float32 = VAE(self._original, self.device, torch.float32, self.name)
+        return self._in_float32
+
+    def encode(self, pixels: Tensor) -> DiagonalGaussian:  # (N, 3, H, W) in [-1, 1] -> over raw (N, C, H/8, W/8)
+        """The posterior over raw latents. ShapeError for sizes that are no multiple of the downscale."""
+        self._check_pixels(pixels)
+        return DiagonalGaussian.from_moments(self._run(_moments, pixels))
+
+    def decode(self, latents: Tensor) -> Tensor:  # raw (N, C, h, w) -> (N, 3, 8h, 8w), about [-1, 1]
+        """Pixels of raw latents (`unscale` scaled ones first). LatentsError for other channels, NaN or infinity."""
+        self._check_latents(latents)
+        return self._run(AutoencoderKL.decode, latents)
+
+    def encode_images(self, images: Sequence[AnyImage]) -> Encoded:
+        """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.
+
+        Takes PIL images of any mode and uint8 arrays (H, W, 3); one at a time, so memory follows the largest.
+        """
+        arrays = [_as_image(image) for image in images]
+        padded = (image_pixels.pad_to_multiple(image, self.config.downscale) for image in arrays)
+        latents = [self.encode(image_pixels.to_pixels(image[None])).mode() for image in padded]
+        return Encoded(latents, [(image.shape[0], image.shape[1]) for image in arrays])
+
+    def decode_images(self, encoded: Encoded) -> list[Image.Image]:
+        """Images of `encode_images`' latents (or edited ones of the same sizes), cropped back to their sizes."""
+        images = []
+        for latents, (height, width) in zip(encoded.latents, encoded.sizes, strict=True):
+            image = image_pixels.to_images(self.decode(latents))[0]
+            images.append(Image.fromarray(image[:height, :width]))
+        return images
+
+    def roundtrip(self, images: Sequence[AnyImage]) -> list[Image.Image]:
+        """What the images look like after this VAE: encoded and decoded, same sizes."""
+        return self.decode_images(self.encode_images(images))
+
+    def sample(self, num_images: int, height: int = 512, width: int = 512, seed: int = 0) -> list[Image.Image]:
+        """Images decoded from the prior, N(0, I) over scaled latents, one after the other.
+
+        The prior knows nothing of space: expect the texture of this VAE's decoder. Pictures need the
+        diffusion model that this VAE was made for.
+        """
+        downscale = self.config.downscale
+        if height % downscale or width % downscale:
+            raise ShapeError(f"cannot sample {height}x{width} px: both sides must be multiples of {downscale}")
+        shape = (1, self.config.latent_channels, height // downscale, width // downscale)
+        generator = torch.Generator().manual_seed(seed)
+        images = []
+        for _ in range(num_images):
+            latents = self.unscale(torch.randn(shape, generator=generator))
+            images.append(Image.fromarray(image_pixels.to_images(self.decode(latents))[0]))
+        return images
+
+    def interpolate(
+        self, start: AnyImage, end: AnyImage, steps: int = 8, mode: Literal["lerp", "slerp"] = "slerp"
+    ) -> list[Image.Image]:
+        """`steps` images from `start` to `end` through the latent space; both must have one size."""
+        encoded = self.encode_images([start, end])
+        if encoded.sizes[0] != encoded.sizes[1]:
+            raise ShapeError(f"cannot interpolate between sizes {encoded.sizes[0]} and {encoded.sizes[1]}; resize one")
+        blend = {"lerp": latent_scaling.lerp, "slerp": latent_scaling.slerp}[mode]
+        positions = torch.linspace(0.0, 1.0, steps).tolist()
+        frames = [blend(*encoded.latents, position) for position in positions]
+        return self.decode_images(Encoded(frames, [encoded.sizes[0]] * steps))
+
+    def scale(self, latents: Tensor) -> Tensor:  # raw -> scaled
+        """Raw latents to the scaled ones a diffusion model is trained on."""
+        return latent_scaling.scale(latents, self.config)
+
+    def unscale(self, scaled_latents: Tensor) -> Tensor:  # scaled -> raw
+        """A diffusion model's scaled latents to the raw ones `decode` takes."""
+        return latent_scaling.unscale(scaled_latents, self.config)
+
+    def latent_error(self) -> float:
+        """Relative L2 error of the mean in the compute dtype against fp32, on fixed synthetic pixels."""
+        if self.dtype == torch.float32:
+            return 0.0
+        noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        pixels = F.interpolate(noise, scale_factor=8.0, mode="bicubic").clamp(-1.0, 1.0)
+        exact = self.in_float32().encode(pixels).mean
+        return float((self.encode(pixels).mean - exact).norm() / exact.norm())
+
+    def _placed(self, model: AutoencoderKL) -> AutoencoderKL:
+        model = copy.deepcopy(model).requires_grad_(False).to(self.device, self.dtype)
+        return model.to(memory_format=self._memory_format)  # type: ignore[call-overload, no-any-return]
+
+    def _run(self, function: Callable[[AutoencoderKL, Tensor], Tensor], batch: Tensor) -> Tensor:
+        with torch.no_grad(), _tf32_off():
+            out = function(self.model, batch.to(self.device, self.dtype, memory_format=self._memory_format)).float()
+        if self.dtype == torch.float32:
+            return out
+        for index in (~out.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+            logger.warning(
+                "%s overflowed in %s; image %d of the batch runs again in fp32", self.name, self.dtype, index
+            )
+            out[index] = self.in_float32()._run(function, batch[index : index + 1])[0]
+        return out
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        channels, downscale = self.config.in_channels, self.config.downscale
+        if pixels.dim() != 4 or pixels.shape[1] != channels or not pixels.is_floating_point():
+            raise ShapeError(
+                f"encode takes float pixels (N, {channels}, H, W) in [-1, 1], not {_described(pixels)}; "
+                "use encode_images for uint8 images"
+            )
+        height, width = pixels.shape[2:]
+        if height % downscale or width % downscale or not pixels.numel():
+            raise ShapeError(
+                f"encode takes sizes that are multiples of {downscale}, not {height}x{width}; "
+                "encode_images pads and decode_images crops back"
+            )
+
+    def _check_latents(self, latents: Tensor) -> None:
+        channels = self.config.latent_channels
+        if latents.dim() != 4 or latents.shape[1] != channels or not latents.is_floating_point():
+            raise LatentsError(f"{self.name} decodes float latents (N, {channels}, h, w), not {_described(latents)}")
+        if not latents.isfinite().all():
+            raise LatentsError("the latents hold NaN or infinity; the model that made them overflowed, run it in fp32")
+
+
+def _moments(model: AutoencoderKL, pixels: Tensor) -> Tensor:
+    posterior = model.encode(pixels)
+    return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+
+def _as_image(image: AnyImage) -> NDArray[np.uint8]:
+    if isinstance(image, Image.Image):
+        return image_pixels.from_pil(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ShapeError(f"an image is a uint8 array (H, W, 3), not {image.dtype} {image.shape}")
+    return image
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+@contextmanager
+def _tf32_off() -> Iterator[None]:
+    """Torch lets cuDNN round fp32 convolutions to 10 bits by default; fp32 here means fp32."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield

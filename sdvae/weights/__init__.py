@@ -1,0 +1,1 @@
+"""Weights of a VAE: reading, writing, and knowing which one it is."""

@@ -1,0 +1,42 @@
+"""Which VAE this is: a fingerprint of its values, and the latent space it speaks."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sdvae.config import FAMILIES, VAEConfig
+
+_LATENT_SPACES = ("sd1", "sdxl", "sd3", "flux1", "x4-upscaler")
+_SPACE_FIELDS = (
+    "downscale", "latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std",
+)  # fmt: skip
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 (hex) over sorted keys, shapes and values as little-endian fp32.
+
+    Keys are diffusers' own. Independent of the file, its order and metadata, and of a dtype that fp32
+    holds exactly.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
+        values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+        digest.update(values.astype("<f4", copy=False).data)
+    return digest.hexdigest()
+
+
+def latent_space(config: VAEConfig, fingerprint: str) -> str:
+    """The name of the latent space: latents of one VAE decode with any other of the same space.
+
+    A family is recognised by the scale and shape of its latents; any other VAE has a space of its own,
+    named by its fingerprint.
+    """
+    for name in _LATENT_SPACES:
+        family = FAMILIES[name]
+        if all(getattr(config, field) == getattr(family, field) for field in _SPACE_FIELDS):
+            return name
+    return f"vae-{fingerprint[:16]}"

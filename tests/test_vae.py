@@ -1,0 +1,129 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdvae.errors import DeviceError, LatentsError, ShapeError
+from sdvae.vae import VAE
+from tests.conftest import SMALL, random_model
+
+CPU = torch.device("cpu")
+
+
+def noise_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_encode_and_decode_agree_with_the_reference_module(small_vae: VAE) -> None:
+    model = random_model(SMALL)
+    pixels = torch.rand(2, 3, 40, 64) * 2 - 1
+    with torch.no_grad():
+        reference = model.encode(pixels)
+        decoded = model.decode(reference.mode())
+    posterior = small_vae.encode(pixels)
+    for ours, theirs in [(posterior.mean, reference.mean), (posterior.logvar, reference.logvar)]:
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()  # NHWC sums in another order
+    assert (small_vae.decode(reference.mode()) - decoded).norm() <= 1e-5 * decoded.norm()
+
+
+def test_encode_refuses_other_sizes_and_names_encode_images(small_vae: VAE) -> None:
+    for shape in [(1, 3, 60, 64), (1, 3, 64, 7), (1, 3, 0, 64)]:
+        with pytest.raises(ShapeError, match="encode_images"):
+            small_vae.encode(torch.zeros(shape))
+
+
+def test_encode_refuses_what_is_not_float_rgb(small_vae: VAE) -> None:
+    for wrong in [torch.zeros(1, 4, 64, 64), torch.zeros(3, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)]:
+        with pytest.raises(ShapeError, match="float pixels"):
+            small_vae.encode(wrong)
+
+
+def test_decode_refuses_other_channels_and_values_that_are_not_finite(small_vae: VAE) -> None:
+    with pytest.raises(LatentsError, match=r"\(1, 5, 8, 8\)"):
+        small_vae.decode(torch.zeros(1, 5, 8, 8))
+    with pytest.raises(LatentsError, match="NaN"):
+        small_vae.decode(torch.full((1, 4, 8, 8), float("nan")))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (61, 90), (3, 2), (1, 40)])
+def test_images_of_any_size_come_back_in_their_size(small_vae: VAE, size: tuple[int, int]) -> None:
+    image = noise_image(*size)
+    encoded = small_vae.encode_images([image, Image.fromarray(image)])
+    assert encoded.sizes == [size, size]
+    assert encoded.latents[0].shape == (1, 4, -(-size[0] // 8), -(-size[1] // 8))
+    assert torch.equal(*encoded.latents)
+    assert [back.size for back in small_vae.decode_images(encoded)] == [(size[1], size[0])] * 2
+
+
+def test_images_that_are_not_uint8_rgb_are_refused(small_vae: VAE) -> None:
+    with pytest.raises(ShapeError, match="uint8"):
+        small_vae.encode_images([np.zeros((8, 8, 3), dtype=np.float32)])  # type: ignore[list-item]
+
+
+def test_sampling_is_a_function_of_the_seed(small_vae: VAE) -> None:
+    first, again, other = (np.stack(small_vae.sample(2, 16, 24, seed)) for seed in (1, 1, 2))
+    assert first.shape == (2, 16, 24, 3)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    with pytest.raises(ShapeError, match="multiples of 8"):
+        small_vae.sample(1, 20, 24)
+
+
+@pytest.mark.parametrize("mode", ["lerp", "slerp"])
+def test_interpolation_begins_and_ends_with_the_round_trips(small_vae: VAE, mode: str) -> None:
+    start, end = noise_image(16, 24, 1), noise_image(16, 24, 2)
+    frames = small_vae.interpolate(start, end, steps=4, mode=mode)  # type: ignore[arg-type]
+    ends = small_vae.roundtrip([start, end])
+    assert len(frames) == 4
+    for frame, expected in [(frames[0], ends[0]), (frames[-1], ends[1])]:
+        assert (
+            np.abs(np.asarray(frame, int) - np.asarray(expected, int)).max() <= 1
+        )  # one fp32 rounding at a level's edge
+    with pytest.raises(ShapeError, match="resize"):
+        small_vae.interpolate(start, noise_image(24, 24))
+
+
+def test_bf16_is_close_to_fp32_and_says_how_close() -> None:
+    vae = VAE(random_model(SMALL), CPU, torch.bfloat16, "bf16")
+    exact = vae.in_float32()
+    pixels = torch.rand(1, 3, 64, 64) * 2 - 1
+    error = (vae.encode(pixels).mean - exact.encode(pixels).mean).norm() / exact.encode(pixels).mean.norm()
+    assert vae.encode(pixels).mean.dtype == torch.float32
+    assert 0.0 < error < 0.03  # about ten roundings of 2^-9
+    assert 0.0 < vae.latent_error() < 0.03
+    assert exact.latent_error() == 0.0
+    assert vae.fingerprint == exact.fingerprint
+    assert exact.in_float32() is exact
+
+
+def test_an_overflow_is_computed_again_in_fp32_and_reported(caplog: pytest.LogCaptureFixture) -> None:
+    model = random_model(SMALL)
+    # Sums beyond fp16's 65504 from weights within it; the GroupNorm behind does not mind.
+    model.encoder.conv_in.weight.data.mul_(2e5).clamp_(-6e4, 6e4)
+    vae = VAE(model, CPU, torch.float16, "huge")
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    pixels[0] = 0.0  # this one does not overflow: only the bias is left
+    with caplog.at_level(logging.WARNING):
+        mean = vae.encode(pixels).mean
+    exact = vae.in_float32().encode(pixels).mean
+    assert mean.isfinite().all()
+    assert (mean[1] - exact[1]).norm() <= 1e-5 * exact[1].norm()
+    assert [record.message for record in caplog.records] == [
+        "huge overflowed in torch.float16; image 1 of the batch runs again in fp32"
+    ]
+
+
+def test_vae_leaves_the_given_model_alone_and_wants_no_gradients() -> None:
+    model = random_model(SMALL)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    vae = VAE(model, CPU, torch.bfloat16, "copy")
+    assert not vae.encode(torch.zeros(1, 3, 16, 16, requires_grad=True)).mean.requires_grad
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_unknown_devices_and_dtypes_are_refused() -> None:
+    for arguments in [{"device": "tpu"}, {"dtype": "int4"}, {"device": "cpu", "dtype": "fp16"}, {"device": "cuda:99"}]:
+        with pytest.raises(DeviceError):
+            VAE.load(**arguments)  # type: ignore[arg-type]

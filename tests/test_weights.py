@@ -1,0 +1,157 @@
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL as DiffusersVAE
+from safetensors.torch import load_file, save_file
+
+from sdvae.config import FAMILIES
+from sdvae.errors import ConfigError, UnsafeFileError, WeightsError
+from sdvae.vae import VAE
+from sdvae.weights.identity import fingerprint, latent_space
+from sdvae.weights.load import CONFIG_NAME, WEIGHTS_NAMES, load_weights
+from tests.conftest import SMALL
+
+
+@pytest.fixture
+def folder(small_vae: VAE, tmp_path: Path) -> Path:
+    small_vae.save(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def load(spec: object, **arguments: object) -> VAE:
+    return VAE.load(spec, device="cpu", dtype="fp32", **arguments)  # type: ignore[arg-type]
+
+
+def test_a_saved_folder_loads_bit_equal_here_and_in_diffusers(small_vae: VAE, folder: Path) -> None:
+    ours = load(folder)
+    theirs = DiffusersVAE.from_pretrained(folder)
+    assert ours.fingerprint == small_vae.fingerprint == fingerprint(theirs.state_dict())
+    assert ours.config == small_vae.config
+
+
+def test_a_folder_that_diffusers_saved_loads(tmp_path: Path) -> None:
+    theirs = DiffusersVAE.from_config(SMALL.to_diffusers())
+    theirs.save_pretrained(tmp_path)
+    assert load(tmp_path).fingerprint == fingerprint(theirs.state_dict())
+
+
+def test_a_pipeline_folder_and_a_single_file_load(small_vae: VAE, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    assert load(tmp_path).fingerprint == small_vae.fingerprint
+    assert load(folder / WEIGHTS_NAMES[0]).fingerprint == small_vae.fingerprint
+
+
+def test_half_precision_files_load_as_fp32(folder: Path) -> None:
+    path = folder / WEIGHTS_NAMES[0]
+    halved = {key: value.half() for key, value in load_file(path).items()}
+    path.unlink()
+    save_file(halved, folder / WEIGHTS_NAMES[1])
+    vae = load(folder)
+    assert vae.fingerprint == fingerprint(halved)
+    assert next(vae.model.parameters()).dtype == torch.float32
+
+
+def test_a_hub_id_is_served_from_the_cache_offline(
+    small_vae: VAE, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "hub" / "models--org--name"
+    shutil.copytree(folder, repository / "snapshots" / "abc" / "vae")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load("org/name").fingerprint == small_vae.fingerprint
+    assert load("org/name/vae").fingerprint == small_vae.fingerprint
+    with pytest.raises(WeightsError, match=r"org/other .* hub"):
+        load("org/other")
+
+
+def test_missing_and_unexpected_keys_are_named(folder: Path) -> None:
+    path = folder / WEIGHTS_NAMES[0]
+    tensors = load_file(path)
+    tensors["decoder.extra"] = tensors.pop("decoder.conv_in.bias")
+    tensors["encoder.conv_in.bias"] = torch.zeros(9)
+    save_file(tensors, path)
+    with pytest.raises(WeightsError) as caught:
+        load(folder)
+    for part in (
+        "1 missing: decoder.conv_in.bias",
+        "1 unexpected: decoder.extra",
+        "encoder.conv_in.bias (9,) instead of (8,)",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "told"),
+    [
+        (b"hello, these are no weights", WeightsError, "text file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", WeightsError, "Git LFS pointer"),
+        (pickle.dumps({"a": 1}), UnsafeFileError, "pickle"),
+        (b"PK\x03\x04rest of a zip", UnsafeFileError, "pickle"),
+        (b"", WeightsError, "not a readable safetensors file"),
+        (bytes(range(128, 256)), WeightsError, "not a readable safetensors file"),
+    ],
+)
+def test_files_that_are_no_weights_are_told_apart(
+    folder: Path, content: bytes, error: type[WeightsError], told: str
+) -> None:
+    path = folder / WEIGHTS_NAMES[0]
+    path.write_bytes(content)
+    with pytest.raises(error, match=told):
+        load(folder)
+    assert path.read_bytes() == content
+
+
+def test_real_files_that_only_look_like_weights_are_refused(data_dir: Path, tmp_path: Path) -> None:
+    for name in ("lfs_pointer.diffusion_pytorch_model.safetensors", "plain_text_named.model.pt"):
+        with pytest.raises(WeightsError):
+            load(data_dir / "weights" / "bad" / name, family="sd1")
+
+
+def test_a_spec_that_is_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="no folder, file or hub id"):
+        load(tmp_path / "absent")
+    with pytest.raises(WeightsError, match=r"holds no diffusion_pytorch_model\.safetensors"):
+        load(tmp_path)
+
+
+def test_the_family_replaces_a_config_that_is_absent(folder: Path) -> None:
+    (folder / CONFIG_NAME).unlink()
+    with pytest.raises(ConfigError, match="name the family"):
+        load(folder)
+    with pytest.raises(WeightsError, match="missing"):
+        load(folder, family="small")
+    with pytest.raises(ConfigError, match="sdxl"):
+        load(folder, family="sdx")
+
+
+def test_a_broken_config_is_refused(folder: Path) -> None:
+    for content in ("{", "[]", json.dumps({"_class_name": "VQModel"})):
+        (folder / CONFIG_NAME).write_text(content)
+        with pytest.raises(ConfigError):
+            load(folder)
+
+
+def test_the_fingerprint_sees_values_keys_and_shapes_but_not_order_or_layout() -> None:
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
+    same = fingerprint(tensors)
+    assert fingerprint(dict(reversed(tensors.items()))) == same
+    assert fingerprint({"a": tensors["a"].t().contiguous().t(), "b": tensors["b"].half()}) == same
+    assert fingerprint({"a": tensors["a"].view(3, 2), "b": tensors["b"]}) != same
+    assert fingerprint({"a": tensors["a"], "c": tensors["b"]}) != same
+    assert fingerprint({"a": tensors["a"] + 1e-6, "b": tensors["b"]}) != same
+
+
+def test_latent_spaces() -> None:
+    assert latent_space(FAMILIES["small"], "f" * 64) == "sd1"
+    assert latent_space(FAMILIES["sdxl"], "f" * 64) == "sdxl"
+    assert latent_space(FAMILIES["kl-f4"], "f" * 64) == "vae-" + "f" * 16
+
+
+def test_the_spec_is_the_name(folder: Path) -> None:
+    assert load_weights(folder).name == str(folder)
