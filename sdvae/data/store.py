@@ -1,0 +1,365 @@
+"""The latent store of docs/store.md: shards committed one by one, and the reader that trusts nothing else."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdvae import atomic
+from sdvae.errors import StoreError, VerifyError
+
+FORMAT, VERSION = "sdvae-latent-store", 1
+DATA_START = 4096  # numbers begin on the second page of every shard file, so that no header moves a row
+STORE_DTYPES: dict[str, np.dtype[Any]] = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4")}
+
+Size = tuple[int, int]  # (height, width) in pixels
+Moments = Mapping[str, NDArray[Any]]  # "mean" and "logvar", each (rows, C, h, w) raw
+
+_SAFETENSORS_CODES = {STORE_DTYPES["fp16"]: "F16", STORE_DTYPES["fp32"]: "F32"}
+_OWN_FOLDERS = ("roster", "shards", "index", "done", "journal")
+_OWN_FILE = re.compile(
+    r"manifest\.json|quarantine\.jsonl|roster/\d{5,}\.jsonl|journal/(scan|timings)\.jsonl"
+    r"|shards/\d{5,}-\d+x\d+\.safetensors|index/\d{5,}\.jsonl|done/\d{5,}\.json"
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each file of a store lies."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        """What every shard has in common; never rewritten."""
+        return self.root / "manifest.json"
+
+    @property
+    def roster(self) -> Path:
+        """Which record is in which shard."""
+        return self.root / "roster" / "00000.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        """The records that were not encoded, with reasons; present when the store is finished."""
+        return self.root / "quarantine.jsonl"
+
+    @property
+    def journal(self) -> Path:
+        """Notes of the writer, which readers ignore."""
+        return self.root / "journal"
+
+    def tensors(self, number: int, bucket_px: Size) -> Path:
+        """The numbers of a shard."""
+        return self.root / "shards" / f"{number:05d}-{bucket_px[0]}x{bucket_px[1]}.safetensors"
+
+    def index(self, number: int) -> Path:
+        """The records of a shard."""
+        return self.root / "index" / f"{number:05d}.jsonl"
+
+    def done(self, number: int) -> Path:
+        """The commit of a shard."""
+        return self.root / "done" / f"{number:05d}.json"
+
+    def make_folders(self) -> None:
+        """Make the root and the folders in it."""
+        for name in _OWN_FOLDERS:
+            atomic.make_folder(self.root / name)
+
+    def contents(self) -> tuple[list[Path], list[Path]]:
+        """All files below the root: those that a store writes, and others; a link is other, wherever it leads."""
+        own: list[Path] = []
+        other: list[Path] = []
+        for folder, subfolders, files in os.walk(self.root):
+            for path in (Path(folder, name) for name in files + subfolders):
+                if path.is_dir() and not path.is_symlink():
+                    continue
+                is_own = path.is_file() and not path.is_symlink() and self._is_own(path)
+                (own if is_own else other).append(path)
+        return sorted(own), sorted(other)
+
+    def clear(self) -> None:
+        """Remove the files of the store; a clearing that is killed leaves no commit without its manifest."""
+        own, _ = self.contents()
+        commits_first = sorted(own, key=lambda path: (path == self.manifest, path.parent.name != "done"))
+        for path in commits_first:
+            atomic.remove(path)
+
+    def _is_own(self, path: Path) -> bool:
+        name = path.relative_to(self.root).as_posix()
+        is_here = path.parent == self.root or name.partition("/")[0] in _OWN_FOLDERS
+        return _OWN_FILE.fullmatch(name) is not None or (is_here and atomic.is_temporary(path.name))
+
+
+# --- Writing ---
+
+
+def row_sha256(moments: Moments, row: int) -> str:
+    """The digest of one record's numbers: its row of every tensor, in the order of the tensors' names."""
+    digest = hashlib.sha256()
+    for name in sorted(moments):
+        digest.update(moments[name][row].data)
+    return digest.hexdigest()
+
+
+def commit_shard(
+    layout: Layout, number: int, bucket_px: Size | None, lines: Sequence[dict[str, Any]], moments: Moments
+) -> None:
+    """Write one shard: numbers (none where `moments` is empty), index, then `done`, whose existence is the commit.
+
+    A second process that comes with the same shard is harmless, as it brings the same bytes; StoreError if not.
+    """
+    num_rows = len(moments["mean"]) if moments else 0
+    tensors = None
+    if bucket_px is not None and num_rows:
+        path = layout.tensors(number, bucket_px)
+        header = pack_header(moments, {"format": "pt", "latents": "raw"})
+        sha256 = atomic.write_bytes(path, header, *(moments[name].data for name in sorted(moments)))
+        num_bytes = len(header) + sum(values.nbytes for values in moments.values())
+        tensors = {"num_bytes": num_bytes, "sha256": sha256, "shape": moments["mean"].shape}
+    text = b"".join(map(atomic.canonical_json, lines))
+    index = {"num_bytes": len(text), "sha256": atomic.write_bytes(layout.index(number), text)}
+    done = atomic.seal(
+        {
+            "shard": number,
+            "bucket_px": bucket_px,
+            "num_written": num_rows,
+            "num_quarantined": len(lines) - num_rows,
+            "tensors": tensors,
+            "index": index,
+            "manifest_sha256": file_sha256(layout.manifest),
+        }
+    )
+    path = layout.done(number)
+    if not atomic.create_bytes(path, done) and path.read_bytes() != done:
+        raise StoreError(f"{path} exists, but encoding its shard again gave other bytes; start again with --restart")
+
+
+def pack_header(moments: Moments, metadata: dict[str, str]) -> bytes:  # DATA_START bytes
+    """The head of a safetensors file: sorted keys, and spaces up to the fixed start of the data.
+
+    The library's own writer orders metadata at random and would make the bytes of a shard an accident.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for name in sorted(moments):
+        values = moments[name]
+        header[name] = _header_entry(values.dtype, values.shape, start, values.nbytes)
+        start += values.nbytes
+    text = atomic.canonical_json(header).rstrip().ljust(DATA_START - 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> list[str]:
+    """What differs between two nested mappings, one readable line each."""
+    found: list[str] = []
+    for name in sorted(stored.keys() | wanted.keys()):
+        before, now = stored.get(name), wanted.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += differences(before, now, f"{where}{name}.")
+        elif before != now:
+            found.append(f"{where}{name} was {json.dumps(before)}, now {json.dumps(now)}")
+    return found
+
+
+# --- Reading ---
+
+
+@dataclass(frozen=True)
+class CommittedFile:
+    """A file as its shard's commit describes it."""
+
+    path: Path
+    num_bytes: int
+    sha256: str
+
+    def is_present(self) -> bool:
+        """Whether a file of this length is there; cheap, and enough to tell an interrupted copy."""
+        return self.path.is_file() and self.path.stat().st_size == self.num_bytes
+
+    def is_whole(self) -> bool:
+        """Whether every byte is the one committed."""
+        return self.is_present() and file_sha256(self.path) == self.sha256
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A committed shard; `tensors` is None where every record was quarantined."""
+
+    number: int
+    bucket_px: Size | None
+    num_rows: int
+    num_quarantined: int
+    shape: tuple[int, ...]  # of mean and of logvar: (rows, C, h, w)
+    tensors: CommittedFile | None
+    index: CommittedFile
+
+    @property
+    def files(self) -> list[CommittedFile]:
+        """All files of the shard but `done`."""
+        return [self.index] if self.tensors is None else [self.index, self.tensors]
+
+
+class Store:
+    """A latent store, opened for reading."""
+
+    def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
+        self.layout = Layout(root)
+        self.manifest = manifest
+        self._manifest_sha256 = file_sha256(self.layout.manifest)
+
+    @classmethod
+    def open(cls, root: Path) -> "Store":
+        """Read the manifest; StoreError where there is none or of another version, VerifyError where it is damaged."""
+        path = Layout(root).manifest
+        if not path.is_file():
+            raise StoreError(f"{root} is not a latent store: it has no manifest.json")
+        manifest = atomic.read_json(path)
+        if manifest.get("format") != FORMAT:
+            raise StoreError(f"{path} is not the manifest of a latent store")
+        if manifest.get("version") != VERSION:
+            raise StoreError(f"{root} is a store of version {manifest.get('version')}; this sdvae reads {VERSION}")
+        return cls(root, manifest)
+
+    @property
+    def roster(self) -> CommittedFile:
+        """The roster file, as the manifest describes it."""
+        return _committed(self.layout.roster, self.manifest["roster"])
+
+    def shards(self) -> list[Shard]:
+        """The committed shards in order of their numbers."""
+        folder = self.layout.root / "done"
+        numbers = sorted(int(path.stem) for path in folder.glob("*.json") if _OWN_FILE.fullmatch(f"done/{path.name}"))
+        return [self.shard(number) for number in numbers]
+
+    def shard(self, number: int) -> Shard:
+        """One committed shard; StoreError where it is not, VerifyError where its commit is damaged."""
+        path = self.layout.done(number)
+        done = atomic.read_json(path)
+        if done["shard"] != number or done["manifest_sha256"] != self._manifest_sha256:
+            raise VerifyError(f"{path} commits a shard of another store or number")
+        bucket_px = done["bucket_px"] and tuple(done["bucket_px"])
+        tensors = done["tensors"]
+        return Shard(
+            number=number,
+            bucket_px=bucket_px,
+            num_rows=done["num_written"],
+            num_quarantined=done["num_quarantined"],
+            shape=tuple(tensors["shape"]) if tensors else (0, 0, 0, 0),
+            tensors=_committed(self.layout.tensors(number, bucket_px), tensors) if tensors else None,
+            index=_committed(self.layout.index(number), done["index"]),
+        )
+
+    def records(self, number: int) -> list[dict[str, Any]]:
+        """The index lines of a committed shard, quarantined records too; VerifyError where they were altered."""
+        index = self.shard(number).index
+        if not index.is_whole():
+            raise VerifyError(f"{index.path} is damaged or missing: its bytes are not those committed")
+        return [json.loads(line) for line in index.path.read_bytes().splitlines()]
+
+    def moments(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:  # both (rows, C, h, w), raw
+        """Mean and logvar of a committed shard, as read-only memory maps.
+
+        Length and header are checked; the numbers are not, that is what `verify` is for.
+        """
+        shard = self.shard(number)
+        dtype = STORE_DTYPES[self.manifest["store_dtype"]]
+        if shard.tensors is None:
+            empty = np.empty(shard.shape, dtype)
+            return empty, empty
+        path = shard.tensors.path
+        if not shard.tensors.is_present():
+            raise VerifyError(f"{path} is missing, or is not the {shard.tensors.num_bytes:,} bytes committed")
+        header = _read_header(path)
+        mean, logvar = (_map(path, header, name, dtype, shard.shape) for name in ("mean", "logvar"))
+        return mean, logvar
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        """Key, step and reason of every record that was not encoded, sorted by key."""
+        lines = [line for shard in self.shards() if shard.num_quarantined for line in self.records(shard.number)]
+        found = [{name: line[name] for name in ("key", "step", "reason")} for line in lines if line["row"] is None]
+        return sorted(found, key=lambda line: str(line["key"]))
+
+    def finalise(self) -> None:
+        """Write `quarantine.jsonl`, once every shard is committed; may be repeated."""
+        atomic.write_bytes(self.layout.quarantine, b"".join(map(atomic.canonical_json, self.quarantined())))
+
+    def verify(self) -> list[str]:
+        """Hash everything; one line for each thing damaged or missing, none for a store that is whole and finished."""
+        found = _findings(self.roster)
+        for number in range(self.manifest["roster"]["num_shards"]):
+            try:
+                shard = self.shard(number)
+            except StoreError as error:  # not committed, or a damaged commit
+                found.append(str(error))
+                continue
+            found += _findings(shard.index)
+            if shard.tensors is not None:
+                found += [finding + self._lost_records(shard) for finding in _findings(shard.tensors)]
+        if not found:
+            data = b"".join(map(atomic.canonical_json, self.quarantined()))
+            found = _findings(CommittedFile(self.layout.quarantine, len(data), hashlib.sha256(data).hexdigest()))
+        return found
+
+    def _lost_records(self, shard: Shard) -> str:
+        try:
+            lines = self.records(shard.number)
+            mean, logvar = self.moments(shard.number)
+        except VerifyError:
+            return ""
+        moments = {"mean": mean, "logvar": logvar}
+        written = [line for line in lines if line["row"] is not None]
+        lost = [line["key"] for line in written if row_sha256(moments, line["row"]) != line["latents_sha256"]]
+        return f"; lost: {', '.join(lost)}" if lost else "; every record in it is whole"
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _committed(path: Path, entry: Mapping[str, Any]) -> CommittedFile:
+    return CommittedFile(path, entry["num_bytes"], entry["sha256"])
+
+
+def _findings(file: CommittedFile) -> list[str]:
+    if not file.path.is_file():
+        return [f"{file.path} is missing"]
+    return [] if file.is_whole() else [f"{file.path} is damaged"]
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        text = file.read(DATA_START - 8)
+    try:
+        header = json.loads(text)
+    except ValueError:  # JSONDecodeError and UnicodeDecodeError alike
+        header = None
+    if length != len(text) or not isinstance(header, dict):
+        raise VerifyError(f"{path} is damaged: it does not begin with the header of a shard")
+    return header
+
+
+def _map(path: Path, header: dict[str, Any], name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    entry = header.get(name)
+    num_bytes = dtype.itemsize * math.prod(shape)
+    starts = [start for start in (0, num_bytes) if entry == _header_entry(dtype, shape, start, num_bytes)]
+    if not starts:
+        raise VerifyError(f"{path} is damaged: its header does not describe {name} as it was committed")
+    return np.memmap(path, dtype, "r", DATA_START + starts[0], shape)
+
+
+def _header_entry(dtype: np.dtype[Any], shape: tuple[int, ...], start: int, num_bytes: int) -> dict[str, Any]:
+    code = _SAFETENSORS_CODES[dtype]
+    return {"dtype": code, "shape": list(shape), "data_offsets": [start, start + num_bytes]}
