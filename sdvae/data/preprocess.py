@@ -82,7 +82,8 @@ def _scaled(side: int, numerator: int, denominator: int) -> int:
 def apply(image: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:  # (H, W, 3) -> (h, w, 3), contiguous
     """Cut the pixels of a plan out of a photo.
 
-    The whole photo is resized before it is cropped: Pillow's resize of a box alone rounds the box to fp32.
+    The whole photo is resized before it is cropped. Pillow's resize of the cropped box alone rounds the box to
+    fp32, which moved pixels of noise by up to 52 levels.
     """
     from PIL import Image  # a plan needs neither Pillow nor a decoder
 
