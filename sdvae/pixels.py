@@ -200,8 +200,7 @@ def _converter(
     if mode is None:
         raise ImageError(f"Pillow's mode {image.mode} has no agreed meaning as a photo; convert it to RGB first")
     has_alpha = image.mode in _ALPHA_MODES or (image.mode == "P" and image.has_transparency_data)
-    profile = image.info.get("icc_profile")
-    to_srgb = _profile_transform(profile, mode) if profile and mode != "LAB" else None
+    to_srgb = _srgb_transform(mode, image.info.get("icc_profile"))
 
     def to_rgb(band: Image.Image) -> NDArray[np.uint8]:
         alpha = None
@@ -271,8 +270,12 @@ def _scale_to_8_bits(band: Image.Image, black: float, white: float) -> Image.Ima
 
 
 @lru_cache(maxsize=8)
-def _profile_transform(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+def _srgb_transform(mode: str, profile: bytes | None) -> Callable[[Image.Image], Image.Image] | None:
     """What turns images of `mode` with this ICC profile into sRGB; None where they are to be read as they are."""
+    if mode == "LAB":
+        return _colour_transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), mode)  # says all by itself
+    if not profile:
+        return None
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
@@ -281,10 +284,7 @@ def _profile_transform(profile: bytes, mode: str) -> Callable[[Image.Image], Ima
         if space != {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}[mode]:
             _log.warning("a colour profile for %s in a %s image is ignored", space, mode)
             return None
-        transform = ImageCms.buildTransform(
-            source, ImageCms.createProfile("sRGB"), mode, "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )  # fmt: skip
+        transform = _colour_transform(source, mode)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
         _log.warning("a colour profile that cannot be used is ignored, and the image read as sRGB: %s", error)
         return None
@@ -292,9 +292,20 @@ def _profile_transform(profile: bytes, mode: str) -> Callable[[Image.Image], Ima
         levels = np.arange(0, 256, 15).astype(np.uint8)
         lattice = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(len(levels), -1, 3)
         probe = Image.fromarray(lattice).convert(mode)
-        change = np.asarray(transform.apply(probe)).astype(int) - np.asarray(probe.convert("RGB"))
+        change = np.asarray(transform(probe)).astype(int) - np.asarray(probe.convert("RGB"))
         if np.abs(change).max() <= 1:
             return None  # sRGB by another name
+    return transform
+
+
+def _colour_transform(source: ImageCms.ImageCmsProfile, mode: str) -> Callable[[Image.Image], Image.Image]:
+    directions = (source.profile.clut or {}).values()  # for each intent: has it a table in, out, to proof
+    is_table = any(has_table_in for has_table_in, _, _ in directions) or not source.profile.is_matrix_shaper
+    # Left to itself, LittleCMS resamples tables coarsely for speed: up to 29 levels off. Matrices stay exact.
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION | (ImageCms.Flags.NOOPTIMIZE if is_table else 0)
+    transform = ImageCms.buildTransform(
+        source, ImageCms.createProfile("sRGB"), mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC, flags
+    )
     return lambda image: transform.apply(image.convert(mode))
 
 

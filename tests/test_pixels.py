@@ -445,7 +445,7 @@ def test_lab_is_converted() -> None:
 def test_a_profile_that_cannot_be_used_is_logged(
     mode: str, profile: bytes, logged: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sdvae.pixels._profile_transform.cache_clear()  # each profile is logged once
+    sdvae.pixels._srgb_transform.cache_clear()  # each profile is logged once
     image = Image.fromarray(noise(8, 8)).convert(mode)
     with caplog.at_level(logging.WARNING, logger="sdvae.pixels"):
         got = read_image(saved(image, "TIFF", icc_profile=profile))
