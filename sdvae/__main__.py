@@ -1,0 +1,5 @@
+"""`python -m sdvae` is the `sdvae` command."""
+
+from sdvae.cli.main import main
+
+main()

@@ -1,0 +1,54 @@
+"""`sdvae decode`: latents to image files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from sdvae.cli.shared import BATCH_SIZE, PATH, Console, with_console, with_vae
+
+if TYPE_CHECKING:
+    from sdvae.vae import VAE
+
+
+@click.command(short_help="Decode a store or files of latents to images in OUT.")
+@click.argument("source", metavar="SRC", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--format", type=click.Choice(["png", "jpeg", "webp"]), default="png", show_default=True)
+@click.option(
+    "--latents",
+    type=click.Choice(["raw", "scaled"]),
+    help="What files hold that do not say it: raw latents of a VAE, or a diffusion model's scaled ones.",
+)
+@BATCH_SIZE
+@with_vae
+@with_console
+def decode(
+    source: Path,
+    out: Path,
+    format: Literal["png", "jpeg", "webp"],
+    latents: Literal["raw", "scaled"] | None,
+    batch_size: int | None,
+    load_vae: "Callable[[], VAE]",
+    console: Console,
+) -> None:
+    """Decode SRC to image files in OUT.
+
+    SRC is a store written by `sdvae encode`, a folder of latents that samplers save (.safetensors, .npy, .pt,
+    ComfyUI's .latent), or one such file.
+    """
+    from sdvae.data.decode import DecodeSettings, decode_source
+
+    vae = load_vae()
+    settings = DecodeSettings(format, latents, batch_size)
+    with console.progress() as show:
+        report = decode_source(source, out, vae, settings, show)
+    console.result(
+        f"{report.num_written} images are in {out}, {report.images_per_s:.2f} images/s",
+        output=str(out),
+        num_written=report.num_written,
+        seconds=report.seconds,
+        images_per_s=report.images_per_s,
+        vae=vae.name,
+    )

@@ -1,0 +1,65 @@
+"""`sdvae interpolate`: the way from one photo to another through latent space."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from sdvae.cli.pictures import check_output, grid, write_gif, write_picture
+from sdvae.cli.shared import OUTPUT, PATH, Console, with_console, with_vae
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from sdvae.vae import VAE
+
+
+@click.command(short_help="Go from one photo to another in latent space.")
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@OUTPUT
+@click.option(
+    "--steps", type=click.IntRange(min=2), metavar="N", default=8, show_default=True, help="Images, both ends included."
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["slerp", "lerp"]),
+    default="slerp",
+    show_default=True,
+    help="Along the sphere, which keeps the norm of the latents, or straight.",
+)
+@click.option(
+    "--size", type=click.IntRange(min=1), metavar="PX", default=512, show_default=True, help="Pixels along each side."
+)
+@with_vae
+@with_console
+def interpolate(
+    a: Path,
+    b: Path,
+    output: Path,
+    steps: int,
+    mode: Literal["slerp", "lerp"],
+    size: int,
+    load_vae: "Callable[[], VAE]",
+    console: Console,
+) -> None:
+    """Go from photo A to photo B in latent space: a film strip, or a GIF where FILE ends in .gif."""
+    check_output(output, a, b, others=(".gif",))
+    import numpy as np
+
+    from sdvae.data.preprocess import Preprocess, apply, plan_geometry
+    from sdvae.pixels import read_image
+
+    def read_square(path: Path) -> "NDArray[np.uint8]":
+        photo = read_image(path)
+        height, width, _ = photo.shape
+        return apply(photo, plan_geometry(height, width, Preprocess(size, "center"), downscale=1))
+
+    start, end = read_square(a), read_square(b)
+    frames = [np.asarray(frame) for frame in load_vae().interpolate(start, end, steps, mode)]
+    if output.suffix.lower() == ".gif":
+        write_gif(output, frames)
+    else:
+        write_picture(output, grid(frames, columns=len(frames)))
+    console.result(f"{steps} images from {a} to {b} are in {output}", output=str(output), steps=steps, mode=mode)

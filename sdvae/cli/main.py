@@ -1,0 +1,76 @@
+"""The `sdvae` command: its verbs, and how errors and signals become sentences and exit codes."""
+
+import errno
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from sdvae import __version__
+from sdvae.cli.decode import decode
+from sdvae.cli.doctor import doctor
+from sdvae.cli.encode import encode
+from sdvae.cli.interpolate import interpolate
+from sdvae.cli.roundtrip import roundtrip
+from sdvae.cli.sample import sample
+from sdvae.errors import SdvaeError
+
+
+class _Sdvae(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of use, not of the alphabet
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SdvaeError as error:
+            self._fail(ctx, str(error), error.exit_code)
+        except OSError as error:
+            if error.errno in (None, errno.EPIPE):  # a closed pipe: click leaves quietly
+                raise
+            where = f" {error.filename}" if error.filename else ""
+            self._fail(ctx, f"cannot use{where}: {error.strerror}", 1)
+
+    def _fail(self, ctx: click.Context, message: str, exit_code: int) -> NoReturn:
+        click.echo(f"sdvae: {message}", err=True)
+        ctx.exit(exit_code)
+
+
+@click.group(
+    cls=_Sdvae,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
+    epilog="Every option can be set in the environment, too: SDVAE_DEVICE=cpu. "
+    "Exit codes: 0 done, 1 error, 2 usage, 3 some images quarantined, 4 an unsafe file refused, 5 verify mismatch.",
+)
+@click.version_option(__version__, prog_name="sdvae", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Images to latents and back, with a KL-VAE in Stable Diffusion's format."""
+
+
+for _verb in (encode, decode, roundtrip, sample, interpolate, doctor):
+    _verb.context_settings["auto_envvar_prefix"] = "SDVAE"  # one name for an option, whatever the verb
+    cli.add_command(_verb)
+
+
+class _Stopped(SystemExit):
+    """Raised where the program is when a signal comes, so that open files are left through their `finally`."""
+
+
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    raise _Stopped(128 + signum)
+
+
+def main() -> NoReturn:
+    """Run the command line as a process: SIGINT exits with 130 and SIGTERM with 143."""
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        sys.exit(cli.main(prog_name="sdvae"))
+    except _Stopped as stopped:
+        click.echo(f"sdvae: stopped by {signal.Signals(int(stopped.code or 0) - 128).name}", err=True)
+        raise

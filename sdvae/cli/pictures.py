@@ -1,0 +1,80 @@
+"""The pictures that verbs make of images: a grid with captions, as a file or a GIF."""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from sdvae.errors import StoreError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Image = NDArray[np.uint8]  # (H, W, 3)
+
+_FORMATS: dict[str, Literal["png", "jpeg", "webp"]] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+_GAP_PX = 8
+_FRAME_MS = 80
+
+
+def check_output(output: Path, *inputs: Path, others: tuple[str, ...] = ()) -> None:
+    """Refuse a picture file that cannot be written, or is one of the inputs, before any work is done."""
+    suffixes = (*_FORMATS, *others)
+    if output.suffix.lower() not in suffixes:
+        raise click.BadParameter(f"{output} must end with one of {' '.join(suffixes)}.", param_hint="--output")
+    if output.is_dir() or not output.parent.is_dir():
+        what = f"{output} is a folder" if output.is_dir() else f"{output.parent} is not a folder"
+        raise StoreError(f"cannot write {output}: {what}")
+    if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
+        raise StoreError(f"{output} is the input, too; give -o another name")
+
+
+def write_picture(path: Path, image: "Image") -> None:
+    """Write an image in the format its file name asks for."""
+    from sdvae import atomic
+    from sdvae.pixels import encode_image
+
+    atomic.write_bytes(path, encode_image(image, _FORMATS[path.suffix.lower()]))
+
+
+def write_gif(path: Path, frames: Sequence["Image"]) -> None:
+    """Write an endless GIF that plays the frames forth and back."""
+    from PIL import Image
+
+    from sdvae import atomic
+
+    first, *rest = [Image.fromarray(frame) for frame in (*frames, *frames[-2:0:-1])]
+    buffer = io.BytesIO()
+    first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=_FRAME_MS, loop=0)
+    atomic.write_bytes(path, buffer.getvalue())
+
+
+def grid(images: Sequence["Image"], columns: int, captions: Sequence[str] = ()) -> "Image":
+    """Images of one size in rows of `columns`, with gaps, each with its caption beneath."""
+    import numpy as np
+
+    height, width, _ = images[0].shape
+    caption_px = max(12, width // 32) if captions else 0
+    row_px, column_px = height + 2 * caption_px + _GAP_PX, width + _GAP_PX
+    rows = math.ceil(len(images) / columns)
+    sheet = np.full((rows * row_px + _GAP_PX, columns * column_px + _GAP_PX, 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = index // columns * row_px + _GAP_PX, index % columns * column_px + _GAP_PX
+        sheet[top : top + height, left : left + width] = image
+        if captions:
+            strip = sheet[top + height : top + height + 2 * caption_px, left : left + width]
+            strip[:] = _text(captions[index], strip.shape[0], width, caption_px)
+    return sheet
+
+
+def _text(text: str, height: int, width: int, size_px: int) -> "Image":
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    strip = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(strip).text((0, height // 2), text, "black", ImageFont.load_default(size_px), anchor="lm")
+    return np.asarray(strip)

@@ -1,0 +1,61 @@
+"""`sdvae roundtrip`: one photo through the VAE and back, before and after side by side."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sdvae.cli.pictures import check_output, grid, write_picture
+from sdvae.cli.shared import OUTPUT, PATH, Console, with_console, with_vae
+
+if TYPE_CHECKING:
+    from sdvae.vae import VAE
+
+
+@click.command(short_help="Encode and decode a photo, before and after side by side.")
+@click.argument("image", type=PATH)
+@OUTPUT
+@click.option(
+    "--size",
+    type=click.IntRange(min=0),
+    metavar="PX",
+    default=512,
+    show_default=True,
+    help="Shrink a photo whose shorter side has more pixels than this; 0 keeps every photo as it is.",
+)
+@with_vae
+@with_console
+def roundtrip(image: Path, output: Path, size: int, load_vae: "Callable[[], VAE]", console: Console) -> None:
+    """Encode and decode a photo, and put before and after side by side."""
+    check_output(output, image)
+    import numpy as np
+
+    from sdvae.data.preprocess import Preprocess, apply, plan_geometry
+    from sdvae.pixels import read_image
+
+    photo = read_image(image)
+    height, width, _ = photo.shape
+    if 0 < size < min(height, width):
+        photo = apply(photo, plan_geometry(height, width, Preprocess(size, "none"), downscale=1))
+        height, width, _ = photo.shape
+    vae = load_vae()
+    start = time.perf_counter()
+    after = np.asarray(vae.roundtrip([photo])[0])
+    seconds = time.perf_counter() - start
+
+    mse = float(np.mean(np.square(photo.astype(np.float64) - after)))
+    psnr_db = 10 * np.log10(255**2 / mse) if mse else None
+    quality = "no difference" if psnr_db is None else f"{psnr_db:.2f} dB"
+    write_picture(output, grid([photo, after], 2, [f"before: {image.name}", f"after {vae.name}: {quality}"]))
+    console.result(
+        f"{image} at {width}x{height}: {quality} PSNR in {seconds:.2f} s; before and after are in {output}",
+        image=str(image),
+        output=str(output),
+        width=width,
+        height=height,
+        psnr_db=psnr_db,
+        seconds=seconds,
+        vae=vae.name,
+    )

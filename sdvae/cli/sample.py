@@ -1,0 +1,46 @@
+"""`sdvae sample`: images decoded from the prior, on one contact sheet."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sdvae.cli.pictures import check_output, grid, write_picture
+from sdvae.cli.shared import OUTPUT, Console, with_console, with_vae
+
+if TYPE_CHECKING:
+    from sdvae.vae import VAE
+
+
+@click.command(short_help="Decode latents drawn from the prior.")
+@click.option(
+    "-n", "--num", type=click.IntRange(min=1), metavar="N", default=16, show_default=True, help="How many images."
+)
+@OUTPUT
+@click.option(
+    "--size", type=click.IntRange(min=1), metavar="PX", default=256, show_default=True, help="Pixels along each side."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="The same seed, the same sheet.",
+)
+@with_vae
+@with_console
+def sample(num: int, output: Path, size: int, seed: int, load_vae: "Callable[[], VAE]", console: Console) -> None:
+    """Decode latents drawn from the prior N(0, I) to a contact sheet.
+
+    The VAE of a diffusion model is held to its prior by a thread: expect textures. The photos are the diffusion
+    model's work.
+    """
+    check_output(output)
+    import numpy as np
+
+    images = [np.asarray(image) for image in load_vae().sample(num, size, size, seed)]
+    write_picture(output, grid(images, columns=math.ceil(math.sqrt(num))))
+    console.result(f"{num} samples are in {output}", output=str(output), num=num, size=size, seed=seed)

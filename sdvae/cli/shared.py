@@ -1,0 +1,168 @@
+"""What the verbs share: options, the VAE they load, progress on stderr, results on stdout."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sdvae.errors import SdvaeError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from sdvae.vae import VAE
+
+PATH = click.Path(path_type=Path)
+OUTPUT = click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The picture to write.")
+
+_LOG = logging.getLogger("sdvae")
+
+
+class Console:
+    """Where a verb speaks: results on stdout, everything else on stderr."""
+
+    def __init__(self, command: str, is_json: bool, is_quiet: bool) -> None:
+        self.command = command
+        self.is_json = is_json
+        self.is_quiet = is_quiet
+
+    def result(self, line: str, **values: Any) -> None:
+        """The outcome: one line for a person, or `values` as one JSON object."""
+        click.echo(json.dumps({"command": self.command} | values, allow_nan=False) if self.is_json else line)
+
+    def note(self, message: str) -> None:
+        """A remark on the outcome."""
+        if not self.is_quiet:
+            click.echo(f"sdvae: {message}", err=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
+        """A function of (phase, done, total) that draws one bar a phase, with images per second and time left."""
+        with ExitStack() as open_bars:
+            bars: dict[str, tqdm[Any]] = {}
+
+            def show(phase: str, done: int, total: int) -> None:
+                if phase not in bars:
+                    open_bars.close()
+                    bars[phase] = open_bars.enter_context(self._bar(phase, done, total))
+                bars[phase].update(done - bars[phase].n)
+
+            yield show
+
+    def _bar(self, phase: str, done: int, total: int) -> "tqdm[Any]":
+        from tqdm import tqdm
+
+        is_terminal = sys.stderr.isatty()
+        rare_s = 0.1 if is_terminal else 30.0  # in a log file every line stays
+        return tqdm(
+            desc=phase,
+            initial=done,  # what an earlier run did says nothing about the speed of this one
+            total=total,
+            file=sys.stderr,
+            disable=self.is_quiet,
+            unit=" images",
+            dynamic_ncols=is_terminal,
+            mininterval=rare_s,
+            delay=rare_s,
+            bar_format="{desc} {percentage:3.0f}%|{bar:30}| {n_fmt} of {total_fmt}, {rate_noinv_fmt}, {remaining} left",
+        )
+
+
+class _StderrHandler(logging.Handler):
+    """Writes a log record as one line beside a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        prefix = "warning: " if record.levelno == logging.WARNING else ""
+        tqdm.write(f"sdvae: {prefix}{self.format(record)}", file=sys.stderr)
+
+
+@contextmanager
+def _log_on_stderr(level: int) -> Iterator[None]:
+    handler, before = _StderrHandler(), _LOG.level
+    _LOG.addHandler(handler)
+    _LOG.setLevel(level)
+    try:
+        yield
+    except SdvaeError:
+        _LOG.debug("the error arose here", exc_info=True)
+        raise
+    finally:
+        _LOG.setLevel(before)
+        _LOG.removeHandler(handler)
+
+
+def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not value.isdecimal() or int(value) == 0:
+        raise click.BadParameter(f"{value!r} is neither auto nor a number of images above 0.")
+    return int(value)
+
+
+_VAE_OPTIONS = (
+    click.option("--vae", metavar="VAE", help="A folder or hub id with a VAE.  [default: the embedded one]"),
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+        default="auto",
+        show_default=True,
+        help="What the network computes in.",
+    ),
+)
+BATCH_SIZE = click.option(
+    "--batch-size",
+    metavar="auto|N",
+    default="auto",
+    show_default=True,
+    callback=_parse_batch_size,
+    help="Images that go through the network at once.",
+)
+_CONSOLE_OPTIONS = (
+    click.option("--json", is_flag=True, help="Print the result as one JSON object."),
+    click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
+    click.option("-v", "--verbose", is_flag=True, help="Say what is done, and where an error arose."),
+)
+
+
+def with_console(function: Callable[..., None]) -> Callable[..., None]:
+    """Add --json, -q and -v to a verb, and hand it a `console`."""
+
+    @wraps(function)
+    def run(*, json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
+        command = click.get_current_context().info_name or ""
+        with _log_on_stderr(logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING):
+            function(console=Console(command, json, quiet), **arguments)
+
+    return _add(_CONSOLE_OPTIONS, run)
+
+
+def with_vae(function: Callable[..., None]) -> Callable[..., None]:
+    """Add --vae, --device and --dtype to a verb, and hand it `load_vae`, to be called when its input is known good."""
+
+    @wraps(function)
+    def run(*, vae: str | None, device: str, dtype: str, **arguments: Any) -> None:
+        def load_vae() -> "VAE":
+            from sdvae.vae import VAE
+
+            loaded = VAE.load(vae, device=device, dtype=dtype)
+            _LOG.info("%s on %s in %s, fingerprint %s", loaded.name, loaded.device, loaded.dtype, loaded.fingerprint)
+            return loaded
+
+        function(load_vae=load_vae, **arguments)
+
+    return _add(_VAE_OPTIONS, run)
+
+
+def _add(options: tuple[Callable[..., Any], ...], function: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(options):
+        function = option(function)
+    return function
