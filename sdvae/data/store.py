@@ -119,15 +119,14 @@ def commit_shard(
     A second process that comes with the same shard is harmless, as it brings the same bytes; StoreError if not.
     """
     num_rows = len(moments["mean"]) if moments else 0
+    text = b"".join(map(atomic.canonical_json, lines))
+    files: dict[Path, list[atomic.Buffer]] = {layout.index(number): [text]}
     tensors = None
     if bucket_px is not None and num_rows:
-        path = layout.tensors(number, bucket_px)
-        header = pack_header(moments, {"format": "pt", "latents": "raw"})
-        sha256 = atomic.write_bytes(path, header, *(moments[name].data for name in sorted(moments)))
-        num_bytes = len(header) + sum(values.nbytes for values in moments.values())
-        tensors = {"num_bytes": num_bytes, "sha256": sha256, "shape": moments["mean"].shape}
-    text = b"".join(map(atomic.canonical_json, lines))
-    index = {"num_bytes": len(text), "sha256": atomic.write_bytes(layout.index(number), text)}
+        chunks: list[atomic.Buffer] = [pack_header(moments, {"format": "pt", "latents": "raw"})]
+        chunks += [moments[name].data for name in sorted(moments)]
+        files[layout.tensors(number, bucket_px)] = chunks
+        tensors = _describe(chunks) | {"shape": moments["mean"].shape}
     done = atomic.seal(
         {
             "shard": number,
@@ -135,13 +134,25 @@ def commit_shard(
             "num_written": num_rows,
             "num_quarantined": len(lines) - num_rows,
             "tensors": tensors,
-            "index": index,
+            "index": _describe([text]),
             "manifest_sha256": file_sha256(layout.manifest),
         }
     )
     path = layout.done(number)
-    if not atomic.create_bytes(path, done) and path.read_bytes() != done:
+    if not path.exists() or path.read_bytes() == done:
+        for file, content in files.items():
+            atomic.write_bytes(file, *content)
+        if atomic.create_bytes(path, done):
+            return
+    if path.read_bytes() != done:
         raise StoreError(f"{path} exists, but encoding its shard again gave other bytes; start again with --restart")
+
+
+def _describe(chunks: Sequence[atomic.Buffer]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return {"num_bytes": sum(memoryview(chunk).nbytes for chunk in chunks), "sha256": digest.hexdigest()}
 
 
 def pack_header(moments: Moments, metadata: dict[str, str]) -> bytes:  # DATA_START bytes
@@ -223,11 +234,11 @@ class Store:
         path = Layout(root).manifest
         if not path.is_file():
             raise StoreError(f"{root} is not a latent store: it has no manifest.json")
-        manifest = atomic.read_json(path)
-        if manifest.get("format") != FORMAT:
+        if FORMAT.encode() not in path.read_bytes():
             raise StoreError(f"{path} is not the manifest of a latent store")
-        if manifest.get("version") != VERSION:
-            raise StoreError(f"{root} is a store of version {manifest.get('version')}; this sdvae reads {VERSION}")
+        manifest = atomic.read_json(path)
+        if manifest["version"] != VERSION:
+            raise StoreError(f"{root} is a store of version {manifest['version']}; this sdvae reads {VERSION}")
         return cls(root, manifest)
 
     @property

@@ -1,0 +1,269 @@
+import contextlib
+import hashlib
+import io
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from sdvae import atomic
+from sdvae.data.store import FORMAT, VERSION, Layout, Store, commit_shard, differences, pack_header, row_sha256
+from sdvae.errors import StoreError, VerifyError
+
+KEYS = ["cats/a.jpg", "cats/b.jpg", "c.jpg", "é\u2028.jpg"]
+
+
+def _moments(num_rows: int, seed: int = 0, dtype: Any = np.float16) -> dict[str, NDArray[Any]]:
+    random = np.random.default_rng(seed)
+    return {name: random.standard_normal((num_rows, 4, 2, 3)).astype(dtype) for name in ("mean", "logvar")}
+
+
+def _lines(keys: list[str], failing: str, moments: dict[str, NDArray[Any]]) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    row = 0
+    for key in keys:
+        line: dict[str, Any] = {"key": key, "step": None, "reason": None, "row": row, "latents_sha256": None}
+        if key in failing:
+            line |= {"step": "decode", "reason": "truncated", "row": None}
+        else:
+            line["latents_sha256"] = row_sha256(moments, row)
+            row += 1
+        lines.append(line)
+    return lines
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Three shards: two rows and a failure, one row, and a shard of nothing but failures."""
+    layout = Layout(tmp_path / "out")
+    layout.make_folders()
+    roster = b"the roster\n"
+    sha256 = atomic.write_bytes(layout.roster, roster)
+    entry = {"sha256": sha256, "num_bytes": len(roster), "num_records": 6, "num_shards": 3}
+    manifest = {"format": FORMAT, "version": VERSION, "store_dtype": "fp16", "roster": entry}
+    atomic.write_json(layout.manifest, manifest)
+    first, second = _moments(2), _moments(1, seed=1)
+    commit_shard(layout, 0, (16, 24), _lines(KEYS[:3], KEYS[1], first), first)
+    commit_shard(layout, 1, (16, 24), _lines(KEYS[3:], "", second), second)
+    commit_shard(layout, 2, None, _lines(["x", "a device"], "x a device", {}), {})
+    store = Store.open(layout.root)
+    store.finalise()
+    return store
+
+
+def test_what_was_committed_is_read_back(store: Store) -> None:
+    shards = store.shards()
+    assert [(shard.number, shard.num_rows, shard.num_quarantined) for shard in shards] == [
+        (0, 2, 1),
+        (1, 1, 0),
+        (2, 0, 2),
+    ]
+    assert [shard.shape for shard in shards] == [(2, 4, 2, 3), (1, 4, 2, 3), (0, 0, 0, 0)]
+    assert [line["key"] for shard in shards for line in store.records(shard.number)] == [*KEYS, "x", "a device"]
+    for number, expected in ((0, _moments(2)), (1, _moments(1, seed=1))):
+        mean, logvar = store.moments(number)
+        assert np.array_equal(mean, expected["mean"]) and np.array_equal(logvar, expected["logvar"])
+        with pytest.raises(ValueError, match="read-only"):
+            mean[0] = 0
+    assert [len(values) for values in store.moments(2)] == [0, 0]
+    assert store.verify() == []
+
+
+def test_the_quarantine_is_sorted_and_complete(store: Store) -> None:
+    lines = [json.loads(line) for line in store.layout.quarantine.read_bytes().splitlines()]
+    assert [(line["key"], line["step"], line["reason"]) for line in lines] == [
+        ("a device", "decode", "truncated"), ("cats/b.jpg", "decode", "truncated"), ("x", "decode", "truncated"),
+    ]  # fmt: skip
+
+
+def test_the_safetensors_library_reads_a_shard(store: Store) -> None:
+    path = store.layout.tensors(0, (16, 24))
+    expected = _moments(2)
+    found = load_file(path)
+    assert found.keys() == {"mean", "logvar"}
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "latents": "raw"}
+        assert torch.equal(file.get_tensor("mean"), torch.from_numpy(expected["mean"]))
+
+
+def test_the_bytes_of_a_shard_are_those_of_the_specification(store: Store) -> None:
+    data = store.layout.tensors(0, (16, 24)).read_bytes()
+    expected = _moments(2)
+    header = (
+        '{"__metadata__":{"format":"pt","latents":"raw"},'
+        '"logvar":{"data_offsets":[0,96],"dtype":"F16","shape":[2,4,2,3]},'
+        '"mean":{"data_offsets":[96,192],"dtype":"F16","shape":[2,4,2,3]}}'
+    )
+    assert data[:4096] == struct.pack("<Q", 4088) + header.encode().ljust(4088)
+    row_bytes = 4 * 2 * 3 * 2
+    for tensor, name in enumerate(["logvar", "mean"]):
+        for row in range(2):
+            start = 4096 + (tensor * 2 + row) * row_bytes
+            assert data[start : start + row_bytes] == expected[name][row].astype("<f2").tobytes()
+    assert len(data) == 4096 + 4 * row_bytes
+
+
+def test_a_row_digest_is_that_of_its_bytes(store: Store) -> None:
+    moments = _moments(2)
+    expected = hashlib.sha256(moments["logvar"][1].tobytes() + moments["mean"][1].tobytes()).hexdigest()
+    assert store.records(0)[2]["latents_sha256"] == row_sha256(moments, 1) == expected
+
+
+def test_the_header_has_room_for_the_largest_shard() -> None:
+    huge = np.empty((0, 128, 4096, 4096), np.float32)
+    assert len(pack_header({"mean": huge, "logvar": huge, "mean_flip": huge, "logvar_flip": huge}, {})) == 4096
+
+
+def test_the_reader_of_the_specification_works(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "store.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(store.layout.root.parent)
+    store.layout.root.rename(store.layout.root.parent / "OUT")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    means = [*_moments(2)["mean"], *_moments(1, seed=1)["mean"]]
+    written = [KEYS[0], KEYS[2], KEYS[3]]
+    expected = [f"{key} {float(mean.std())}" for key, mean in zip(written, means, strict=True)]
+    assert printed.getvalue().split("\n")[:-1] == expected
+
+
+def _all_files(store: Store) -> list[Path]:
+    files = [path for path in sorted(store.layout.root.rglob("*")) if path.is_file()]
+    assert len(files) == 2 + 2 + 3 + 3 + 1  # manifest and roster, shards, indexes, commits, quarantine
+    return files
+
+
+def _notices(root: Path) -> bool:
+    try:
+        return Store.open(root).verify() != []
+    except StoreError:
+        return True
+
+
+@pytest.mark.parametrize("num_flips", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_verify_finds_every_flipped_bit(store: Store, num_flips: int) -> None:
+    random = np.random.default_rng(num_flips)
+    for path in _all_files(store):
+        data = path.read_bytes()
+        for bit in random.choice(8 * len(data), min(num_flips, 8 * len(data)), replace=False):
+            damaged = bytearray(data)
+            damaged[bit // 8] ^= 1 << int(bit % 8)
+            path.write_bytes(damaged)
+            assert _notices(store.layout.root), (path.name, bit)
+        path.write_bytes(data)
+    assert store.verify() == []
+
+
+def test_verify_finds_every_truncation_and_every_missing_file(store: Store) -> None:
+    for path in _all_files(store):
+        data = path.read_bytes()
+        for length in {0, 1, len(data) // 2, len(data) - 1, *range(0, len(data), 512)}:
+            path.write_bytes(data[:length])
+            assert _notices(store.layout.root), (path.name, length)
+        path.write_bytes(data + b"\0")
+        assert _notices(store.layout.root), path.name
+        path.unlink()
+        assert _notices(store.layout.root), path.name
+        path.write_bytes(data)
+    assert store.verify() == []
+
+
+def test_verify_names_the_records_that_are_lost(store: Store) -> None:
+    path = store.layout.tensors(0, (16, 24))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # the last row of mean
+    path.write_bytes(data)
+    assert store.verify() == [f"{path} is damaged; lost: c.jpg"]
+    data[-1] ^= 1
+    data[4095] = ord("\t")  # the header's padding
+    path.write_bytes(data)
+    assert store.verify() == [f"{path} is damaged; every record in it is whole"]
+
+
+def test_damage_is_never_read_as_data(store: Store) -> None:
+    path = store.layout.tensors(0, (16, 24))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(VerifyError, match="not the 4,288 bytes committed"):
+        store.moments(0)
+    path.write_bytes(b"\0" * 4288)
+    with pytest.raises(VerifyError, match="does not begin with the header"):
+        store.moments(0)
+    wrong = {name: np.zeros((2, 4, 3, 2), np.float16) for name in ("mean", "logvar")}
+    path.write_bytes(pack_header(wrong, {}) + bytes(192))
+    with pytest.raises(VerifyError, match="does not describe mean"):
+        store.moments(0)
+    index = store.layout.index(0)
+    index.write_bytes(index.read_bytes().replace(b"cats/a", b"cats/A"))
+    with pytest.raises(VerifyError, match="not those committed"):
+        store.records(0)
+
+
+def test_only_commits_count(store: Store) -> None:
+    store.layout.done(1).unlink()
+    assert [shard.number for shard in store.shards()] == [0, 2]
+    assert store.verify() == [f"cannot read {store.layout.done(1)}: No such file or directory"]
+
+
+def test_a_commit_of_another_store_or_number_is_refused(store: Store) -> None:
+    store.layout.done(1).write_bytes(store.layout.done(0).read_bytes())
+    with pytest.raises(VerifyError, match="another store or number"):
+        store.shards()
+    manifest = store.manifest | {"latent_error": 0.5}
+    atomic.write_json(store.layout.manifest, manifest)
+    with pytest.raises(VerifyError, match="another store or number"):
+        Store.open(store.layout.root).shard(0)
+
+
+def test_a_shard_may_be_committed_twice_but_not_with_other_bytes(store: Store) -> None:
+    before = {path: path.read_bytes() for path in _all_files(store)}
+    moments = _moments(2)
+    commit_shard(store.layout, 0, (16, 24), _lines(KEYS[:3], KEYS[1], moments), moments)
+    assert {path: path.read_bytes() for path in _all_files(store)} == before
+    other = _moments(2, seed=2)
+    with pytest.raises(StoreError, match="gave other bytes"):
+        commit_shard(store.layout, 0, (16, 24), _lines(KEYS[:3], KEYS[1], other), other)
+    assert {path: path.read_bytes() for path in _all_files(store)} == before
+
+
+def test_what_is_no_store_is_refused(tmp_path: Path, store: Store) -> None:
+    with pytest.raises(StoreError, match="is not a latent store"):
+        Store.open(tmp_path / "missing")
+    (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
+    with pytest.raises(StoreError, match="is not the manifest of a latent store"):
+        Store.open(tmp_path)
+    atomic.write_json(tmp_path / "manifest.json", store.manifest | {"version": 2})
+    with pytest.raises(StoreError, match="a store of version 2; this sdvae reads 1"):
+        Store.open(tmp_path)
+
+
+def test_clearing_removes_the_store_and_leaves_the_rest(store: Store) -> None:
+    root = store.layout.root
+    (root / "notes.txt").write_text("mine")
+    (root / "shards" / "mine.safetensors").write_text("mine")
+    (root / "elsewhere").mkdir()
+    (root / "elsewhere" / "00000.json").write_text("mine")
+    (root / "index" / "00009.jsonl").symlink_to(root / "notes.txt")
+    (root / "shards" / ".00000-8x8.safetensors.12.0123abcd.tmp").write_text("left over")
+    kept = ["elsewhere/00000.json", "index/00009.jsonl", "notes.txt", "shards/mine.safetensors"]
+    own, other = store.layout.contents()
+    assert [path.relative_to(root).as_posix() for path in other] == kept
+    assert len(own) == 12
+    store.layout.clear()
+    assert sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()) == kept
+
+
+def test_differences_are_listed_with_their_place() -> None:
+    stored = {"a": 1, "b": {"c": [1], "d": "x"}, "gone": None}
+    assert differences(stored, {"a": 1, "b": {"c": [2], "d": "x"}, "new": True}) == [
+        "b.c was [1], now [2]", "new was null, now true",
+    ]  # fmt: skip
