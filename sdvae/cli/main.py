@@ -32,6 +32,10 @@ class _Sdvae(click.Group):
                 raise
             where = f" {error.filename}" if error.filename else ""
             self._fail(ctx, f"cannot use{where}: {error.strerror}", 1)
+        except (RuntimeError, MemoryError) as error:
+            if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):  # torch's, which is not imported here
+                raise
+            self._fail(ctx, "out of memory; try a smaller --batch-size or --size, or --device cpu", 1)
 
     def _fail(self, ctx: click.Context, message: str, exit_code: int) -> NoReturn:
         click.echo(f"sdvae: {message}", err=True)

@@ -108,7 +108,7 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: str) ->
 
 
 _VAE_OPTIONS = (
-    click.option("--vae", metavar="VAE", help="A folder or hub id with a VAE.  [default: the embedded one]"),
+    click.option("--vae", metavar="VAE", help="A folder, safetensors file or hub id.  [default: the embedded VAE]"),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps."),
     click.option(
         "--dtype",

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from sdvae import atomic
 from sdvae.data.latent_files import Scaling, list_latent_files, read_latents
 from sdvae.data.names import plan_names
 from sdvae.data.store import Size, Store
-from sdvae.errors import StoreError
+from sdvae.errors import LatentsError, StoreError
 from sdvae.pixels import encode_image, to_images
 from sdvae.vae import VAE
 
@@ -83,6 +83,9 @@ def decode_source(
     series = _open_store(source, vae) if is_store else _open_files(source, vae, settings.latents)
     keys = [key for one in series for key in one.keys]
     names = dict(zip(keys, plan_names(keys, SUFFIXES[settings.format]), strict=True))
+    if len(names) < len(keys):
+        twice = next(key for key, count in Counter(keys).items() if count > 1)
+        raise LatentsError(f"two images of {source} would both be called {twice}; rename or move that file")
     _claim(out, set(names.values()))
 
     def write(key: str, image: NDArray[np.uint8]) -> None:

@@ -45,15 +45,12 @@ def read_latents(path: Path, config: VAEConfig, told: Scaling | None = None) -> 
     """Read one file of latents for the VAE of `config`; one image may come as (C, h, w).
 
     `told` says whether the latents are raw or scaled where the file does not. Raises LatentsError where neither
-    does, where they disagree, or where the latents do not fit the VAE or are not finite; UnsafeFileError where
-    reading would run code.
+    does, or where the latents do not fit the VAE or are not finite; UnsafeFileError where reading would run code.
     """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise LatentsError(f"{path} is not a latents file: its name ends with none of {_SUFFIXES}")
     found, says = reader(path)
-    if says is not None and told is not None and says != told:
-        raise LatentsError(f"{path} says its latents are {says}, but --latents {told} was given; leave the option out")
     latents = _check(path, found, config.latent_channels)
     match says or told:
         case "raw":
