@@ -9,11 +9,12 @@ What a file means, where formats leave it open:
 - **colour profile**: converted to sRGB, relative colorimetric with black point compensation (Photoshop's default).
   One that is sRGB already is not run: it would only add rounding. One that is broken or made for other channels
   is logged and the colours are read as untagged ones, as a browser does; CMYK without a profile is (1-C)(1-K);
-- **damage**: a file that ends early or does not decode is refused. There are no half-grey photos.
+- **damage**: a file that ends early or does not decode is refused. There are no half-gray photos.
 """
 
 import io
 import logging
+import re
 import struct
 import threading
 import warnings
@@ -96,14 +97,7 @@ def from_pil(image: Image.Image, *, background: tuple[int, int, int] = BACKGROUN
 def _opened(source: Path | bytes | BinaryIO, max_pixels: int) -> Iterator[Any]:
     """The image of a file, identified and small enough, not yet decoded."""
     try:
-        with _pillow_failures(None):
-            # Pillow gets a handle, never a name: it maps named files into memory, and one that is cut short
-            # while mapped kills the process.
-            if isinstance(source, Path):
-                stream: BinaryIO = source.open("rb")
-            else:
-                stream = io.BytesIO(source if isinstance(source, bytes) else source.read())
-        with stream:
+        with _stream(source) as stream:
             with _pillow_failures(None):
                 image = _identify(stream, max_pixels)
             with image:
@@ -112,6 +106,16 @@ def _opened(source: Path | bytes | BinaryIO, max_pixels: int) -> Iterator[Any]:
         if isinstance(source, Path):
             raise ImageError(f"{source}: {error}") from error
         raise
+
+
+def _stream(source: Path | bytes | BinaryIO) -> BinaryIO:
+    """A handle, never a name: Pillow maps named files into memory, and one cut short while mapped kills the process."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    try:
+        return source.open("rb") if isinstance(source, Path) else io.BytesIO(source.read())
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
 
 
 def _identify(stream: BinaryIO, max_pixels: int) -> Image.Image:
@@ -234,7 +238,7 @@ _COLOUR_MODES = {
 
 
 def _transparent_samples(image: Image.Image) -> NDArray[np.int64] | None:
-    """The one grey or colour that a PNG's tRNS chunk makes transparent, in the samples that Pillow decodes to."""
+    """The one gray or colour that a PNG's tRNS chunk makes transparent, in the samples that Pillow decodes to."""
     value = image.info.get("transparency")
     if value is None or not (image.mode in ("1", "L", "RGB") or image.mode.startswith("I;16")):
         return None
@@ -262,10 +266,10 @@ def _deep_range(image: Image.Image) -> tuple[float, float] | None:
 
 
 def _scale_to_8_bits(band: Image.Image, black: float, white: float) -> Image.Image:
-    values = np.asarray(band).astype(np.float64)
-    if not np.isfinite([black, white, values.sum()]).all():
+    values = np.asarray(band)
+    if not (np.isfinite([black, white]).all() and np.isfinite(values).all()):  # before a cast that would warn
         raise ImageError("the image holds NaN or infinity")
-    unit = (values - black) / ((white - black) or 1.0)
+    unit = (values.astype(np.float64) - black) / ((white - black) or 1.0)
     return Image.fromarray(np.rint(unit * 255).astype(np.uint8))
 
 
@@ -280,7 +284,7 @@ def _srgb_transform(mode: str, profile: bytes | None) -> Callable[[Image.Image],
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
         if space == "RGB" and mode == "L":
-            mode = "RGB"  # a grey photo saved with the profile of its colour original
+            mode = "RGB"  # a gray photo saved with the profile of its colour original
         if space != {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}[mode]:
             _log.warning("a colour profile for %s in a %s image is ignored", space, mode)
             return None
@@ -336,9 +340,9 @@ def _pillow_failures(image: Image.Image | None) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise ImageError(f"cannot be read: {error.strerror}") from error
         # Pillow's own words may hold addresses, and change with its version: they stay in the traceback.
-        name = _spelled(image.format) + " " if image and image.format else ""
+        name = _spelled(image.format) if image and image.format else "image"
         reason = next(
-            (ours for phrase, ours in _REASONS.items() if phrase in str(error)), f"the {name}data are corrupt"
+            (ours for phrase, ours in _REASONS.items() if phrase in str(error)), f"the {name} data are corrupt"
         )
         raise ImageError(reason) from error
 
@@ -371,8 +375,9 @@ def _spelled(pillow_format: str) -> str:
     return _SPELLING.get(pillow_format, pillow_format)
 
 
+_PILLOW = r"PIL\."
 _muting = threading.Lock()
-_num_muted = 0
+_num_muting = 0
 
 
 @contextmanager
@@ -382,18 +387,18 @@ def _muted_pillow() -> Iterator[None]:
     Not `warnings.catch_warnings`: of two threads that overlap, the first to leave would bring the warnings back
     for the other, and the second would leave them ignored for good.
     """
-    global _num_muted
+    global _num_muting
     with _muting:
-        if _num_muted == 0:
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-        rule = warnings.filters[0]
-        _num_muted += 1
+        if _num_muting == 0:
+            warnings.filterwarnings("ignore", module=_PILLOW)
+        _num_muting += 1
     try:
         yield
     finally:
         with _muting:
-            _num_muted -= 1
-            if _num_muted == 0 and rule in warnings.filters:
+            _num_muting -= 1
+            rule = ("ignore", None, Warning, re.compile(_PILLOW), 0)  # as filterwarnings put it into the list
+            if _num_muting == 0 and rule in warnings.filters:
                 warnings.filters.remove(rule)  # type: ignore[attr-defined]
 
 
