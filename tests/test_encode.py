@@ -311,6 +311,14 @@ def test_what_was_chosen_once_is_not_chosen_again(
     assert _files(begun) == before
 
 
+def test_the_dtype_to_continue_with_is_told(begun: Path, tmp_path: Path) -> None:
+    assert encode.recorded_dtype(begun) == "fp32"
+    assert encode.recorded_dtype(tmp_path / "new") is None
+    (begun / "manifest.json").write_text("{}")
+    with pytest.raises(StoreError, match="not the manifest of a latent store"):
+        encode.recorded_dtype(begun)
+
+
 def test_a_lost_shard_is_encoded_again(photos: Path, begun: Path, small_vae: VAE) -> None:
     before = _files(begun)
     (begun / "index" / "00000.jsonl").unlink()

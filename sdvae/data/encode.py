@@ -120,6 +120,17 @@ def encode_source(
     )
 
 
+def recorded_dtype(out: Path) -> str | None:
+    """The dtype ("bf16") that a store begun in `out` is computed in, None where there is none.
+
+    Whoever chooses a dtype by timing, as "auto" does on a CPU, chooses this one instead: the clock may say
+    something else each time, and a store holds latents of one dtype.
+    """
+    if not Layout(out).manifest.exists():
+        return None
+    return str(Store.open(out).manifest["compute"]["dtype"])
+
+
 # --- Before work ---
 
 
