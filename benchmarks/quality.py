@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 from sdvae import VAE
 from sdvae.data.preprocess import Preprocess, apply, plan_geometry
+from sdvae.images import read_image
 from sdvae.metrics import psnr
-from sdvae.pixels import read_image, to_images, to_pixels
+from sdvae.pixels import to_images, to_pixels
 
 SIZE_PX = 512
 Picture = NDArray[np.uint8]

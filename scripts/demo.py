@@ -13,8 +13,8 @@ from skimage import data
 from sdvae import atomic
 from sdvae.cli.pictures import grid
 from sdvae.data.preprocess import Preprocess, apply, plan_geometry
+from sdvae.images import encode_image, read_image
 from sdvae.metrics import psnr
-from sdvae.pixels import encode_image, read_image
 
 FOLDER = Path("demo")
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket")  # free photos that come with scikit-image

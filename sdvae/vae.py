@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from sdvae import latents as latent_scaling
-from sdvae import pixels as image_pixels
 from sdvae.config import VAEConfig
 from sdvae.engine.precision import choose_device, choose_dtype
 from sdvae.errors import LatentsError, ShapeError
+from sdvae.images import from_pil
 from sdvae.model import AutoencoderKL
+from sdvae.pixels import pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.weights import identity
 from sdvae.weights.load import build_model, load_weights, save_folder
@@ -104,15 +105,15 @@ class VAE:
         Takes PIL images of any mode and uint8 arrays (H, W, 3); one at a time, so memory follows the largest.
         """
         arrays = [_as_image(image) for image in images]
-        padded = (image_pixels.pad_to_multiple(image, self.config.downscale) for image in arrays)
-        latents = [self.encode(image_pixels.to_pixels(image[None])).mode() for image in padded]
+        padded = (pad_to_multiple(image, self.config.downscale) for image in arrays)
+        latents = [self.encode(to_pixels(image[None])).mode() for image in padded]
         return Encoded(latents, [(image.shape[0], image.shape[1]) for image in arrays])
 
     def decode_images(self, encoded: Encoded) -> list[Image.Image]:
         """Images of `encode_images`' latents (or edited ones of the same sizes), cropped back to their sizes."""
         images = []
         for latents, (height, width) in zip(encoded.latents, encoded.sizes, strict=True):
-            image = image_pixels.to_images(self.decode(latents))[0]
+            image = to_images(self.decode(latents))[0]
             images.append(Image.fromarray(image[:height, :width]))
         return images
 
@@ -134,7 +135,7 @@ class VAE:
         images = []
         for _ in range(num_images):
             latents = self.unscale(torch.randn(shape, generator=generator))
-            images.append(Image.fromarray(image_pixels.to_images(self.decode(latents))[0]))
+            images.append(Image.fromarray(to_images(self.decode(latents))[0]))
         return images
 
     def interpolate(
@@ -146,7 +147,7 @@ class VAE:
             raise ShapeError(f"cannot interpolate between sizes {encoded.sizes[0]} and {encoded.sizes[1]}; resize one")
         blend = {"lerp": latent_scaling.lerp, "slerp": latent_scaling.slerp}[mode]
         positions = torch.linspace(0.0, 1.0, steps).tolist()
-        frames = [blend(*encoded.latents, position) for position in positions]
+        frames = [blend(encoded.latents[0], encoded.latents[1], position) for position in positions]
         return self.decode_images(Encoded(frames, [encoded.sizes[0]] * steps))
 
     def scale(self, latents: Tensor) -> Tensor:  # raw -> scaled
@@ -211,7 +212,7 @@ def _moments(model: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 def _as_image(image: AnyImage) -> NDArray[np.uint8]:
     if isinstance(image, Image.Image):
-        return image_pixels.from_pil(image)
+        return from_pil(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ShapeError(f"an image is a uint8 array (H, W, 3), not {image.dtype} {image.shape}")
     return image

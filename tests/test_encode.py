@@ -21,7 +21,8 @@ from sdvae.data.roster import Record, Task
 from sdvae.data.sources import FolderSource
 from sdvae.data.store import Store
 from sdvae.errors import ConfigError, StoreError, VerifyError
-from sdvae.pixels import read_image, to_pixels
+from sdvae.images import read_image
+from sdvae.pixels import to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.vae import VAE
 from tests.conftest import SMALL, random_model

@@ -153,7 +153,7 @@ def test_settings_survive_json() -> None:
 
 
 def test_the_default_limit_is_that_of_reading() -> None:
-    from sdvae.pixels import BACKGROUND, MAX_IMAGE_PIXELS
+    from sdvae.images import BACKGROUND, MAX_IMAGE_PIXELS
 
     assert (Preprocess().max_pixels, Preprocess().background) == (MAX_IMAGE_PIXELS, BACKGROUND)
 

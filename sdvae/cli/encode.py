@@ -59,7 +59,7 @@ def encode(
     store_dtype: Literal["fp16", "fp32"],
     resume: bool,
     batch_size: int | None,
-    load_vae: "Callable[[], VAE]",
+    load_vae: "Callable[[str], VAE]",
     console: Console,
 ) -> None:
     """Encode the photos in SRC into the latent store OUT.
@@ -67,12 +67,12 @@ def encode(
     Run again after an interruption, it continues. Photos that cannot be read are quarantined with a reason; then the
     exit code is 3.
     """
-    from sdvae.data.encode import EncodeSettings, encode_source
+    from sdvae.data.encode import EncodeSettings, encode_source, recorded_dtype
     from sdvae.data.preprocess import Preprocess
 
     size_px = size or (512 if crop == "center" else None)
     settings = EncodeSettings(Preprocess(size_px, crop), store_dtype, shard_rows, batch_size)
-    vae = load_vae()
+    vae = load_vae((resume and recorded_dtype(out)) or "auto")
     with console.progress() as show:
         report = encode_source(source, out, vae, settings, restart=not resume, progress=show)
     num_quarantined = sum(report.quarantined.values())

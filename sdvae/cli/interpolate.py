@@ -49,7 +49,7 @@ def interpolate(
     import numpy as np
 
     from sdvae.data.preprocess import Preprocess, apply, plan_geometry
-    from sdvae.pixels import read_image
+    from sdvae.images import read_image
 
     def read_square(path: Path) -> "NDArray[np.uint8]":
         photo = read_image(path)

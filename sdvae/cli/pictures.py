@@ -27,7 +27,7 @@ def check_output(output: Path, *inputs: Path, others: tuple[str, ...] = ()) -> N
     if output.suffix.lower() not in suffixes:
         raise click.BadParameter(f"{output} must end with one of {' '.join(suffixes)}.", param_hint="--output")
     if output.is_dir() or not output.parent.is_dir():
-        what = f"{output} is a folder" if output.is_dir() else f"{output.parent} is not a folder"
+        what = "it is a folder" if output.is_dir() else f"there is no folder {output.parent}"
         raise StoreError(f"cannot write {output}: {what}")
     if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
         raise StoreError(f"{output} is the input, too; give -o another name")
@@ -36,7 +36,7 @@ def check_output(output: Path, *inputs: Path, others: tuple[str, ...] = ()) -> N
 def write_picture(path: Path, image: "Image") -> None:
     """Write an image in the format its file name asks for."""
     from sdvae import atomic
-    from sdvae.pixels import encode_image
+    from sdvae.images import encode_image
 
     atomic.write_bytes(path, encode_image(image, _FORMATS[path.suffix.lower()]))
 

@@ -33,7 +33,7 @@ def roundtrip(image: Path, output: Path, size: int, load_vae: "Callable[[], VAE]
     import numpy as np
 
     from sdvae.data.preprocess import Preprocess, apply, plan_geometry
-    from sdvae.pixels import read_image
+    from sdvae.images import read_image
 
     photo = read_image(image)
     height, width, _ = photo.shape

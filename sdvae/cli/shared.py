@@ -146,14 +146,17 @@ def with_console(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_vae(function: Callable[..., None]) -> Callable[..., None]:
-    """Add --vae, --device and --dtype to a verb, and hand it `load_vae`, to be called when its input is known good."""
+    """Add --vae, --device and --dtype to a verb, and hand it `load_vae`, to be called when its input is known good.
+
+    `load_vae(auto_dtype)` takes what "auto" is to mean where the work was begun in some dtype before.
+    """
 
     @wraps(function)
     def run(*, vae: str | None, device: str, dtype: str, **arguments: Any) -> None:
-        def load_vae() -> "VAE":
+        def load_vae(auto_dtype: str = "auto") -> "VAE":
             from sdvae.vae import VAE
 
-            loaded = VAE.load(vae, device=device, dtype=dtype)
+            loaded = VAE.load(vae, device=device, dtype=auto_dtype if dtype == "auto" else dtype)
             _LOG.info("%s on %s in %s, fingerprint %s", loaded.name, loaded.device, loaded.dtype, loaded.fingerprint)
             return loaded
 

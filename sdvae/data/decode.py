@@ -23,7 +23,8 @@ from sdvae.data.latent_files import Scaling, list_latent_files, read_latents
 from sdvae.data.names import plan_names
 from sdvae.data.store import Size, Store
 from sdvae.errors import LatentsError, StoreError
-from sdvae.pixels import encode_image, to_images
+from sdvae.images import encode_image
+from sdvae.pixels import to_images
 from sdvae.vae import VAE
 
 Format = Literal["png", "jpeg", "webp"]

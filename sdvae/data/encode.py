@@ -29,7 +29,8 @@ from sdvae.data.sources import FolderSource
 from sdvae.data.store import STORE_DTYPES, Layout, Store, commit_shard, differences, row_sha256
 from sdvae.engine.precision import DTYPES
 from sdvae.errors import ConfigError, ImageError, StoreError, VerifyError
-from sdvae.pixels import read_image, to_pixels
+from sdvae.images import read_image
+from sdvae.pixels import to_pixels
 from sdvae.vae import VAE
 
 Progress = Callable[[Literal["scan", "encode"], int, int], None]  # (phase, records done, records in all)

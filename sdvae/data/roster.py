@@ -13,7 +13,7 @@ from sdvae.atomic import Journal, canonical_json, read_journal
 from sdvae.data.preprocess import Geometry, Preprocess, plan_geometry
 from sdvae.data.sources import Entry, FolderSource
 from sdvae.errors import ImageError, StoreError
-from sdvae.pixels import read_size
+from sdvae.images import read_size
 
 Size = tuple[int, int]  # (height, width) in pixels
 

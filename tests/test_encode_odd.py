@@ -1,0 +1,61 @@
+"""All odd files in one `sdvae encode`, as a user would run it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdvae.data.store import Store
+from sdvae.vae import VAE
+from tests.test_odd_images import REASONS
+
+PEAK_LIMIT_BYTES = 1_500_000_000
+
+
+def encode(source: Path, out: Path, vae: Path) -> tuple[int, dict[str, object], int]:
+    """Exit code, result and peak memory of one run."""
+    command = [sys.executable, "-m", "sdvae", "encode", source, out, "--vae", vae, "--dtype", "fp32", "--size", "64"]
+    with subprocess.Popen([*command, "--json", "-q"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        result = json.loads(process.stdout.read())
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, result, usage.ru_maxrss * 1024
+
+
+@pytest.fixture(scope="module")
+def vae_folder(small_vae: VAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vae")
+    small_vae.save(folder)
+    return folder
+
+
+def test_every_odd_file_is_encoded_or_quarantined_and_none_crashes(
+    data_dir: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    odd = data_dir / "odd"
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "ball.png").write_bytes((odd / "ball.png").read_bytes())
+    _, _, peak_of_one_small_photo = encode(tmp_path / "one", tmp_path / "out-one", vae_folder)
+
+    exit_code, result, peak = encode(odd, tmp_path / "out", vae_folder)
+    assert exit_code == 3
+    assert peak - peak_of_one_small_photo < PEAK_LIMIT_BYTES
+
+    store = Store.open(tmp_path / "out")
+    lines = [line for shard in store.shards() for line in store.records(shard.number)]
+    names = {path.name for path in odd.iterdir()} - {"MANIFEST.csv"}
+    assert {line["key"] for line in lines} == names
+    assert len(lines) == len(names) == result["num_seen"]
+    quarantined = {line["key"]: line["reason"] for line in lines if line["status"] == "quarantined"}
+    assert quarantined.keys() == REASONS.keys()
+    assert all(REASONS[key] in reason for key, reason in quarantined.items())
+    assert result["num_written"] == len(names) - len(quarantined)
+    assert sum(result["quarantined"].values()) == len(quarantined)  # type: ignore[attr-defined]
+    sizes = {line["key"]: line["original_px"] for line in lines}
+    assert sizes["Portrait_5.jpg"] == [1800, 1200]  # stored lying on its side
+    assert sizes["rot1mir0.avif"] == [427, 640]
+    assert store.verify() == []
