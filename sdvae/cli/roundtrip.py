@@ -1,5 +1,6 @@
 """`sdvae roundtrip`: one photo through the VAE and back, before and after side by side."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ def roundtrip(image: Path, output: Path, size: int, load_vae: "Callable[[], VAE]
 
     from sdvae.data.preprocess import Preprocess, apply, plan_geometry
     from sdvae.images import read_image
+    from sdvae.metrics import psnr
 
     photo = read_image(image)
     height, width, _ = photo.shape
@@ -45,8 +47,8 @@ def roundtrip(image: Path, output: Path, size: int, load_vae: "Callable[[], VAE]
     after = np.asarray(vae.roundtrip([photo])[0])
     seconds = time.perf_counter() - start
 
-    mse = float(np.mean(np.square(photo.astype(np.float64) - after)))
-    psnr_db = 10 * np.log10(255**2 / mse) if mse else None
+    value = psnr(after, photo)
+    psnr_db = value if math.isfinite(value) else None  # JSON has no infinity
     quality = "no difference" if psnr_db is None else f"{psnr_db:.2f} dB"
     write_picture(output, grid([photo, after], 2, [f"before: {image.name}", f"after {vae.name}: {quality}"]))
     console.result(
