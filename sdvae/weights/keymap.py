@@ -1,0 +1,128 @@
+"""One table of names, LDM <-> diffusers: what diffusers calls a key of a file, whatever the file calls it."""
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from torch import Tensor
+
+from sdvae.errors import WeightsError
+
+Layout = Literal["ldm", "diffusers"]
+
+# Where a checkpoint keeps its VAE: Stable Diffusion's own files, those that ComfyUI saves, a file of its own.
+PREFIXES = ("first_stage_model.", "vae.", "")
+# Beside the VAE when CompVis' trainer saved it: LPIPS and discriminator, and averages under flattened names.
+_TRAINING_STATE = ("loss.", "model_ema.")
+_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
+_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+# diffusers before 0.17, whose files are still on the hub
+_LEGACY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_MATRICES = re.compile(r"\.attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight")
+_LEVEL = re.compile(r"(?:encoder\.down|decoder\.up)(?:_blocks)?\.(\d)\.")
+_MOST_LEVELS = _MOST_BLOCKS = 8  # twice what any published KL-VAE has; bounds the table for hostile names
+_MOST_KEYS_LISTED = 6
+
+
+@dataclass(frozen=True)
+class VAEKeys:
+    """The VAE's keys among those of a file: each as the file spells it -> as diffusers' AutoencoderKL does."""
+
+    prefix: str
+    layout: Layout
+    names: dict[str, str]
+
+
+def find_vae(keys: Collection[str]) -> VAEKeys:
+    """The VAE in a file with these keys; WeightsError where there is none, or where keys of it are left over."""
+    prefix = next((prefix for prefix in PREFIXES if _has_vae(keys, prefix)), None)
+    if prefix is None:
+        raise WeightsError(f"no KL-VAE among its {len(keys)} tensors ({some(sorted(keys), 3)}); is it another model?")
+    inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+    inside = [key for key in inside if not key.startswith(_TRAINING_STATE)]
+    layout: Layout = "ldm" if any(re.match(r"(encoder|decoder)\.mid\.", key) for key in inside) else "diffusers"
+    known = _known_modules(layout, num_levels=_count_levels(inside))
+    names, leftovers = {}, []
+    for key in sorted(inside):
+        module, _, kind = key.rpartition(".")
+        if module in known and kind in ("weight", "bias"):
+            names[prefix + key] = f"{known[module]}.{kind}"
+        else:
+            leftovers.append(prefix + key)
+    if leftovers:
+        raise WeightsError(f"{len(leftovers)} keys are no part of a KL-VAE: {some(leftovers)}; is it another model?")
+    if len(set(names.values())) < len(names):
+        raise WeightsError(f"the VAE under {prefix!r} holds attention under old and new names at once")
+    return VAEKeys(prefix, layout, names)
+
+
+def ldm_names(keys: Iterable[str]) -> dict[str, str]:
+    """LDM's name for each of diffusers' keys; for all the keys of one VAE, whose number of levels turns the decoder."""
+    keys = list(keys)
+    table = _table(_count_levels(keys))
+    return {key: f"{table[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in keys}
+
+
+def fit_layout(name: str, tensor: Tensor, layout: Layout) -> Tensor:
+    """The tensor of diffusers' `name` in the shape its layout has: LDM keeps attention as 1x1 convolutions."""
+    if _MATRICES.search(name):
+        is_matrix = tensor.dim() == 2
+        if layout == "ldm" and is_matrix:
+            return tensor[:, :, None, None]
+        if layout == "diffusers" and not is_matrix and tensor.shape[2:].numel() == 1:
+            return tensor.flatten(1)
+    return tensor
+
+
+def some(keys: list[str], most: int = _MOST_KEYS_LISTED) -> str:
+    """The first of the keys, for an error message."""
+    rest = len(keys) - most
+    return ", ".join(keys[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _has_vae(keys: Collection[str], prefix: str) -> bool:
+    return any(f"{prefix}{side}.conv_in.weight" in keys for side in ("encoder", "decoder"))
+
+
+def _count_levels(keys: Iterable[str]) -> int:
+    levels = [int(match[1]) for match in map(_LEVEL.match, keys) if match]
+    return min(max(levels, default=0) + 1, _MOST_LEVELS)
+
+
+def _known_modules(layout: Layout, num_levels: int) -> dict[str, str]:
+    """Modules as a file may call them -> as diffusers does."""
+    table = _table(num_levels)
+    if layout == "ldm":
+        return {ldm: name for name, ldm in table.items()}
+    legacy = {
+        name.removesuffix(new) + old: name
+        for name in table
+        if ".attentions." in name
+        for new, old in _LEGACY.items()
+        if name.endswith(f".{new}")
+    }
+    return legacy | {name: name for name in table}
+
+
+@cache
+def _table(num_levels: int) -> dict[str, str]:
+    """Every module that a KL-VAE with so many levels can have: diffusers' name -> LDM's."""
+    modules = {name: name for name in ("quant_conv", "post_quant_conv")}
+    for side, level, sampler in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
+        modules |= {f"{side}.{name}": f"{side}.{name}" for name in ("conv_in", "conv_out")}
+        modules[f"{side}.conv_norm_out"] = f"{side}.norm_out"
+        resnets = {f"{side}.mid_block.resnets.{i}": f"{side}.mid.block_{i + 1}" for i in range(2)}
+        attentions = {f"{side}.mid_block.attentions.0": f"{side}.mid.attn_1"}
+        for index in range(num_levels):
+            # LDM numbers the decoder's levels by resolution, diffusers in the order they run
+            ldm_index = index if side == "encoder" else num_levels - 1 - index
+            name, ldm = f"{side}.{level}_blocks.{index}", f"{side}.{level}.{ldm_index}"
+            modules[f"{name}.{sampler}rs.0.conv"] = f"{ldm}.{sampler}.conv"
+            resnets |= {f"{name}.resnets.{i}": f"{ldm}.block.{i}" for i in range(_MOST_BLOCKS)}
+            attentions |= {f"{name}.attentions.{i}": f"{ldm}.attn.{i}" for i in range(_MOST_BLOCKS)}
+        for blocks, parts in ((resnets, _RESNET), (attentions, _ATTENTION)):
+            for name, ldm in blocks.items():
+                modules |= {f"{name}.{part}": f"{ldm}.{ldm_part}" for part, ldm_part in parts.items()}
+    return modules
