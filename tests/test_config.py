@@ -100,6 +100,11 @@ def test_real_configs_of_stable_diffusion(data_dir: Path, file: str, sample_size
     assert VAEConfig.from_diffusers(mapping) == replace(FAMILIES["sd1"], sample_size=sample_size)
 
 
+def test_the_flax_class_is_the_same_network() -> None:
+    mapping = FAMILIES["sd1"].to_diffusers() | {"_class_name": "FlaxAutoencoderKL"}
+    assert VAEConfig.from_diffusers(mapping) == FAMILIES["sd1"]
+
+
 def test_attention_levels_are_block_types() -> None:
     mapping = FAMILIES["kl-f16"].to_diffusers()
     assert mapping["down_block_types"] == ["DownEncoderBlock2D"] * 4 + ["AttnDownEncoderBlock2D"]
@@ -119,7 +124,9 @@ def test_an_unknown_family_names_the_close_ones(typo: str, meant: str) -> None:
     with pytest.raises(ConfigError) as caught:
         VAEConfig.from_family(typo)
     assert repr(typo) in str(caught.value)
-    assert meant in str(caught.value)
+    suggested = str(caught.value).removesuffix("?").partition("did you mean ")[2].split(", ")
+    assert meant in suggested
+    assert len(suggested) <= 3 < len(FAMILIES), "the close ones, not all"
 
 
 def test_a_family_like_no_other_lists_all() -> None:
