@@ -3,9 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from sdvae.config import VAEConfig
 from sdvae.model import AutoencoderKL
+from sdvae.vae import VAE
+
+# A busy machine is slow, not wrong; and CI tries the same examples every time.
+settings.register_profile("sdvae", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("sdvae")
 
 SMALL = VAEConfig(
     block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4,
@@ -40,8 +46,12 @@ def random_model(config: VAEConfig, seed: int = 0) -> AutoencoderKL:
     return model
 
 
-@pytest.fixture(scope="session")
-def small_vae():  # type: ignore[no-untyped-def]
-    from sdvae.vae import VAE
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Random inputs are the same in every run, whichever tests ran before."""
+    torch.manual_seed(0)
 
+
+@pytest.fixture(scope="session")
+def small_vae() -> VAE:
     return VAE(random_model(SMALL), torch.device("cpu"), torch.float32, name="small random VAE")

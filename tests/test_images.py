@@ -163,7 +163,7 @@ def over(colour: np.ndarray, alpha: np.ndarray, background: tuple[int, int, int]
     st.tuples(*[st.integers(0, 255)] * 3), st.integers(0, 255), st.tuples(*[st.integers(0, 255)] * 3),
     st.sampled_from(["PNG", "WEBP", "TIFF"]),
 )  # fmt: skip
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_alpha_is_composited_over_the_background(
     colour: tuple[int, int, int], alpha: int, background: tuple[int, int, int], format: str
 ) -> None:

@@ -204,7 +204,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".pt"])
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
 def test_damage_gives_latents_or_our_error(tmp_path: Path, suffix: str, edits: list[tuple[int, int]]) -> None:
     damaged = bytearray(save(tmp_path / f"whole{suffix}", latents(1, 4, 4, 4)).read_bytes())

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
@@ -179,7 +179,6 @@ numbers = st.floats(-30.0, 20.0)
 
 
 @given(mean=numbers, logvar=numbers)
-@settings(deadline=None)
 def test_kl_is_zero_to_itself_and_never_negative_to_the_prior(mean: float, logvar: float) -> None:
     values = torch.tensor([mean, logvar], dtype=torch.float64).view(1, 2, 1, 1)
     posterior = DiagonalGaussian.from_moments(values)
@@ -189,7 +188,6 @@ def test_kl_is_zero_to_itself_and_never_negative_to_the_prior(mean: float, logva
 
 
 @given(numbers, numbers, numbers, numbers)
-@settings(deadline=None)
 def test_kl_between_gaussians_is_never_negative(
     mean: float, logvar: float, other_mean: float, other_logvar: float
 ) -> None:

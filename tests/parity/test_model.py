@@ -185,7 +185,7 @@ def tiny() -> tuple[AutoencoderKL, diffusers.AutoencoderKL]:
 
 
 @given(height=st.integers(8, 70), width=st.integers(8, 70))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_outputs_equal_diffusers_at_any_size(
     tiny: tuple[AutoencoderKL, diffusers.AutoencoderKL], height: int, width: int
 ) -> None:
