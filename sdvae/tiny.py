@@ -1,0 +1,189 @@
+"""AutoencoderTiny: TAESD, a small network that speaks the latents of a large VAE.
+
+Architecture and weights: madebyollin/taesd, `taesd.py` (MIT). Parameters are named as in diffusers' AutoencoderTiny.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdvae.config import VAEConfig
+from sdvae.errors import ConfigError
+from sdvae.latents import scale, unscale
+from sdvae.posterior import LOGVAR_MIN, DiagonalGaussian
+
+CLAMP = 3.0  # scaled latents are squeezed into (-3, 3) before they are decoded
+
+
+@dataclass(frozen=True)
+class TinyConfig(VAEConfig):
+    """One TAESD; the defaults are the one for SD 1.
+
+    `scaling_factor` and `shift_factor` are those of the VAE whose latents it speaks: the network itself reads and
+    writes scaled latents. `has_mid_pool` is FLUX.2's: a normalised 1x1 branch in the blocks of the lowest resolution.
+    """
+
+    block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    layers_per_block: int = 3
+    norm_num_groups: int = 4
+    mid_block_add_attention: bool = False
+    use_quant_conv: bool = False
+    use_post_quant_conv: bool = False
+    force_upcast: bool = False
+    has_mid_pool: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.block_out_channels)) > 1:
+            raise ConfigError(f"block_out_channels {self.block_out_channels} differ; a TAESD has one width throughout")
+
+    @classmethod
+    def from_family(cls, name: str) -> "TinyConfig":
+        """The TAESD for the latents of a named family; ConfigError for an unknown name."""
+        family = VAEConfig.from_family(name)
+        return cls(
+            latent_channels=family.latent_channels,
+            sample_size=family.sample_size,
+            scaling_factor=family.scaling_factor,
+            shift_factor=family.shift_factor,
+        )
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> "TinyConfig":
+        """Not to be had: a TAESD's config.json is the same for SD 1 and SDXL. Name the family instead."""
+        raise ConfigError("the config of an AutoencoderTiny does not tell whose latents it speaks; name the family")
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The mapping that diffusers' `AutoencoderTiny.from_config` reads; ConfigError where it cannot read one."""
+        if self.has_mid_pool:
+            raise ConfigError(
+                "diffusers' AutoencoderTiny has no pooled blocks; a TAESD of FLUX.2 cannot be saved for it"
+            )
+        num_blocks = [self.layers_per_block] * (len(self.block_out_channels) - 1)
+        return {
+            "_class_name": "AutoencoderTiny",
+            "act_fn": "relu",
+            "decoder_block_out_channels": list(self.block_out_channels),
+            "encoder_block_out_channels": list(self.block_out_channels),
+            "in_channels": self.in_channels,
+            "latent_channels": self.latent_channels,
+            "num_decoder_blocks": [*num_blocks, 1],
+            "num_encoder_blocks": [1, *num_blocks],
+            "out_channels": self.out_channels,
+            "scaling_factor": 1.0,  # its latents are scaled ones already
+            "shift_factor": 0.0,
+        }
+
+
+class TinyBlock(nn.Module):
+    """relu(x + three convolutions of x); `num_pool_groups` puts a branch before it that sees the whole image."""
+
+    def __init__(self, width: int, num_pool_groups: int | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+        self.pool = None if num_pool_groups is None else _pool(width, num_pool_groups)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, width, H, W) -> same
+        """Its output is never negative."""
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return torch.relu(x + self.conv(x))
+
+
+class TinyEncoder(nn.Module):
+    """Pixels to scaled latents."""
+
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__()
+        width, num_levels = config.block_out_channels[0], len(config.block_out_channels)
+        layers: list[nn.Module] = [nn.Conv2d(config.in_channels, width, 3, padding=1), TinyBlock(width)]
+        for level in range(1, num_levels):
+            layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False))
+            layers += _blocks(config, is_lowest=level == num_levels - 1)
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, config.latent_channels, 3, padding=1))
+
+    def forward(self, pixels: Tensor) -> Tensor:  # (N, 3, H, W) in [-1, 1] -> scaled (N, C, H/8, W/8)
+        """The network itself was trained on pixels in [0, 1]."""
+        out: Tensor = self.layers((pixels + 1.0) / 2.0)
+        return out
+
+
+class TinyDecoder(nn.Module):
+    """Scaled latents to pixels."""
+
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__()
+        width, num_levels = config.block_out_channels[0], len(config.block_out_channels)
+        layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
+        for level in range(num_levels - 1, 0, -1):
+            layers += _blocks(config, is_lowest=level == num_levels - 1)
+            layers += [nn.Upsample(scale_factor=2.0), nn.Conv2d(width, width, 3, padding=1, bias=False)]
+        self.layers = nn.Sequential(*layers, TinyBlock(width), nn.Conv2d(width, config.out_channels, 3, padding=1))
+
+    def forward(self, scaled_latents: Tensor) -> Tensor:  # scaled (N, C, h, w) -> (N, 3, 8h, 8w), about [-1, 1]
+        """The network itself gives pixels in [0, 1]."""
+        out: Tensor = self.layers(torch.tanh(scaled_latents / CLAMP) * CLAMP)
+        return out * 2.0 - 1.0
+
+
+class AutoencoderTiny(nn.Module):
+    """A TAESD with the interface of `AutoencoderKL`: raw latents out of encode and into decode.
+
+    The posterior is a point: its logvar is -30 throughout.
+    """
+
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = TinyEncoder(config)
+        self.decoder = TinyDecoder(config)
+
+    def encode(self, pixels: Tensor) -> DiagonalGaussian:  # (N, 3, H, W) in [-1, 1] -> raw (N, C, H/8, W/8)
+        """The posterior over raw latents, with (almost) no variance."""
+        mean = unscale(self.encoder(pixels), self.config)
+        return DiagonalGaussian(mean, torch.full_like(mean, LOGVAR_MIN))
+
+    def decode(self, latents: Tensor) -> Tensor:  # raw (N, C, h, w) -> (N, 3, 8h, 8w), about [-1, 1]
+        """Pixels of raw latents; not clamped."""
+        out: Tensor = self.decoder(scale(latents, self.config))
+        return out
+
+    def forward(self, pixels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
+        """Reconstruction of one posterior sample, and the posterior."""
+        posterior = self.encode(pixels)
+        return self.decode(posterior.sample(generator)), posterior
+
+
+def named_as_diffusers(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """TAESD's own two files (bare `nn.Sequential` keys: `0.weight`) as one state dict of AutoencoderTiny.
+
+    Either mapping may be empty. TAESD's decoder begins with a clamp that has a place in its sequence; here it has none.
+    """
+    tensors = {f"encoder.layers.{key}": tensor for key, tensor in encoder.items()}
+    for key, tensor in decoder.items():
+        layer, _, rest = key.partition(".")
+        tensors[f"decoder.layers.{int(layer) - 1}.{rest}"] = tensor
+    return tensors
+
+
+def _blocks(config: TinyConfig, is_lowest: bool) -> list[nn.Module]:
+    num_pool_groups = config.norm_num_groups if config.has_mid_pool and is_lowest else None
+    return [TinyBlock(config.block_out_channels[0], num_pool_groups) for _ in range(config.layers_per_block)]
+
+
+def _pool(width: int, num_groups: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width, 4 * width, 1, bias=False),
+        nn.GroupNorm(num_groups, 4 * width),
+        nn.ReLU(),
+        nn.Conv2d(4 * width, width, 1, bias=False),
+    )
