@@ -52,9 +52,11 @@ def find_vae(keys: Collection[str]) -> VAEKeys:
         else:
             leftovers.append(prefix + key)
     if leftovers:
-        raise WeightsError(f"{len(leftovers)} keys are no part of a KL-VAE: {some(leftovers)}; is it another model?")
+        raise WeightsError(
+            f"{len(leftovers)} keys that are no part of a KL-VAE: {some(leftovers)}; is it another model?"
+        )
     if len(set(names.values())) < len(names):
-        raise WeightsError(f"the VAE under {prefix!r} holds attention under old and new names at once")
+        raise WeightsError("attention under old and new names at once; is it two files merged?")
     return VAEKeys(prefix, layout, names)
 
 
@@ -65,15 +67,19 @@ def ldm_names(keys: Iterable[str]) -> dict[str, str]:
     return {key: f"{table[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in keys}
 
 
-def fit_layout(name: str, tensor: Tensor, layout: Layout) -> Tensor:
-    """The tensor of diffusers' `name` in the shape its layout has: LDM keeps attention as 1x1 convolutions."""
+def fit_shape(name: str, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """The shape that a layout gives the tensor of diffusers' `name`: LDM keeps attention as 1x1 convolutions."""
     if _MATRICES.search(name):
-        is_matrix = tensor.dim() == 2
-        if layout == "ldm" and is_matrix:
-            return tensor[:, :, None, None]
-        if layout == "diffusers" and not is_matrix and tensor.shape[2:].numel() == 1:
-            return tensor.flatten(1)
-    return tensor
+        if layout == "ldm" and len(shape) == 2:
+            return (*shape, 1, 1)
+        if layout == "diffusers" and shape[2:] == (1, 1):
+            return shape[:2]
+    return shape
+
+
+def fit_layout(name: str, tensor: Tensor, layout: Layout) -> Tensor:
+    """The tensor of diffusers' `name` in the shape its layout has."""
+    return tensor.reshape(fit_shape(name, tuple(tensor.shape), layout))
 
 
 def some(keys: list[str], most: int = _MOST_KEYS_LISTED) -> str:

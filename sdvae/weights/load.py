@@ -1,25 +1,54 @@
 """From what a user names (nothing, a folder, a file, a hub id) to a config and its tensors, and back to a folder."""
 
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from sdvae import atomic
-from sdvae.config import VAEConfig
+from sdvae.config import FAMILIES, VAEConfig
 from sdvae.errors import ConfigError, WeightsError
 from sdvae.model import AutoencoderKL
-from sdvae.weights.files import read_safetensors
+from sdvae.weights.files import TensorFile, open_weights, shard_names
+from sdvae.weights.keymap import VAEKeys, find_vae, fit_layout, fit_shape, some
+
+logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
-WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+_STEM = "diffusion_pytorch_model"
+WEIGHTS_NAMES = (
+    f"{_STEM}.safetensors", f"{_STEM}.fp16.safetensors", f"{_STEM}.safetensors.index.json",
+    f"{_STEM}.bin", f"{_STEM}.fp16.bin", f"{_STEM}.bin.index.json",
+)  # fmt: skip
 EMBEDDED = "small"
-_MOST_KEYS_LISTED = 6
+FAMILY_KEY = "sdvae.family"  # in the metadata of files that sdvae wrote
+
+_SHAPE_FIELDS = (
+    "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block", "attention_levels",
+    "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv",
+)  # fmt: skip
+# What lies beside the VAE in a checkpoint tells which diffusion model it was trained for; the first that is there.
+_NEIGHBOURS = {
+    "cond_stage_model.": "sd1",
+    "conditioner.embedders.": "sdxl",
+    "model.diffusion_model.joint_blocks.": "sd3",
+    "model.diffusion_model.double_blocks.": "flux1",
+    "model.diffusion_model.label_emb.": "sdxl",  # SDXL without its text encoders
+}
+# The beginnings of "modelspec.architecture" (Stability-AI/ModelSpec) in the metadata.
+_ARCHITECTURES = {
+    "stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd1", "stable-diffusion-xl": "sdxl",
+    "stable-diffusion-3": "sd3", "stable-diffusion-v3": "sd3", "flux-1": "flux1",
+}  # fmt: skip
+# Where shapes leave several families and nothing else speaks: those whose single files are the most common.
+_COMMON = ("sd1", "flux1")
 
 
 @dataclass(frozen=True)
@@ -31,26 +60,77 @@ class Weights:
     name: str
 
 
+@dataclass(frozen=True)
+class VAEFile:
+    """A weights file and the VAE in it, of which nothing is read yet; `family` where it is certain."""
+
+    file: TensorFile
+    keys: VAEKeys
+    config: VAEConfig
+    family: str | None
+
+    def read(self) -> dict[str, Tensor]:
+        """The VAE's tensors as stored, under diffusers' names and in their shapes."""
+        entries = self.file.entries
+        return {name: fit_layout(name, entries[key].read(), "diffusers") for key, name in self.keys.names.items()}
+
+
 def load_weights(spec: str | Path | None = None, family: str | None = None) -> Weights:
     """Find, read and check the weights that `spec` names.
 
-    `spec` is None (the embedded VAE), a diffusers folder (or a pipeline's, with the VAE in `vae/`), a
-    safetensors file in diffusers' layout, or a hub id (`org/name`, `org/name/subfolder`). `family`
-    replaces the config. Raises WeightsError or ConfigError; missing and unexpected keys are named.
+    `spec` is None (the embedded VAE), a diffusers folder (or a pipeline's, with the VAE in `vae/`), a file with a VAE
+    in it (a VAE alone or a whole checkpoint; safetensors or torch.save's; LDM's layout or diffusers'), or a hub id
+    (`org/name`, `org/name/subfolder`). `family` replaces the config. Raises WeightsError or ConfigError; missing and
+    unexpected keys are named.
     """
-    config = None if family is None else VAEConfig.from_family(family)
     if spec is None:
         with as_file(files("sdvae") / "assets" / f"{EMBEDDED}.safetensors") as path:
-            return _checked(config or VAEConfig.from_family(EMBEDDED), read_safetensors(path), f"sdvae-{EMBEDDED}")
+            return Weights(*_read(open_vae(path, family or EMBEDDED)), f"sdvae-{EMBEDDED}")
+    return Weights(*_read(open_vae(find_file(spec), family)), str(spec))
+
+
+def find_file(spec: str | Path) -> Path:
+    """The weights file that `spec` names: itself, the one in a folder, or the one of a hub id, in the hub's cache."""
     path = Path(spec).expanduser()
     if path.is_dir():
         folder = path / "vae" if (path / "model_index.json").is_file() else path
-        return _load_folder(folder, config, str(spec))
-    if path.is_file():
-        return _load_file(path, config, str(spec))
-    if _looks_like_hub_id(str(spec)):
-        return _load_folder(_download(str(spec)), config, str(spec))
-    raise WeightsError(f"{spec} is no folder, file or hub id (org/name); check the path")
+    elif path.is_file():
+        return path
+    elif _looks_like_hub_id(str(spec)):
+        folder = _download(str(spec))
+    else:
+        raise WeightsError(f"{spec} is no folder, file or hub id (org/name); check the path")
+    for name in WEIGHTS_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightsError(f"{folder} holds no {WEIGHTS_NAMES[0]}; give the folder of a diffusers VAE")
+
+
+def open_vae(path: Path, family: str | None = None) -> VAEFile:
+    """The VAE in a weights file, its tensors not read yet but known to fit its config.
+
+    The config is that of `family`, else of the config.json beside a diffusers file, else derived from the shapes,
+    with a warning where they fit families that differ only in scale.
+    """
+    file = open_weights(path)
+    try:
+        keys = find_vae(file.entries)
+    except WeightsError as error:
+        raise WeightsError(f"{path} holds {error}") from None
+    shapes = {name: fit_shape(name, file.entries[key].shape, "diffusers") for key, name in keys.names.items()}
+    if empty := [key for key, name in keys.names.items() if 0 in shapes[name]]:
+        raise WeightsError(f"{path} holds empty tensors: {some(empty)}; find the whole file")
+    beside = path.parent / CONFIG_NAME
+    if family is not None:
+        config, source = VAEConfig.from_family(family), f"family {family}"
+    elif keys.layout == "diffusers" and not keys.prefix and beside.is_file():
+        config, source = _read_config(beside), CONFIG_NAME
+        family = _family_of(config)
+    else:
+        config, family = _derive_config(path, shapes, told=_family_told(file))
+        source = "shapes"
+    _check(path, config, source, shapes)
+    return VAEFile(file, keys, config, family)
 
 
 def build_model(weights: Weights) -> AutoencoderKL:
@@ -69,56 +149,126 @@ def save_folder(folder: Path, config: VAEConfig, tensors: Mapping[str, Tensor]) 
     atomic.write_bytes(folder / CONFIG_NAME, (json.dumps(config.to_diffusers(), indent=2) + "\n").encode())
 
 
-def _load_folder(folder: Path, config: VAEConfig | None, name: str) -> Weights:
-    for weights_name in WEIGHTS_NAMES:
-        if (folder / weights_name).is_file():
-            return _load_file(folder / weights_name, config, name)
-    raise WeightsError(f"{folder} holds no {WEIGHTS_NAMES[0]}; give the folder of a diffusers VAE")
-
-
-def _load_file(path: Path, config: VAEConfig | None, name: str) -> Weights:
-    tensors = read_safetensors(path)
-    if config is None:
-        config = _read_config(path.parent / CONFIG_NAME)
-    return _checked(config, tensors, name)
+def _read(vae: VAEFile) -> tuple[VAEConfig, dict[str, Tensor]]:
+    return vae.config, vae.read()
 
 
 def _read_config(path: Path) -> VAEConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path} does not exist; name the family of these weights, for example sd1 or sdxl"
-        ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no JSON object; it is not the config of a VAE")
     return VAEConfig.from_diffusers(content)
 
 
-def _checked(config: VAEConfig, tensors: dict[str, Tensor], name: str) -> Weights:
+def _derive_config(path: Path, shapes: Mapping[str, tuple[int, ...]], told: str | None) -> tuple[VAEConfig, str | None]:
+    """The config that these shapes have, and its family where shapes and `told` leave no doubt."""
+    found = _shape_fields(path, shapes)
+    same = [name for name, family in FAMILIES.items() if _fields(family) == found]
+    latents = found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1)
+    akin = same or [name for name, family in FAMILIES.items() if (family.latent_channels, family.downscale) == latents]
+    if not akin:
+        raise ConfigError(
+            f"{path} has {latents[0]} latent channels at 1/{latents[1]} of the size, as no family that sdvae knows; "
+            f"put its {CONFIG_NAME} beside it"
+        )
+    if not same and any(width % 32 for width in found["block_out_channels"]):
+        raise ConfigError(
+            f"{path} has no {CONFIG_NAME} beside it, and its widths {found['block_out_channels']} do not tell the "
+            "number of its groups; put the file there, or name the family of these weights, for example sd1 or sdxl"
+        )
+    certain = told if told in akin else akin[0] if len(akin) == 1 else None
+    family = certain or next(name for name in (*_COMMON, *akin) if name in akin)
+    if certain is None:
+        others = [name for name in akin if name != family]
+        logger.warning(
+            "%s may be of %s: they have the same shapes, and differ in the scale of their latents. It is taken for "
+            "%s; if it is another, say so: --family %s",
+            path, " or ".join(akin), family, others[0],
+        )  # fmt: skip
+    return (FAMILIES[family] if same else replace(FAMILIES[family], norm_num_groups=32, **found)), certain
+
+
+def _shape_fields(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The fields of a config that shapes tell."""
+
+    def count(pattern: str) -> int:
+        return next(index for index in range(len(shapes) + 1) if pattern.format(index) not in shapes)
+
+    num_levels = count("encoder.down_blocks.{}.resnets.0.conv1.weight")
+    try:
+        return {
+            "in_channels": shapes["encoder.conv_in.weight"][1],
+            "out_channels": shapes["decoder.conv_out.weight"][0],
+            "latent_channels": shapes["decoder.conv_in.weight"][1],
+            "block_out_channels": tuple(
+                shapes[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(num_levels)
+            ),
+            "layers_per_block": count("encoder.down_blocks.0.resnets.{}.conv1.weight"),
+            "attention_levels": tuple(
+                level
+                for level in range(num_levels)
+                if f"encoder.down_blocks.{level}.attentions.0.to_q.weight" in shapes
+            ),
+            "mid_block_add_attention": "decoder.mid_block.attentions.0.to_q.weight" in shapes,
+            "use_quant_conv": "quant_conv.weight" in shapes,
+            "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+        }
+    except (KeyError, IndexError) as error:
+        raise WeightsError(
+            f"{path} holds half a VAE: {error} is missing or has no shape; find the whole file"
+        ) from None
+
+
+def _fields(config: VAEConfig) -> dict[str, Any]:
+    return {field: getattr(config, field) for field in _SHAPE_FIELDS}
+
+
+def _family_of(config: VAEConfig) -> str | None:
+    scale = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    same = (
+        name
+        for name, family in FAMILIES.items()
+        if _fields(family) == _fields(config) and all(getattr(family, f) == getattr(config, f) for f in scale)
+    )
+    return next(same, None)
+
+
+def _family_told(file: TensorFile) -> str | None:
+    """The family that a checkpoint's other tensors, or its metadata, speak for."""
+    if FAMILY_KEY in file.metadata:
+        return file.metadata[FAMILY_KEY]
+    for neighbour, family in _NEIGHBOURS.items():
+        if any(key.startswith(neighbour) for key in file.entries):
+            return family
+    architecture = file.metadata.get("modelspec.architecture", "").lower()
+    return next((family for start, family in _ARCHITECTURES.items() if architecture.startswith(start)), None)
+
+
+def _check(path: Path, config: VAEConfig, source: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    found = _shape_fields(path, shapes)
+    differences = [
+        f"{name} {found[name]} instead of {value}" for name, value in _fields(config).items() if found[name] != value
+    ]
+    if differences:
+        raise WeightsError(f"the weights of {path} do not fit their {source}: {', '.join(differences)}")
     with torch.device("meta"):
-        expected = AutoencoderKL(config).state_dict()
+        expected = {key: tuple(tensor.shape) for key, tensor in AutoencoderKL(config).state_dict().items()}
     wrong_shapes = [
-        f"{key} {tuple(tensors[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & tensors.keys())
-        if tensors[key].shape != expected[key].shape
+        f"{key} {shapes[key]} instead of {expected[key]}"
+        for key in sorted(expected.keys() & shapes.keys())
+        if shapes[key] != expected[key]
     ]
     problems = {
-        "missing": sorted(expected.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - expected.keys()),
         "of another shape": wrong_shapes,
     }
-    told = [f"{len(keys)} {problem}: {_some(keys)}" for problem, keys in problems.items() if keys]
+    told = [f"{len(keys)} {problem}: {some(keys)}" for problem, keys in problems.items() if keys]
     if told:
-        raise WeightsError(f"the weights of {name} do not fit their config; keys {'; '.join(told)}")
-    return Weights(config, tensors, name)
-
-
-def _some(keys: list[str]) -> str:
-    rest = len(keys) - _MOST_KEYS_LISTED
-    return ", ".join(keys[:_MOST_KEYS_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+        raise WeightsError(f"the weights of {path} do not fit their {source}; keys {'; '.join(told)}")
 
 
 def _looks_like_hub_id(spec: str) -> bool:
@@ -137,7 +287,9 @@ def _download(spec: str) -> Path:
         for weights_name in WEIGHTS_NAMES:
             try:
                 config = hf_hub_download(f"{owner}/{repository}", CONFIG_NAME, subfolder=subfolder)
-                hf_hub_download(f"{owner}/{repository}", weights_name, subfolder=subfolder)
+                weights = Path(hf_hub_download(f"{owner}/{repository}", weights_name, subfolder=subfolder))
+                for shard in shard_names(weights):
+                    hf_hub_download(f"{owner}/{repository}", shard, subfolder=subfolder)
                 return Path(config).parent
             except EntryNotFoundError as error:  # not in this place; offline, also: not in the cache
                 problem = error
