@@ -1,6 +1,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from sdvae.vae import VAE
 from sdvae.weights.identity import fingerprint, latent_space
 from sdvae.weights.load import CONFIG_NAME, WEIGHTS_NAMES, load_weights
 from tests.conftest import SMALL
+from tests.test_keymap import assert_equal, ldm_state_dict, narrow, to_diffusers
+from tests.test_weight_files import peak_rss
 
 
 @pytest.fixture
@@ -159,3 +162,142 @@ def test_latent_spaces() -> None:
 
 def test_the_spec_is_the_name(folder: Path) -> None:
     assert load_weights(folder).name == str(folder)
+
+
+# --- Single files and whole checkpoints ---
+
+NEIGHBOURS = {
+    "sd1": "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    "sdxl": "conditioner.embedders.1.model.ln_final.bias",
+    "sd3": "model.diffusion_model.joint_blocks.0.context_block.mlp.fc1.bias",
+    "flux1": "model.diffusion_model.double_blocks.0.img_mlp.0.bias",
+}
+
+
+def narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every family with an eighth of its channels, so that tests write megabytes and not gigabytes."""
+    for name in ("sd1", "sdxl", "sd3", "flux1", "kl-f4", "kl-f16", "x4-upscaler"):
+        monkeypatch.setitem(FAMILIES, name, narrow(FAMILIES[name]))
+
+
+@pytest.mark.parametrize("family", NEIGHBOURS)
+@pytest.mark.parametrize("container", ["safetensors", "ckpt"])
+def test_a_checkpoint_loads_as_the_family_its_other_tensors_tell(
+    family: str, container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    narrowed(monkeypatch)
+    ldm = ldm_state_dict(FAMILIES[family])
+    prefix = "vae." if family == "flux1" else "first_stage_model."
+    checkpoint = {prefix + key: value for key, value in ldm.items()} | {NEIGHBOURS[family]: torch.zeros(3)}
+    path = tmp_path / f"model.{container}"
+    save_file(checkpoint, path) if container == "safetensors" else torch.save({"state_dict": checkpoint}, path)
+    weights = load_weights(path)
+    assert weights.config == FAMILIES[family]
+    assert_equal(weights.tensors, to_diffusers(ldm))
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("family", "expected", "others"),
+    [
+        ("sdxl", "sd1", "--family sdxl"),
+        ("sd3", "flux1", "--family sd3"),
+        ("kl-f16", "kl-f16", None),
+        ("kl-f4", "kl-f4", None),
+        ("x4-upscaler", "x4-upscaler", None),
+    ],
+)
+def test_a_file_whose_family_its_shapes_leave_open_loads_with_a_warning(
+    family: str,
+    expected: str,
+    others: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    narrowed(monkeypatch)
+    path = tmp_path / "vae.safetensors"
+    tensors = ldm_state_dict(FAMILIES[family])
+    save_file(tensors, path)
+    assert load_weights(path).config == FAMILIES[expected]
+    assert [others in record.message for record in caplog.records] == ([True] if others else [])
+    caplog.clear()
+    assert load_weights(path, family=family).config == FAMILIES[family]
+    save_file(
+        tensors, path, metadata={"modelspec.architecture": {"sdxl": "stable-diffusion-xl-v1-base/vae"}.get(family, "")}
+    )
+    if family == "sdxl":
+        assert load_weights(path).config == FAMILIES["sdxl"]
+    assert caplog.records == []
+
+
+def test_a_family_with_other_structure_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrowed(monkeypatch)
+    path = tmp_path / "vae.safetensors"
+    save_file(ldm_state_dict(FAMILIES["sd3"]), path)
+    with pytest.raises(
+        WeightsError, match="family sd1: latent_channels 16 instead of 4, use_quant_conv False instead of"
+    ):
+        load_weights(path, family="sd1")
+
+
+def test_an_unknown_width_is_derived_with_the_scale_of_its_latents(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(FAMILIES["sd1"], block_out_channels=(32, 32, 32, 32), layers_per_block=1)
+    path = tmp_path / "vae.safetensors"
+    save_file(ldm_state_dict(config), path)
+    assert load_weights(path).config == config
+    assert "--family sdxl" in caplog.text
+    save_file(ldm_state_dict(replace(config, latent_channels=7)), path)
+    with pytest.raises(ConfigError, match="7 latent channels at 1/8 of the size"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("kind", ["bin", "fp16.safetensors", "sharded safetensors", "sharded bin"])
+def test_folders_of_every_kind_load(kind: str, small_vae: VAE, folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS_NAMES[0])
+    (folder / WEIGHTS_NAMES[0]).unlink()
+    stem = "diffusion_pytorch_model"
+    if kind == "bin":
+        torch.save(tensors, folder / f"{stem}.bin")
+    elif kind == "fp16.safetensors":
+        save_file(tensors, folder / f"{stem}.fp16.safetensors")
+    else:
+        suffix = kind.split()[1]
+        names = [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+        parts = [dict(list(tensors.items())[:9]), dict(list(tensors.items())[9:])]
+        for part, name in zip(parts, names, strict=True):
+            save_file(part, folder / name) if suffix == "safetensors" else torch.save(part, folder / name)
+        weight_map = {key: name for part, name in zip(parts, names, strict=True) for key in part}
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert load(folder).fingerprint == small_vae.fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_tensors_stored_in_few_bits_load_as_what_they_hold(dtype: torch.dtype, folder: Path) -> None:
+    path = folder / WEIGHTS_NAMES[0]
+    stored = {key: value.to(dtype) for key, value in load_file(path).items()}
+    save_file(stored, path)
+    assert load(folder).fingerprint == fingerprint({key: value.float() for key, value in stored.items()})
+
+
+@pytest.mark.parametrize("container", ["safetensors", "zip", "legacy"])
+def test_loading_from_a_large_checkpoint_needs_the_memory_of_its_vae(
+    container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "sd1", narrow(FAMILIES["sd1"]))
+    ldm = {f"first_stage_model.{key}": value for key, value in ldm_state_dict(FAMILIES["sd1"]).items()}
+    vae_bytes = sum(value.nbytes for value in ldm.values())
+    unet = {f"model.diffusion_model.{i}.weight": torch.zeros(50 << 20, dtype=torch.uint8) for i in range(4)}
+    checkpoint = unet | ldm | {NEIGHBOURS["sd1"]: torch.zeros(1)}
+    path = tmp_path / f"model.{container}"
+    if container == "safetensors":
+        save_file(checkpoint, path)
+    else:
+        torch.save({"state_dict": checkpoint}, path, _use_new_zipfile_serialization=container == "zip")
+    del unet, checkpoint
+    with peak_rss() as peak_bytes:
+        weights = load_weights(path)
+    assert sum(value.nbytes for value in weights.tensors.values()) == vae_bytes > 4 << 20
+    assert peak_bytes() < vae_bytes + (40 << 20)

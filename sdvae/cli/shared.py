@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sdvae.config import FAMILIES
 from sdvae.errors import SdvaeError
 
 if TYPE_CHECKING:
@@ -107,8 +108,14 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: str) ->
     return int(value)
 
 
+FAMILY = click.option(
+    "--family", type=click.Choice(list(FAMILIES)), help="Which VAE it is, where its file leaves that open."
+)
 _VAE_OPTIONS = (
-    click.option("--vae", metavar="VAE", help="A folder, safetensors file or hub id.  [default: the embedded VAE]"),
+    click.option(
+        "--vae", metavar="VAE", help="A folder, a file of a VAE or checkpoint, a hub id.  [default: the embedded VAE]"
+    ),
+    FAMILY,
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps."),
     click.option(
         "--dtype",
@@ -146,17 +153,17 @@ def with_console(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_vae(function: Callable[..., None]) -> Callable[..., None]:
-    """Add --vae, --device and --dtype to a verb, and hand it `load_vae`, to be called when its input is known good.
+    """Add the options of a VAE to a verb, and hand it `load_vae`, to be called when its input is known good.
 
     `load_vae(auto_dtype)` takes what "auto" is to mean where the work was begun in some dtype before.
     """
 
     @wraps(function)
-    def run(*, vae: str | None, device: str, dtype: str, **arguments: Any) -> None:
+    def run(*, vae: str | None, family: str | None, device: str, dtype: str, **arguments: Any) -> None:
         def load_vae(auto_dtype: str = "auto") -> "VAE":
             from sdvae.vae import VAE
 
-            loaded = VAE.load(vae, device=device, dtype=auto_dtype if dtype == "auto" else dtype)
+            loaded = VAE.load(vae, device, auto_dtype if dtype == "auto" else dtype, family)
             _LOG.info("%s on %s in %s, fingerprint %s", loaded.name, loaded.device, loaded.dtype, loaded.fingerprint)
             return loaded
 
