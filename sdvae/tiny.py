@@ -5,7 +5,7 @@ Architecture and weights: madebyollin/taesd, `taesd.py` (MIT). Parameters are na
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from sdvae.config import VAEConfig
 from sdvae.errors import ConfigError
 from sdvae.latents import scale, unscale
 from sdvae.posterior import LOGVAR_MIN, DiagonalGaussian
+
+T = TypeVar("T")
 
 CLAMP = 3.0  # scaled latents are squeezed into (-3, 3) before they are decoded
 
@@ -163,16 +165,16 @@ class AutoencoderTiny(nn.Module):
         return self.decode(posterior.sample(generator)), posterior
 
 
-def named_as_diffusers(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """TAESD's own two files (bare `nn.Sequential` keys: `0.weight`) as one state dict of AutoencoderTiny.
+def named_as_diffusers(encoder: Mapping[str, T], decoder: Mapping[str, T]) -> dict[str, T]:
+    """TAESD's own two files (bare `nn.Sequential` keys: `0.weight`) under the names of one AutoencoderTiny.
 
     Either mapping may be empty. TAESD's decoder begins with a clamp that has a place in its sequence; here it has none.
     """
-    tensors = {f"encoder.layers.{key}": tensor for key, tensor in encoder.items()}
-    for key, tensor in decoder.items():
+    named = {f"encoder.layers.{key}": value for key, value in encoder.items()}
+    for key, value in decoder.items():
         layer, _, rest = key.partition(".")
-        tensors[f"decoder.layers.{int(layer) - 1}.{rest}"] = tensor
-    return tensors
+        named[f"decoder.layers.{int(layer) - 1}.{rest}"] = value
+    return named
 
 
 def _blocks(config: TinyConfig, is_lowest: bool) -> list[nn.Module]:
