@@ -12,6 +12,7 @@ from sdvae import __version__
 from sdvae.cli.decode import decode
 from sdvae.cli.doctor import doctor
 from sdvae.cli.encode import encode
+from sdvae.cli.identify import identify
 from sdvae.cli.interpolate import interpolate
 from sdvae.cli.roundtrip import roundtrip
 from sdvae.cli.sample import sample
@@ -56,7 +57,7 @@ def cli() -> None:
     """Images to latents and back, with a KL-VAE in Stable Diffusion's format."""
 
 
-for _verb in (encode, decode, roundtrip, sample, interpolate, doctor):
+for _verb in (encode, decode, roundtrip, sample, interpolate, identify, doctor):
     _verb.context_settings["auto_envvar_prefix"] = "SDVAE"  # one name for an option, whatever the verb
     cli.add_command(_verb)
 

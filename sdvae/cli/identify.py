@@ -1,0 +1,44 @@
+"""`sdvae identify`: which latent space the VAE in a weights file speaks, and how certain that is."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from sdvae.cli.shared import Console, with_console
+from sdvae.config import FAMILIES
+
+if TYPE_CHECKING:
+    from sdvae.weights.identity import Identity
+
+
+@click.command(short_help="Tell which VAE a weights file holds.")
+@click.argument("file")
+@with_console
+def identify(file: str, console: Console) -> None:
+    """Tell which latent space the VAE in FILE (also a folder or hub id) speaks: sd1, sdxl, sd3, flux1 or unknown.
+
+    Its encoder is run on one image whose latents in each space are known: SD 1 and SDXL have equal names and shapes.
+    """
+    from sdvae.weights.identity import identify as identify_file
+    from sdvae.weights.load import find_file
+
+    path = find_file(file)
+    found = identify_file(path)
+    family = FAMILIES.get(found.latent_space)
+    factors = {"scaling_factor": family and family.scaling_factor, "shift_factor": family and family.shift_factor}
+    console.result("\n".join(_lines(str(path), found)), **{"file": str(path)} | asdict(found) | factors)
+    for item in found.contradictions:
+        console.note(f"its {item.kind} says otherwise ({item.reason}); go by {found.latent_space}")
+
+
+def _lines(file: str, found: "Identity") -> list[str]:
+    is_known = found.latent_space in FAMILIES
+    lines = [f"{file}: {found.latent_space}" + (f", {found.certainty}" if is_known else "")]
+    lines.append(f"network      {found.network}")
+    if is_known:
+        config = FAMILIES[found.latent_space]
+        shift = f"(latents - {config.shift_factor})" if config.shift_factor else "latents"
+        lines.append(f"scaling      scaled_latents = {shift} * {config.scaling_factor}")
+    lines += [f"{item.kind:<11}  {item.reason}" for item in found.evidence]
+    return [*lines, f"fingerprint  {found.fingerprint or 'none'}"]
