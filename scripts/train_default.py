@@ -150,7 +150,8 @@ def train(photos: Path, taesd_folder: Path, out: Path, stop_after: int) -> None:
                 log.write(json.dumps({"step": step, "seconds": round(time.monotonic() - started)} | line) + "\n")
             if (step + 1) % 500 == 0 or step + 1 == stop_after:
                 halved = {key: value.half().contiguous() for key, value in average.state_dict().items()}
-                save_file(halved, out / f"step{step + 1}.safetensors")
+                metadata = {"format": "pt", "sdvae.family": "small", "license": "apache-2.0"}
+                save_file(halved, out / f"step{step + 1}.safetensors", metadata)
 
 
 def main() -> None:
