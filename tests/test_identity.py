@@ -185,11 +185,24 @@ def test_known_files_are_those_of_the_list(data_dir: Path) -> None:
         assert digest in published and space in FAMILIES
 
 
+@pytest.mark.parametrize("fields", [{"in_channels": 1}, {"latent_channels": 8}, {"block_out_channels": (8, 16)}])
+def test_networks_that_the_probe_does_not_fit_are_unknown(tmp_path: Path, fields: dict[str, object]) -> None:
+    model = random_model(replace(SMALL, **fields))  # type: ignore[arg-type]
+    save_file(model.state_dict(), tmp_path / "vae.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_diffusers()))
+    found = identify(tmp_path / "vae.safetensors")
+    assert "probe" not in {item.kind for item in found.evidence}
+    assert (found.latent_space, found.certainty) == ("unknown", "unknown")
+
+
 def test_files_without_a_vae_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "unet.safetensors"
     save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, path)
     with pytest.raises(WeightsError, match="holds no KL-VAE"):
         identify(path)
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(WeightsError, match="holds no KL-VAE"):
+        identify(tmp_path / "empty.safetensors")
     with pytest.raises(WeightsError, match="does not exist"):
         identify(tmp_path / "absent.safetensors")
     broken = embedded(tmp_path)

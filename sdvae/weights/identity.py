@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
@@ -37,7 +37,6 @@ _SPACE_FIELDS = (
 # 0.95 and more, the embedded VAE 0.80; another space at most 0.23, averages of pixels 0.27, random weights 0.14.
 CERTAIN_CORRELATION = 0.9
 LIKELY_CORRELATION = 0.6
-_PROBED_CHANNELS = (4, 16)  # of the spaces that have references
 _SLOPE_TOLERANCE = 0.15  # the slope shrinks with the correlation: the embedded VAE's is 8% low
 
 # Published sha256 of files -> what they are and the space they speak. Gathered from public registries (nix, TypeScript,
@@ -144,8 +143,7 @@ def identify(path: Path) -> Identity:
     nothing. Raises WeightsError for a file that holds no such thing.
     """
     file = open_weights(path)
-    is_tiny = all(key.split(".")[0].isdecimal() for key in file.entries) or "encoder.layers.0.weight" in file.entries
-    found = _read_tiny(file) if is_tiny else _read_kl(file)
+    found = _read_tiny(file) if _is_sequence(file.entries) else _read_kl(file)
     evidence = [*_hash_evidence(path), *_metadata_evidence(file), *found.evidence]
     if found.encode is not None:
         evidence.append(_probe_evidence(found.encode, found.factors))
@@ -198,6 +196,12 @@ class _Found:
     factors: Mapping[str, float] = field(default_factory=dict)
 
 
+def _is_sequence(keys: Collection[str]) -> bool:
+    """Whether these are the keys of numbered layers, as a TAESD has them in both layouts."""
+    is_bare = len(keys) > 0 and all(key.partition(".")[0].isdecimal() for key in keys)
+    return is_bare or "encoder.layers.0.weight" in keys
+
+
 def _read_tiny(file: TensorFile) -> _Found:
     """A TAESD in diffusers' layout, or one of its own two files."""
     is_bare = "encoder.layers.0.weight" not in file.entries
@@ -246,8 +250,8 @@ def _read_kl(file: TensorFile) -> _Found:
             evidence.append(Evidence("config", (space,) if space else (), "likely", reason))
     network = f"KL-VAE with the shapes of {', '.join(fitting) or 'no family'}"
     found = _Found(network, tensors, evidence)
-    if config is None or config.downscale != 8 or config.latent_channels not in _PROBED_CHANNELS:
-        return found
+    if config is None or (config.in_channels, config.downscale) != (3, 8) or config.latent_channels not in (4, 16):
+        return found  # the probe has no reference of that shape
     factors = {name: FAMILIES[name].scaling_factor for name in references()}
     return replace(found, encode=_kl_encoder(config, tensors), factors=factors)
 
@@ -269,7 +273,7 @@ def _kl_encoder(config: VAEConfig, tensors: Mapping[str, Tensor]) -> Callable[[T
 def _read_config(path: Path) -> VAEConfig:
     try:
         return VAEConfig.from_diffusers(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as the config of a VAE: {error}; mend it or move it away") from error
 
 
