@@ -166,16 +166,16 @@ def test_quant_convolutions_belong_to_the_encoder(tmp_path: Path) -> None:
     assert identify(path).latent_space == "unknown"
 
 
-def test_known_bytes_are_certain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "any.safetensors"
-    save_file(random_model(SMALL).state_dict(), path)
-    assert identify(path).latent_space == "unknown"
+def test_known_bytes_outweigh_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = embedded(tmp_path)
+    assert identify(path).latent_space == "sd1"
     monkeypatch.setitem(KNOWN_FILES, hashlib.sha256(path.read_bytes()).hexdigest(), ("a famous file", "sdxl"))
     found = identify(path)
     assert (found.latent_space, found.certainty) == ("sdxl", "certain")
     assert found.evidence[0].reason == "the bytes of a famous file"
+    assert [item.kind for item in found.contradictions] == ["shapes", "probe"]
     monkeypatch.setattr(identity, "_MOST_KNOWN_BYTES", path.stat().st_size - 1)
-    assert identify(path).latent_space == "unknown"
+    assert identify(path).latent_space == "sd1"
 
 
 def test_known_files_are_those_of_the_list(data_dir: Path) -> None:
