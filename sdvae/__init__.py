@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sdvae.config import VAEConfig
     from sdvae.errors import SdvaeError
+    from sdvae.integrations.diffusers import install, uninstall
     from sdvae.model import AutoencoderKL
     from sdvae.posterior import DiagonalGaussian
     from sdvae.vae import VAE
 
 __version__ = "0.1.0"
-__all__ = ["VAE", "AutoencoderKL", "DiagonalGaussian", "SdvaeError", "VAEConfig"]
+__all__ = ["VAE", "AutoencoderKL", "DiagonalGaussian", "SdvaeError", "VAEConfig", "install", "uninstall"]
 
 _MODULES = {
     "VAE": "sdvae.vae",
@@ -22,6 +23,8 @@ _MODULES = {
     "DiagonalGaussian": "sdvae.posterior",
     "SdvaeError": "sdvae.errors",
     "VAEConfig": "sdvae.config",
+    "install": "sdvae.integrations.diffusers",
+    "uninstall": "sdvae.integrations.diffusers",
 }
 
 

@@ -1,0 +1,1 @@
+"""sdvae inside other people's libraries."""

@@ -1,0 +1,186 @@
+"""A drop-in for diffusers' AutoencoderKL whose encode and decode run on sdvae's engine.
+
+    from sdvae.integrations.diffusers import AutoencoderKL      # for diffusers.AutoencoderKL, or
+    sdvae.install(pipe)                                          # for a pipeline that is there already
+
+Everything around the network (files, tiling, slicing, offload, output types) is diffusers' own code.
+"""
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as TheirAutoencoderKL
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets import unet_2d_blocks as blocks
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from sdvae.config import VAEConfig
+from sdvae.engine.run import Engine
+from sdvae.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# What stands between the borrowed layers and means the same in our network.
+_BLOCKS = {
+    Encoder, Decoder, blocks.UNetMidBlock2D, ResnetBlock2D, Attention, Downsample2D, Upsample2D, nn.ModuleList,
+    blocks.DownEncoderBlock2D, blocks.UpDecoderBlock2D, blocks.AttnDownEncoderBlock2D, blocks.AttnUpDecoderBlock2D,
+}  # fmt: skip
+_NO_LAYERS = {nn.SiLU, nn.Dropout, nn.Identity}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class DropInEngine(Engine):
+    """The engine of a diffusers VAE, which knows when something sits in that VAE that our network would pass by."""
+
+    _reported: str | None = None
+
+    def departure(self) -> str | None:
+        """What keeps our network from standing in for diffusers' blocks, or None.
+
+        Layers may be anything that takes their place (adapters, quantised or offloaded ones), with hooks of their own.
+        The blocks around them must be diffusers' own: a hook on one, a patched `forward`, a custom attention processor
+        or another block would never run in our network.
+        """
+        found = set()
+        for name, module in _inner(self.source, "", self.layer_names):
+            if name in self.layer_names:
+                found.add(name)
+            elif reason := _foreign(module):
+                return f"{name} {reason}"
+        absent = sorted(self.layer_names - found)
+        return f"{absent[0]} is not there" if absent else None
+
+    def stands_in(self) -> bool:
+        """Whether our network runs now; where diffusers' blocks must, the log says why, once for each reason."""
+        reason = self.departure()
+        if reason is not None and reason != self._reported:
+            logger.warning("diffusers' own blocks run instead of sdvae's: %s", reason)
+        self._reported = reason
+        return reason is None
+
+    def describe(self) -> str:
+        """What runs, in words; why, where that is not ours."""
+        reason = self.departure()
+        return super().describe() if reason is None else f"diffusers' own blocks, because {reason}"
+
+
+class AutoencoderKL(TheirAutoencoderKL):
+    """`diffusers.AutoencoderKL`, running on sdvae's engine: same files, same arguments, same results to rounding.
+
+    `vae.engine.calls` counts its runs and `vae.engine.describe()` says what runs. Tiles (`enable_tiling`) and slices
+    (`enable_slicing`) are cut and blended by diffusers, each computed by the engine. With gradients wanted the network
+    is differentiable as ever. `force_upcast` is left as it is: half precision has the range it had.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "AutoencoderKL":
+        """A VAE that is saved under diffusers' name."""
+        vae = super().__new__(cls)
+        _sign(vae)
+        return vae
+
+    @property
+    def engine(self) -> DropInEngine:
+        """What encodes and decodes; made when it is first asked for."""
+        engine: DropInEngine | None = vars(self).get("_engine")
+        if engine is None or engine.source is not self:  # a shallow copy (torch's replicate) needs its own
+            engine = vars(self)["_engine"] = DropInEngine(self, VAEConfig.from_diffusers(self.config))
+        return engine
+
+    def _encode(self, x: Tensor) -> Tensor:
+        moments: Tensor = TheirAutoencoderKL._encode(self._inside(), x)
+        return moments
+
+    def _decode(self, z: Tensor, return_dict: bool = True) -> Any:  # DecoderOutput or (pixels,)
+        return TheirAutoencoderKL._decode(self._inside(), z, return_dict)
+
+    def _tiled_encode(self, x: Tensor) -> Tensor:
+        moments: Tensor = TheirAutoencoderKL._tiled_encode(self._inside(), x)
+        return moments
+
+    def tiled_encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """Encode tile by tile; deprecated by diffusers."""
+        return TheirAutoencoderKL.tiled_encode(self._inside(), x, return_dict)
+
+    def tiled_decode(self, z: Tensor, return_dict: bool = True) -> Any:  # DecoderOutput or (pixels,)
+        """Decode tile by tile, blending the overlaps."""
+        return TheirAutoencoderKL.tiled_decode(self._inside(), z, return_dict)
+
+    def _inside(self) -> Any:
+        return _Inside(self) if self.engine.stands_in() else self
+
+
+class _Inside:
+    """A VAE as diffusers' methods see it from inside, with our encoder and decoder (quant convolutions included)."""
+
+    quant_conv = post_quant_conv = None
+    config = SimpleNamespace(use_quant_conv=False, use_post_quant_conv=False)
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self.vae = vae
+        self.encoder, self.decoder = vae.engine.encode_moments, vae.engine.decode
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.vae, name)
+
+
+def install(pipe: Any) -> None:
+    """Let a pipeline's own VAE run on sdvae's engine; its weights, hooks and settings stay where they are.
+
+    `pipe.vae` remains the same object, so whatever else holds it (another pipeline, an offload hook) runs on the
+    engine too. Raises ConfigError for a pipeline without a plain `diffusers.AutoencoderKL`.
+    """
+    vae: Any = getattr(pipe, "vae", None)
+    if type(vae) is AutoencoderKL:
+        return
+    if type(vae) is not TheirAutoencoderKL:
+        raise ConfigError(
+            f"install needs a pipeline whose vae is a diffusers.AutoencoderKL, and this one's is of type "
+            f"{type(vae).__name__}; leave it as it is"
+        )
+    VAEConfig.from_diffusers(vae.config)  # refused now, not in the middle of a picture
+    vae.__class__ = AutoencoderKL
+    _sign(vae)
+
+
+def uninstall(pipe: Any) -> None:
+    """Give a pipeline's VAE its diffusers code back; a VAE that `install` has not changed is left alone."""
+    vae: Any = getattr(pipe, "vae", None)
+    if type(vae) is AutoencoderKL:
+        vae.__class__ = TheirAutoencoderKL
+        for name in ("_engine", "__module__"):
+            vars(vae).pop(name, None)
+
+
+def _sign(vae: AutoencoderKL) -> None:
+    # diffusers writes this name into a pipeline's model_index.json: saved pipelines load where there is no sdvae.
+    vars(vae)["__module__"] = TheirAutoencoderKL.__module__
+
+
+def _inner(module: nn.Module, prefix: str, layer_names: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
+    """All modules below `module`, but not those inside of layers."""
+    for child_name, child in module.named_children():
+        name = prefix + child_name
+        yield name, child
+        if name not in layer_names:
+            yield from _inner(child, f"{name}.", layer_names)
+
+
+def _foreign(module: nn.Module) -> str | None:
+    kind = type(module)
+    if kind not in _BLOCKS | _NO_LAYERS:
+        return f"is a {kind.__name__}"
+    if isinstance(module, nn.Dropout) and module.p and module.training:
+        return "drops activations"
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        return "has a hook"
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    if isinstance(module, Attention) and type(module.processor) not in (AttnProcessor, AttnProcessor2_0):
+        return f"has a {type(module.processor).__name__}"
+    return None
