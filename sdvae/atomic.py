@@ -41,6 +41,21 @@ def write_bytes(path: Path, *chunks: Buffer) -> str:
     return _sha256(chunks)
 
 
+def write_stream(path: Path, chunks: Iterable[Buffer]) -> str:
+    """As `write_bytes`, for chunks that are made one by one as they are written."""
+    digest = hashlib.sha256()
+
+    def hashed() -> Iterator[Buffer]:
+        for chunk in chunks:
+            digest.update(chunk)
+            yield chunk
+
+    with _explained(path, ()), _temporary(path, hashed()) as temporary:
+        hook("replace", path)
+        temporary.replace(path)
+    return digest.hexdigest()
+
+
 def create_bytes(path: Path, *chunks: Buffer) -> bool:
     """Put `chunks` under `path` unless it exists; True for the one process that did.
 

@@ -23,7 +23,10 @@ from sdvae.cli.main import cli
 from sdvae.cli.shared import Console
 
 Run = Callable[..., Result]
-VERBS = ["encode", "decode", "roundtrip", "sample", "interpolate", "doctor"]
+VERBS = [
+    "encode", "decode", "roundtrip", "sample", "interpolate", "inspect", "identify", "convert", "extract", "swap",
+    "doctor",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +95,20 @@ def test_version(run: Run) -> None:
 
 
 def test_options_are_the_documented_ones() -> None:
-    shared = "--vae --device --dtype --json -q --quiet -v --verbose"
+    console = "--json -q --quiet -v --verbose"
+    shared = f"--vae --family --device --dtype {console}"
+    rewriting = f"{console} -o --output --family --dry-run"
     own = {
         "encode": f"{shared} --size --crop --shard-rows --store-dtype --resume --restart --batch-size",
         "decode": f"{shared} --format --latents --batch-size",
         "roundtrip": f"{shared} -o --output --size",
         "sample": f"{shared} -n --num -o --output --size --seed",
         "interpolate": f"{shared} -o --output --steps --mode --size",
+        "inspect": f"{console} --family --tensors",
+        "identify": console,
+        "convert": f"{rewriting} --layout --dtype",
+        "extract": rewriting,
+        "swap": f"{rewriting} --vae --dtype",
         "doctor": "--json",
     }
     expected = {name: set(options.split()) for name, options in own.items()}

@@ -9,13 +9,17 @@ from typing import Any, NoReturn
 import click
 
 from sdvae import __version__
+from sdvae.cli.convert import convert
 from sdvae.cli.decode import decode
 from sdvae.cli.doctor import doctor
 from sdvae.cli.encode import encode
+from sdvae.cli.extract import extract
 from sdvae.cli.identify import identify
+from sdvae.cli.inspect import inspect
 from sdvae.cli.interpolate import interpolate
 from sdvae.cli.roundtrip import roundtrip
 from sdvae.cli.sample import sample
+from sdvae.cli.swap import swap
 from sdvae.errors import SdvaeError
 
 
@@ -57,7 +61,7 @@ def cli() -> None:
     """Images to latents and back, with a KL-VAE in Stable Diffusion's format."""
 
 
-for _verb in (encode, decode, roundtrip, sample, interpolate, identify, doctor):
+for _verb in (encode, decode, roundtrip, sample, interpolate, inspect, identify, convert, extract, swap, doctor):
     _verb.context_settings["auto_envvar_prefix"] = "SDVAE"  # one name for an option, whatever the verb
     cli.add_command(_verb)
 

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from sdvae.vae import VAE
+    from sdvae.weights.edit import Written
 
 PATH = click.Path(path_type=Path)
 OUTPUT = click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The picture to write.")
@@ -111,6 +113,15 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: str) ->
 FAMILY = click.option(
     "--family", type=click.Choice(list(FAMILIES)), help="Which VAE it is, where its file leaves that open."
 )
+WEIGHTS_OUTPUT = click.option(
+    "-o", "--output", type=PATH, required=True, metavar="OUT", help="The file or folder to write."
+)
+STORED_DTYPE = click.option(
+    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="What the VAE is stored in.  [default: as it is]"
+)
+DRY_RUN = click.option(
+    "--dry-run", is_flag=True, help="Check everything, say what would be written, and write nothing."
+)
 _VAE_OPTIONS = (
     click.option(
         "--vae", metavar="VAE", help="A folder, a file of a VAE or checkpoint, a hub id.  [default: the embedded VAE]"
@@ -170,6 +181,16 @@ def with_vae(function: Callable[..., None]) -> Callable[..., None]:
         function(load_vae=load_vae, **arguments)
 
     return _add(_VAE_OPTIONS, run)
+
+
+def tell_written(console: Console, written: "Written", is_dry_run: bool) -> None:
+    """Say what a verb wrote into a weights file, or would write."""
+    would = "would have" if is_dry_run else "has"
+    console.result(
+        f"{written.output} {would} {written.num_tensors} tensors, {written.num_bytes / 1e6:.1f} MB; "
+        f"{written.num_vae} are the VAE's, in {written.layout} layout, family {written.family or 'unknown'}",
+        **asdict(written) | {"output": str(written.output), "is_dry_run": is_dry_run},
+    )
 
 
 def _add(options: tuple[Callable[..., Any], ...], function: Callable[..., None]) -> Callable[..., None]:

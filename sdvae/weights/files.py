@@ -10,7 +10,7 @@ import math
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
@@ -38,6 +38,7 @@ _STORAGES = {  # torch's classes by name -> what they hold
 }  # fmt: skip
 # The most that is read of a header or pickle; Stable Diffusion XL's, with 2,600 tensors, have 0.4 MB.
 _MAX_HEADER_BYTES = 8 << 20
+_CHUNK_BYTES = 8 << 20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _INDEX_SUFFIX = ".index.json"
 _LFS_MAGIC = b"version https://git-lfs"
@@ -84,10 +85,21 @@ class Entry:
         values = torch.empty(self.num_bytes, dtype=torch.uint8)
         with opened(self.path) as file:
             file.seek(self.offset)
-            if file.readinto(values.numpy().data) != self.num_bytes:
-                raise WeightsError(f"{self.path} became shorter while it was read; download it again")
+            _fill(values.numpy().data, file, self.path)
         flat = values.view(DTYPES[self.dtype])
         return flat.view(self.shape) if self.stride is None else flat.as_strided(self.shape, self.stride).contiguous()
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The tensor's bytes in order, some MB at a time: to copy what need not be understood."""
+        if self.stride is not None:
+            yield as_bytes(self.read())
+            return
+        with opened(self.path) as file:
+            file.seek(self.offset)
+            for done in range(0, self.num_bytes, _CHUNK_BYTES):
+                chunk = memoryview(bytearray(min(_CHUNK_BYTES, self.num_bytes - done)))
+                _fill(chunk, file, self.path)
+                yield chunk
 
 
 @dataclass(frozen=True)
@@ -142,11 +154,21 @@ def opened(path: Path) -> io.BufferedReader:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as a file holds them."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Safetensors' name of a dtype; WeightsError for one that it has no name for."""
     if dtype not in _DTYPE_NAMES:
         raise WeightsError(f"weights of type {dtype} are not supported")
     return _DTYPE_NAMES[dtype]
+
+
+def _fill(buffer: memoryview, file: io.BufferedReader, path: Path) -> None:
+    if file.readinto(buffer) != len(buffer):
+        raise WeightsError(f"{path} became shorter while it was read; download it again")
 
 
 def _explain(path: Path, start: bytes) -> WeightsError:

@@ -66,6 +66,7 @@ class VAEFile:
 
     file: TensorFile
     keys: VAEKeys
+    shapes: dict[str, tuple[int, ...]]  # in diffusers' layout
     config: VAEConfig
     family: str | None
 
@@ -106,11 +107,11 @@ def find_file(spec: str | Path) -> Path:
     raise WeightsError(f"{folder} holds no {WEIGHTS_NAMES[0]}; give the folder of a diffusers VAE")
 
 
-def open_vae(path: Path, family: str | None = None) -> VAEFile:
+def open_vae(path: Path, family: str | None = None, *, is_quiet: bool = False) -> VAEFile:
     """The VAE in a weights file, its tensors not read yet but known to fit its config.
 
     The config is that of `family`, else of the config.json beside a diffusers file, else derived from the shapes,
-    with a warning where they fit families that differ only in scale.
+    with a warning (unless `is_quiet`) where they fit families that differ only in scale.
     """
     file = open_weights(path)
     try:
@@ -127,10 +128,10 @@ def open_vae(path: Path, family: str | None = None) -> VAEFile:
         config, source = _read_config(beside), CONFIG_NAME
         family = _family_of(config)
     else:
-        config, family = _derive_config(path, shapes, told=_family_told(file))
+        config, family = _derive_config(path, shapes, _family_told(file), is_quiet)
         source = "shapes"
     _check(path, config, source, shapes)
-    return VAEFile(file, keys, config, family)
+    return VAEFile(file, keys, shapes, config, family)
 
 
 def build_model(weights: Weights) -> AutoencoderKL:
@@ -163,7 +164,9 @@ def _read_config(path: Path) -> VAEConfig:
     return VAEConfig.from_diffusers(content)
 
 
-def _derive_config(path: Path, shapes: Mapping[str, tuple[int, ...]], told: str | None) -> tuple[VAEConfig, str | None]:
+def _derive_config(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], told: str | None, is_quiet: bool
+) -> tuple[VAEConfig, str | None]:
     """The config that these shapes have, and its family where shapes and `told` leave no doubt."""
     found = _shape_fields(path, shapes)
     same = [name for name, family in FAMILIES.items() if _fields(family) == found]
@@ -181,7 +184,7 @@ def _derive_config(path: Path, shapes: Mapping[str, tuple[int, ...]], told: str 
         )
     certain = told if told in akin else akin[0] if len(akin) == 1 else None
     family = certain or next(name for name in (*_COMMON, *akin) if name in akin)
-    if certain is None:
+    if certain is None and not is_quiet:
         others = [name for name in akin if name != family]
         logger.warning(
             "%s may be of %s: they have the same shapes, and differ in the scale of their latents. It is taken for "

@@ -1,0 +1,76 @@
+"""`sdvae inspect`: what a weights file holds."""
+
+from collections import Counter
+from typing import Any
+
+import click
+
+from sdvae.cli.shared import FAMILY, Console, with_console
+from sdvae.errors import SdvaeError
+
+
+@click.command(short_help="Show what a weights file holds.")
+@click.argument("file")
+@FAMILY
+@click.option("--tensors", is_flag=True, help="List every tensor, too.")
+@with_console
+def inspect(file: str, family: str | None, tensors: bool, console: Console) -> None:
+    """Show the tensors, dtypes and metadata of FILE (also a folder or hub id), and the VAE in it.
+
+    Only the VAE's tensors are read, for their fingerprint.
+    """
+    from sdvae.weights.files import TensorFile, open_weights
+    from sdvae.weights.identity import fingerprint
+    from sdvae.weights.load import find_file, open_vae
+
+    path = find_file(file)
+    index: TensorFile = open_weights(path)
+    found: dict[str, Any] = {
+        "file": str(path),
+        "container": index.container,
+        "num_tensors": len(index.entries),
+        "num_bytes": sum(entry.num_bytes for entry in index.entries.values()),
+        "dtypes": dict(Counter(entry.dtype for entry in index.entries.values())),
+        "metadata": index.metadata,
+    }
+    try:
+        vae = open_vae(path, family)
+    except SdvaeError as error:  # another model's weights are no error here
+        found["vae"], reason = None, str(error)
+    else:
+        reason = ""
+        found["vae"] = {
+            "prefix": vae.keys.prefix,
+            "layout": vae.keys.layout,
+            "num_tensors": len(vae.keys.names),
+            "family": vae.family,
+            "config": vae.config.to_diffusers(),
+            "fingerprint": fingerprint(vae.read()),
+        }
+    if tensors:
+        found["tensors"] = {key: [entry.dtype, list(entry.shape)] for key, entry in index.entries.items()}
+    console.result("\n".join(_lines(found)), **found)
+    if reason:
+        console.note(reason)
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found["dtypes"].items())
+    lines = [
+        f"{found['file']}: {found['container']}, {found['num_bytes'] / 1e6:.1f} MB",
+        f"tensors      {found['num_tensors']} ({dtypes})",
+        *(f"metadata     {key}: {value:.100}" for key, value in found["metadata"].items()),
+    ]
+    if found["vae"]:
+        vae, config = found["vae"], found["vae"]["config"]
+        lines += [
+            f"VAE          {vae['num_tensors']} tensors in {vae['layout']} layout, prefix {vae['prefix'] or 'none'}",
+            f"family       {vae['family'] or 'not certain'}",
+            f"widths       {config['block_out_channels']}, {config['layers_per_block']} layers a block",
+            f"latents      {config['latent_channels']} channels, scaling factor {config['scaling_factor']}"
+            + (f", shift {config['shift_factor']}" if config["shift_factor"] is not None else ""),
+            f"fingerprint  {vae['fingerprint']}",
+        ]
+    else:
+        lines.append("VAE          none")
+    return lines + [f"{dtype:<8} {shape} {key}" for key, (dtype, shape) in found.get("tensors", {}).items()]

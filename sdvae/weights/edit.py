@@ -1,0 +1,226 @@
+"""Whole files in, whole files out: a VAE in another layout, out of a checkpoint, or into one.
+
+Tensors pass one by one, so memory does not follow the size of the files. Inputs are never modified; outputs are
+safetensors and say in their metadata what they were made of.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdvae import __version__, atomic
+from sdvae.errors import WeightsError
+from sdvae.weights.files import DTYPES, Entry, TensorFile, as_bytes, dtype_name, opened
+from sdvae.weights.keymap import Layout, fit_shape, ldm_names, some
+from sdvae.weights.load import CONFIG_NAME, FAMILY_KEY, WEIGHTS_NAMES, VAEFile, open_vae
+
+logger = logging.getLogger(__name__)
+
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, or would be: `num_vae` of the `num_tensors` belong to the VAE."""
+
+    output: Path
+    num_tensors: int
+    num_vae: int
+    num_bytes: int
+    layout: Layout
+    family: str | None
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One tensor of an output: its bytes are made when they are written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    chunks: Callable[[], Iterable[memoryview]]
+
+
+def convert(
+    source: Path,
+    output: Path,
+    layout: Layout | None = None,
+    dtype: torch.dtype | None = None,
+    family: str | None = None,
+    *,
+    is_dry_run: bool = False,
+) -> Written:
+    """Write the VAE of `source` alone: as a folder that diffusers reads, or where `output` ends .safetensors, one file.
+
+    Layout and dtype stay where they are not given; a folder has diffusers' layout.
+    """
+    return _write_vae("convert", open_vae(source, family), output, layout, dtype, is_dry_run)
+
+
+def extract(checkpoint: Path, output: Path, family: str | None = None, *, is_dry_run: bool = False) -> Written:
+    """Write the VAE in a checkpoint, as `convert` does; WeightsError where the file holds nothing else."""
+    vae = open_vae(checkpoint, family)
+    if len(vae.keys.names) == len(vae.file.entries):
+        raise WeightsError(f"{checkpoint} is a VAE already, there is nothing to take it out of; use sdvae convert")
+    return _write_vae("extract", vae, output, None, None, is_dry_run)
+
+
+def swap(
+    checkpoint: Path,
+    vae: Path,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    family: str | None = None,
+    *,
+    is_dry_run: bool = False,
+) -> Written:
+    """Write `checkpoint` with the VAE of another file in place of its own; all its other tensors stay as they are.
+
+    Each tensor keeps the name, shape and dtype it has in the checkpoint, unless `dtype` is given. `family` is that of
+    the new VAE. Raises WeightsError for a VAE of another structure, or one known to speak another latent space.
+    """
+    old, new = open_vae(checkpoint, is_quiet=True), open_vae(vae, family, is_quiet=True)
+    _check_swap(old, new)
+    _check_output(output, old.file, new.file)
+    if output.suffix != _SUFFIX:
+        raise WeightsError(f"{output} must be named .safetensors: it is the only kind of file that sdvae writes")
+    keys = {name: key for key, name in new.keys.names.items()}
+    family = new.family or old.family
+    planned: dict[str, _Planned] = {}
+    for key, entry in old.file.entries.items():
+        if key not in old.keys.names:
+            planned[key] = _Planned(entry.dtype, entry.shape, entry.num_bytes, entry.chunks)
+        else:
+            stored = DTYPES[entry.dtype] if dtype is None else dtype
+            planned[key] = _plan(new.file.entries[keys[old.keys.names[key]]], entry.shape, stored)
+    told = {"sdvae.vae_sha256": sha256(new.file)} if not is_dry_run else {}
+    metadata = old.file.metadata | told
+    return _write("swap", output, planned, metadata, old, len(keys), old.keys.layout, family, is_dry_run)
+
+
+def sha256(file: TensorFile) -> str:
+    """The sha256 (hex) of a file's bytes; of each shard, joined by commas, where there are several."""
+    digests = []
+    for path in sorted({entry.path for entry in file.entries.values()}):
+        with opened(path) as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return ",".join(digests)
+
+
+def _write_vae(
+    verb: str, vae: VAEFile, output: Path, layout: Layout | None, dtype: torch.dtype | None, is_dry_run: bool
+) -> Written:
+    is_folder = output.suffix != _SUFFIX
+    _check_output(output, vae.file)
+    if is_folder and (output.suffix in (".ckpt", ".pt", ".pth", ".bin") or output.is_file()):
+        raise WeightsError(f"{output} must be a folder or a file named .safetensors: sdvae writes nothing else")
+    if is_folder and layout == "ldm":
+        raise WeightsError(f"{output} would be a diffusers folder; name a .safetensors file for LDM's layout")
+    layout = "diffusers" if is_folder else layout or vae.keys.layout
+    names = {name: name for name in vae.keys.names.values()} if layout == "diffusers" else ldm_names(vae.shapes)
+    planned = {}
+    for key, name in vae.keys.names.items():
+        entry = vae.file.entries[key]
+        shape = fit_shape(name, fit_shape(name, entry.shape, "diffusers"), layout)
+        planned[names[name]] = _plan(entry, shape, DTYPES[entry.dtype] if dtype is None else dtype)
+    metadata = vae.file.metadata if not vae.keys.prefix else {}
+    target = output / WEIGHTS_NAMES[0] if is_folder else output
+    if is_folder and not is_dry_run:
+        atomic.make_folder(output)
+        content = json.dumps(vae.config.to_diffusers(), indent=2) + "\n"
+        atomic.write_bytes(output / CONFIG_NAME, content.encode())
+    return _write(verb, target, planned, metadata, vae, len(planned), layout, vae.family, is_dry_run)
+
+
+def _check_swap(old: VAEFile, new: VAEFile) -> None:
+    differing = sorted(
+        name for name in old.shapes.keys() | new.shapes.keys() if old.shapes.get(name) != new.shapes.get(name)
+    )
+    if differing:
+        raise WeightsError(
+            f"the VAE of {new.file.path} has another structure than that of {old.file.path}: {len(differing)} tensors "
+            f"differ, {some(differing, 3)}; a checkpoint takes only a VAE of its own kind"
+        )
+    if old.family and new.family and old.family != new.family:
+        raise WeightsError(
+            f"{old.file.path} speaks {old.family} latents and {new.file.path} {new.family}: the pictures would be "
+            f"wrong; take a VAE of {old.family}"
+        )
+    if old.family and not new.family:
+        logger.warning(
+            "%s does not say whether it speaks the %s latents of %s; if it does, say so: --family %s",
+            new.file.path, old.family, old.file.path, old.family,
+        )  # fmt: skip
+
+
+def _check_output(output: Path, *inputs: TensorFile) -> None:
+    """Refuse an output that is an input, by whatever name, or that has no folder to be in."""
+    for path in {entry.path for file in inputs for entry in file.entries.values()}:
+        places = [output, output / WEIGHTS_NAMES[0]]
+        if any(place.exists() and place.samefile(path) for place in places):
+            raise WeightsError(f"{output} is the input, too, which stays as it is; give -o another name")
+    if not output.parent.is_dir():
+        raise WeightsError(f"there is no folder {output.parent} to write {output.name} into; make it first")
+    if output.suffix == _SUFFIX and output.is_dir():
+        raise WeightsError(f"{output} is a folder; give the file another name")
+
+
+def _plan(entry: Entry, shape: tuple[int, ...], dtype: torch.dtype) -> _Planned:
+    def cast() -> Iterator[memoryview]:
+        tensor = entry.read()
+        narrower = tensor.to(dtype)
+        if _num_finite(narrower) < _num_finite(tensor):
+            raise WeightsError(f"{entry.path} holds numbers too large for {dtype}; keep a wider --dtype")
+        yield as_bytes(narrower)
+
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return _Planned(dtype_name(dtype), shape, num_bytes, entry.chunks if DTYPES[entry.dtype] == dtype else cast)
+
+
+def _num_finite(tensor: Tensor) -> int:
+    return int(tensor.float().isfinite().sum())
+
+
+def _write(
+    verb: str,
+    target: Path,
+    planned: dict[str, _Planned],
+    metadata: dict[str, str],
+    source: VAEFile,
+    num_vae: int,
+    layout: Layout,
+    family: str | None,
+    is_dry_run: bool,
+) -> Written:
+    # Wide elements first, as safetensors' own writer has it: then each tensor lies at a multiple of its element size.
+    order = sorted(planned, key=lambda key: -DTYPES[planned[key].dtype].itemsize if planned[key].dtype in DTYPES else 0)
+    if not is_dry_run:
+        metadata = {"format": "pt"} | metadata | {"sdvae.version": __version__, "sdvae.verb": verb}
+        metadata["sdvae.source_sha256"] = sha256(source.file)
+        if family:
+            metadata[FAMILY_KEY] = family
+        atomic.write_stream(target, _safetensors({key: planned[key] for key in order}, metadata))
+    num_bytes = sum(tensor.num_bytes for tensor in planned.values())
+    return Written(target, len(planned), num_vae, num_bytes, layout, family)
+
+
+def _safetensors(tensors: dict[str, _Planned], metadata: dict[str, str]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file, a piece at a time."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    begin = 0
+    for key, tensor in tensors.items():
+        end = begin + tensor.num_bytes
+        header[key] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begin aligned
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        yield from tensor.chunks()
