@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from sdvae import atomic
 from sdvae.pixels import to_pixels
 from sdvae.tiny import TinyConfig, TinyEncoder
-from sdvae.weights.identity import PROBE_ASSET, probe_image
+from sdvae.weights.probe import PROBE_ASSET, probe_image
 
 ENCODERS = {"sd1": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1"}
 ASSETS = Path(__file__).parents[1] / "sdvae" / "assets"

@@ -15,15 +15,9 @@ from sdvae.config import FAMILIES, VAEConfig
 from sdvae.model import AutoencoderKL
 from sdvae.pixels import to_pixels
 from sdvae.tiny import TinyConfig, TinyEncoder
-from sdvae.weights.identity import (
-    CERTAIN_CORRELATION,
-    LIKELY_CORRELATION,
-    PROBE_ASSET,
-    match_references,
-    probe_image,
-    references,
-)
+from sdvae.weights.identify import CERTAIN_CORRELATION, LIKELY_CORRELATION
 from sdvae.weights.load import build_model, load_weights
+from sdvae.weights.probe import PROBE_ASSET, match_references, probe_image, references
 from tests.conftest import SMALL, random_model
 
 

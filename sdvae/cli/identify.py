@@ -9,7 +9,7 @@ from sdvae.cli.shared import Console, with_console
 from sdvae.config import FAMILIES
 
 if TYPE_CHECKING:
-    from sdvae.weights.identity import Identity
+    from sdvae.weights.identify import Identity
 
 
 @click.command(short_help="Tell which VAE a weights file holds.")
@@ -20,7 +20,7 @@ def identify(file: str, console: Console) -> None:
 
     Its encoder is run on one image whose latents in each space are known: SD 1 and SDXL have equal names and shapes.
     """
-    from sdvae.weights.identity import identify as identify_file
+    from sdvae.weights.identify import identify as identify_file
     from sdvae.weights.load import find_file
 
     path = find_file(file)

@@ -12,8 +12,9 @@ from sdvae.config import FAMILIES, VAEConfig
 from sdvae.errors import ConfigError, WeightsError
 from sdvae.model import AutoencoderKL
 from sdvae.tiny import named_as_diffusers
-from sdvae.weights import identity
-from sdvae.weights.identity import KNOWN_FILES, identify
+from sdvae.weights import identify as identify_module
+from sdvae.weights.identify import KNOWN_FILES, _encoder_shapes, _of_encoder, identify
+from sdvae.weights.identity import fingerprint
 from sdvae.weights.keymap import ldm_names
 from sdvae.weights.load import find_file, load_weights
 from tests.conftest import SMALL, random_model
@@ -107,7 +108,7 @@ def test_the_embedded_vae_is_of_sd1_whatever_the_layout_or_dtype(tmp_path: Path)
     path = embedded(tmp_path)
     found = identify(path)
     assert found.latent_space == "sd1" and found.certainty != "unknown"
-    assert found.fingerprint == identity.fingerprint(weights.tensors)
+    assert found.fingerprint == fingerprint(weights.tensors)
     names = ldm_names(weights.tensors)
     checkpoint = tmp_path / "sdxl.safetensors"
     tensors = {f"first_stage_model.{names[key]}": value.bfloat16() for key, value in weights.tensors.items()}
@@ -145,7 +146,11 @@ def test_a_network_that_overflows_is_unknown(tmp_path: Path) -> None:
 def test_the_shapes_of_full_size_vaes_leave_two_spaces() -> None:
     with torch.device("meta"):
         shapes = {key: tuple(value.shape) for key, value in AutoencoderKL(FAMILIES["sdxl"]).state_dict().items()}
-    fitting = [name for name in FAMILIES if identity._encoder_shapes(FAMILIES[name]) == identity._of_encoder(shapes)]
+    fitting = [
+        name
+        for name in FAMILIES
+        if identify_module._encoder_shapes(FAMILIES[name]) == identify_module._of_encoder(shapes)
+    ]
     assert fitting == ["sd1", "sdxl"]
 
 
@@ -174,7 +179,7 @@ def test_known_bytes_outweigh_all_else(tmp_path: Path, monkeypatch: pytest.Monke
     assert (found.latent_space, found.certainty) == ("sdxl", "certain")
     assert found.evidence[0].reason == "the bytes of a famous file"
     assert [item.kind for item in found.contradictions] == ["shapes", "probe"]
-    monkeypatch.setattr(identity, "_MOST_KNOWN_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(identify_module, "_MOST_KNOWN_BYTES", path.stat().st_size - 1)
     assert identify(path).latent_space == "sd1"
 
 
