@@ -216,12 +216,14 @@ class AutoencoderKL(nn.Module):
         self.encoder.gradient_checkpointing = is_enabled
         self.decoder.gradient_checkpointing = is_enabled
 
+    def encode_moments(self, pixels: Tensor) -> Tensor:  # (N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8)
+        """Mean and logvar along the channels, logvar not clamped yet."""
+        moments: Tensor = self.encoder(pixels)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
     def encode(self, pixels: Tensor) -> DiagonalGaussian:  # (N, 3, H, W) in [-1, 1] -> raw (N, C, H/8, W/8)
         """The posterior over raw latents."""
-        moments = self.encoder(pixels)
-        if self.quant_conv is not None:
-            moments = self.quant_conv(moments)
-        return DiagonalGaussian.from_moments(moments)
+        return DiagonalGaussian.from_moments(self.encode_moments(pixels))
 
     def decode(self, latents: Tensor) -> Tensor:  # raw (N, C, h, w) -> (N, 3, 8h, 8w), about [-1, 1]
         """Pixels of raw latents; not clamped, as in diffusers."""

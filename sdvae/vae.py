@@ -18,6 +18,7 @@ from torch import Tensor
 from sdvae import latents as latent_scaling
 from sdvae.config import VAEConfig
 from sdvae.engine.precision import choose_device, choose_dtype
+from sdvae.engine.run import Engine
 from sdvae.errors import LatentsError, ShapeError
 from sdvae.images import from_pil
 from sdvae.model import AutoencoderKL
@@ -56,6 +57,7 @@ class VAE:
         # NHWC is 2x faster on CPUs; on CUDA it loses until GroupNorm is ours (docs/design.md, section 9).
         self._memory_format = torch.channels_last if device.type == "cpu" else torch.contiguous_format
         self.model = self._placed(model)
+        self.engine = Engine(self.model, self.config)
         self._original = self.model if dtype == torch.float32 else model  # what save() and in_float32() read
         self._in_float32: VAE | None = None
 
@@ -63,7 +65,7 @@ class VAE:
     def load(
         cls, spec: str | Path | None = None, device: str = "auto", dtype: str = "auto", family: str | None = None
     ) -> "VAE":
-        """The embedded VAE, or the one `spec` names: a diffusers folder, a safetensors file, a hub id.
+        """The embedded VAE, or the one `spec` names: a diffusers folder, a VAE's file, a checkpoint, a hub id.
 
         `device` and `dtype` are "auto" or names ("cuda:1", "bf16"); `family` overrides the config.
         Raises WeightsError, ConfigError or DeviceError.
@@ -92,12 +94,12 @@ class VAE:
     def encode(self, pixels: Tensor) -> DiagonalGaussian:  # (N, 3, H, W) in [-1, 1] -> over raw (N, C, H/8, W/8)
         """The posterior over raw latents. ShapeError for sizes that are no multiple of the downscale."""
         self._check_pixels(pixels)
-        return DiagonalGaussian.from_moments(self._run(_moments, pixels))
+        return DiagonalGaussian.from_moments(self._run(lambda vae: vae.engine.encode_moments, pixels))
 
     def decode(self, latents: Tensor) -> Tensor:  # raw (N, C, h, w) -> (N, 3, 8h, 8w), about [-1, 1]
         """Pixels of raw latents (`unscale` scaled ones first). LatentsError for other channels, NaN or infinity."""
         self._check_latents(latents)
-        return self._run(AutoencoderKL.decode, latents)
+        return self._run(lambda vae: vae.engine.decode, latents)
 
     def encode_images(self, images: Sequence[AnyImage]) -> Encoded:
         """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.
@@ -171,16 +173,16 @@ class VAE:
         model = copy.deepcopy(model).requires_grad_(False).to(self.device, self.dtype)
         return model.to(memory_format=self._memory_format)  # type: ignore[call-overload, no-any-return]
 
-    def _run(self, function: Callable[[AutoencoderKL, Tensor], Tensor], batch: Tensor) -> Tensor:
+    def _run(self, choose: Callable[["VAE"], Callable[[Tensor], Tensor]], batch: Tensor) -> Tensor:
         with torch.no_grad(), _tf32_off():
-            out = function(self.model, batch.to(self.device, self.dtype, memory_format=self._memory_format)).float()
+            out = choose(self)(batch.to(self.device, self.dtype, memory_format=self._memory_format)).float()
         if self.dtype == torch.float32:
             return out
         for index in (~out.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
             logger.warning(
                 "%s overflowed in %s; image %d of the batch runs again in fp32", self.name, self.dtype, index
             )
-            out[index] = self.in_float32()._run(function, batch[index : index + 1])[0]
+            out[index] = self.in_float32()._run(choose, batch[index : index + 1])[0]
         return out
 
     def _check_pixels(self, pixels: Tensor) -> None:
@@ -203,11 +205,6 @@ class VAE:
             raise LatentsError(f"{self.name} decodes float latents (N, {channels}, h, w), not {_described(latents)}")
         if not latents.isfinite().all():
             raise LatentsError("the latents hold NaN or infinity; the model that made them overflowed, run it in fp32")
-
-
-def _moments(model: AutoencoderKL, pixels: Tensor) -> Tensor:
-    posterior = model.encode(pixels)
-    return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
 
 def _as_image(image: AnyImage) -> NDArray[np.uint8]:

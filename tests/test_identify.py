@@ -13,7 +13,7 @@ from sdvae.errors import ConfigError, WeightsError
 from sdvae.model import AutoencoderKL
 from sdvae.tiny import named_as_diffusers
 from sdvae.weights import identify as identify_module
-from sdvae.weights.identify import KNOWN_FILES, _encoder_shapes, _of_encoder, identify
+from sdvae.weights.identify import KNOWN_FILES, identify
 from sdvae.weights.identity import fingerprint
 from sdvae.weights.keymap import ldm_names
 from sdvae.weights.load import find_file, load_weights

@@ -25,7 +25,9 @@ def test_encode_and_decode_agree_with_the_reference_module(small_vae: VAE) -> No
     posterior = small_vae.encode(pixels)
     for ours, theirs in [(posterior.mean, reference.mean), (posterior.logvar, reference.logvar)]:
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()  # NHWC sums in another order
+    calls = small_vae.engine.calls
     assert (small_vae.decode(reference.mode()) - decoded).norm() <= 1e-5 * decoded.norm()
+    assert small_vae.engine.calls == calls + 1
 
 
 def test_encode_refuses_other_sizes_and_names_encode_images(small_vae: VAE) -> None:

@@ -29,9 +29,7 @@ class Engine:
 
     def encode_moments(self, pixels: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, 2C, H/8, W/8), sizes floored
         """The encoder's output, after `quant_conv`; differentiable."""
-        model = self._run()
-        moments: Tensor = model.encoder(pixels)
-        return moments if model.quant_conv is None else model.quant_conv(moments)
+        return self._run().encode_moments(pixels)
 
     def decode(self, latents: Tensor) -> Tensor:  # raw (N, C, h, w) -> (N, 3, 8h, 8w)
         """Pixels of raw latents; differentiable."""
