@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import test_data, write_result
-from diffusers import AutoencoderTiny
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,19 +23,17 @@ from sdvae.data.preprocess import Preprocess, apply, plan_geometry
 from sdvae.images import read_image
 from sdvae.metrics import psnr
 from sdvae.pixels import to_images, to_pixels
+from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers
 
 SIZE_PX = 512
 Picture = NDArray[np.uint8]
 
 
 def load_taesd(folder: Path) -> AutoencoderTiny:
-    """TAESD from its bare nn.Sequential files; diffusers' decoder has no module for the leading clamp."""
-    tensors = {f"encoder.layers.{key}": value for key, value in load_file(folder / "taesd_encoder.safetensors").items()}
-    for key, value in load_file(folder / "taesd_decoder.safetensors").items():
-        layer, rest = key.split(".", 1)
-        tensors[f"decoder.layers.{int(layer) - 1}.{rest}"] = value
-    taesd = AutoencoderTiny()
-    taesd.load_state_dict(tensors)
+    """SD 1's TAESD from its two files."""
+    encoder, decoder = (load_file(folder / f"taesd_{side}.safetensors") for side in ("encoder", "decoder"))
+    taesd = AutoencoderTiny(TinyConfig.from_family("sd1"))
+    taesd.load_state_dict(named_as_diffusers(encoder, decoder))
     return taesd.eval()
 
 
@@ -56,10 +53,10 @@ def round_trips(vae: VAE, taesd: AutoencoderTiny) -> dict[str, Callable[[Picture
         return to_images(vae.decode(latents))[0]
 
     def taesd_encode(image: Picture) -> torch.Tensor:
-        return vae.unscale(taesd.encode(to_pixels(image[None])).latents)
+        return taesd.encode(to_pixels(image[None])).mode()
 
     def taesd_decode(latents: torch.Tensor) -> Picture:
-        return to_images(taesd.decode(vae.scale(latents)).sample)[0]
+        return to_images(taesd.decode(latents))[0]
 
     return {
         "Lanczos 8x down, bicubic up": lanczos_bicubic,
