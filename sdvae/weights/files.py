@@ -1,18 +1,15 @@
 """Where the tensors of a file lie, and reading the ones that are needed. No file that is read here can run code.
 
-safetensors, and both containers of torch.save. A pickle is interpreted in a closed world: whatever it names becomes
-a value of this module or is refused; nothing is imported or called. Tensors stay on disk until `Entry.read`.
+safetensors, and both containers of torch.save (their pickles: `pickles.py`). Tensors stay on disk until `Entry.read`.
 """
 
 import io
 import json
 import math
-import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sdvae.errors import UnsafeFileError, WeightsError
+from sdvae.weights.pickles import DAMAGED_PICKLE, PickledTensor, Storage, named_tensors, unpickle
 
 Container = Literal["safetensors", "torch zip", "torch legacy"]
 
@@ -29,42 +27,12 @@ DTYPES = {  # safetensors' names
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_TORCH_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPE_NAMES}
-_STORAGES = {  # torch's classes by name -> what they hold
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
-}  # fmt: skip
 # The most that is read of a header or pickle; Stable Diffusion XL's, with 2,600 tensors, have 0.4 MB.
 _MAX_HEADER_BYTES = 8 << 20
 _CHUNK_BYTES = 8 << 20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _INDEX_SUFFIX = ".index.json"
 _LFS_MAGIC = b"version https://git-lfs"
-# Bookkeeping of trainers, which no tensor depends on: these become objects that hold and do nothing.
-_INERT_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf"}
-_INERT_NAMES = {
-    "argparse": {"Namespace"},
-    "collections": {"defaultdict", "Counter"},
-    "builtins": {"set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "str", "complex", "object"},
-    "__builtin__": {"set", "dict", "list", "int", "long", "float", "bool", "str", "object"},
-    "_codecs": {"encode"},
-    "numpy": {"dtype", "ndarray"},
-    "numpy.core.multiarray": {"scalar", "_reconstruct"},
-    "numpy._core.multiarray": {"scalar", "_reconstruct"},
-    "numpy.core.numeric": {"_frombuffer"},
-    "numpy._core.numeric": {"_frombuffer"},
-    "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
-    "torch": {"Size", "device"},
-    "typing": {"Any", "Dict", "List", "Union", "Optional"},
-}
-# Opcodes that push the number, text or bytes they carry.
-_VALUES = (
-    "INT", "INT1", "INT2", "LONG", "LONG1", "LONG4", "FLOAT", "STRING", "UNICODE", "UNICODE8", "BYTES", "BYTES8",
-    "BYTEARRAY8",
-)  # fmt: skip
-_DAMAGED_PICKLE = (LookupError, ValueError, TypeError, OverflowError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -269,229 +237,10 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 # --- torch.save: a zip of one pickle and raw storages; before torch 1.6, five pickles and raw storages ---
 
 
-@dataclass(frozen=True)
-class _Storage:
-    key: str
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _PickledTensor:
-    storage: _Storage
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def entry(self, path: Path, start: int, num_bytes: int) -> Entry:
-        """Where it lies, given where its storage does; ValueError where it reaches out of it."""
-        numbers = (self.offset, *self.shape, *self.stride)
-        if any(type(number) is not int or number < 0 for number in numbers) or len(self.shape) != len(self.stride):
-            raise ValueError("impossible shape")
-        num_elements = math.prod(self.shape)
-        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        span = last + 1 if num_elements else 0
-        # An expanded tensor names elements more than once; no trained weight does.
-        if (self.offset + span) * self.dtype.itemsize > num_bytes or num_elements > span:
-            raise ValueError("a tensor reaches out of its storage")
-        steps = tuple(math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
-        is_contiguous = all(size == 1 or a == b for size, a, b in zip(self.shape, self.stride, steps, strict=True))
-        begin = start + self.offset * self.dtype.itemsize
-        stride = None if is_contiguous or not num_elements else self.stride
-        return Entry(path, dtype_name(self.dtype), self.shape, begin, span * self.dtype.itemsize, stride)
-
-
-class _Rebuild(Enum):
-    """The functions that a pickle may call: torch's that make a tensor, and the class of a state dict."""
-
-    TENSOR = auto()  # (storage, offset, shape, stride, ...)
-    PARAMETER = auto()  # (tensor, ...)
-    DICT = auto()  # ()
-
-
-class _Inert(Enum):
-    """Stands for every object that is no tensor, and for its class: takes anything, holds and does nothing."""
-
-    THING = auto()
-
-
-_CALLS = {
-    ("collections", "OrderedDict"): _Rebuild.DICT,
-    ("torch._utils", "_rebuild_tensor"): _Rebuild.TENSOR,
-    ("torch._utils", "_rebuild_tensor_v2"): _Rebuild.TENSOR,
-    ("torch._utils", "_rebuild_tensor_v3"): _Rebuild.TENSOR,
-    ("torch._utils", "_rebuild_parameter"): _Rebuild.PARAMETER,
-}
-
-
-class _Machine:
-    """Interprets a pickle in which nothing exists but text, numbers, lists, dicts, tensors and inert things.
-
-    Python's own unpickler is not used: even with every name refused, it crashes on tuples nested deeply enough.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.storages: dict[str, _Storage] = {}
-
-    def run(self, stream: BinaryIO) -> Any:
-        """The value of the pickle at the stream's position, which moves behind it."""
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-        for opcode, argument, _ in pickletools.genops(stream):
-            self._step(opcode.name, argument)
-        return self.stack.pop()
-
-    def _step(self, name: str, argument: Any) -> None:
-        stack = self.stack
-        match name:
-            case "PROTO" | "FRAME" | "STOP":
-                pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-            case "MARK":
-                self.marks.append(len(stack))
-            case "POP":
-                stack.pop()
-            case "POP_MARK":
-                self._items()
-            case "DUP":
-                stack.append(stack[-1])
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "TUPLE":
-                stack.append(tuple(self._items()))
-            case "EMPTY_LIST":
-                stack.append([])
-            case "LIST":
-                stack.append(self._items())
-            case "APPEND":
-                self._extend([stack.pop()])
-            case "APPENDS":
-                self._extend(self._items())
-            case "EMPTY_DICT":
-                stack.append({})
-            case "DICT":
-                items = self._items()
-                stack.append({})
-                self._update(items)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                self._update([key, value])
-            case "SETITEMS":
-                self._update(self._items())
-            case "EMPTY_SET":
-                stack.append(_Inert.THING)
-            case "ADDITEMS":
-                self._items()
-            case "FROZENSET":
-                self._items()
-                stack.append(_Inert.THING)
-            case "GLOBAL":
-                module, _, attribute = argument.partition(" ")
-                stack.append(self._find(module, attribute))
-            case "STACK_GLOBAL":
-                attribute, module = stack.pop(), stack.pop()
-                stack.append(self._find(str(module), str(attribute)))
-            case "INST":
-                module, _, attribute = argument.partition(" ")
-                stack.append(self._call(self._find(module, attribute), tuple(self._items())))
-            case "OBJ":
-                function, *arguments = self._items()
-                stack.append(self._call(function, tuple(arguments)))
-            case "REDUCE" | "NEWOBJ":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(self._call(function, arguments))
-            case "NEWOBJ_EX":
-                _, arguments, function = stack.pop(), stack.pop(), stack.pop()
-                stack.append(self._call(function, arguments))
-            case "BUILD":  # attributes of an object: none here has any
-                stack.pop()
-            case "BINPERSID":
-                stack.append(self._find_storage(*stack.pop()))
-            case _ if name.endswith(_VALUES):
-                stack.append(argument)
-            case _:
-                raise ValueError(f"{name} has no business in a file of torch.save")
-
-    def _items(self) -> list[Any]:
-        """What was pushed since the last mark, popped."""
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
-
-    def _extend(self, items: list[Any]) -> None:
-        if isinstance(self.stack[-1], list):
-            self.stack[-1].extend(items)
-
-    def _update(self, items: list[Any]) -> None:
-        # Keys that are no text name no tensor, and hashing what a stranger nested can overflow the stack.
-        if isinstance(self.stack[-1], dict):
-            pairs = zip(items[::2], items[1::2], strict=True)
-            self.stack[-1].update((key, value) for key, value in pairs if isinstance(key, str))
-
-    def _find(self, module: str, name: str) -> Any:
-        if (module, name) in _CALLS:
-            return _CALLS[module, name]
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _STORAGES[name]
-        if module == "torch" and name in _TORCH_NAMES:
-            return _TORCH_NAMES[name]
-        if module.partition(".")[0] in _INERT_PACKAGES or name in _INERT_NAMES.get(module, ()):
-            return _Inert.THING
-        raise UnsafeFileError(
-            f"{self.path} is refused: it asks for {module[:99]!a}.{name[:99]!a}, and reading it could run code; "
-            "use a .safetensors version of these weights"
-        )
-
-    def _call(self, function: Any, arguments: Any) -> Any:
-        match function, arguments:
-            case _Inert.THING, _:
-                return _Inert.THING
-            case _Rebuild.DICT, ():
-                return {}
-            case _Rebuild.DICT, ([*pairs],):
-                return {key: value for key, value in pairs if isinstance(key, str)}
-            case _Rebuild.PARAMETER, (tensor, *_):
-                return tensor
-            case _Rebuild.TENSOR, (_Storage() as storage, offset, tuple(shape), tuple(stride), *rest):
-                dtype = next((value for value in rest if isinstance(value, torch.dtype)), storage.dtype)
-                return _PickledTensor(storage, dtype, offset, shape, stride)
-        raise ValueError("it calls what is no function")
-
-    def _find_storage(self, kind: Any, dtype: Any, key: Any, device: Any, num_elements: Any, *_: Any) -> _Storage:
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
-            raise ValueError("an unknown kind of storage")
-        return self.storages.setdefault(key, _Storage(key, dtype))
-
-
-def _unpickle(path: Path, file: BinaryIO) -> tuple[Any, dict[str, _Storage]]:
-    """The value of the pickle at the file's position, which moves behind it, and the storages it names."""
-    start = file.tell()
-    machine, stream = _Machine(path), io.BytesIO(file.read(_MAX_HEADER_BYTES))
-    try:
-        value = machine.run(stream)
-    except _DAMAGED_PICKLE as error:
-        raise WeightsError(f"{path} is a damaged or foreign pickle ({error}); download it again") from None
-    file.seek(start + stream.tell())
-    return value, machine.storages
-
-
 def _index_zip(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
     try:
         records = zipfile.ZipFile(file).infolist()
-    except (zipfile.BadZipFile, *_DAMAGED_PICKLE, NotImplementedError, OSError) as error:
+    except (zipfile.BadZipFile, *DAMAGED_PICKLE, NotImplementedError, OSError) as error:
         raise WeightsError(
             f"{path} is a damaged or truncated file of torch.save ({error}); download it again"
         ) from None
@@ -515,7 +264,7 @@ def _index_zip(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
         if file.read(3) != b"lit":
             raise WeightsError(f"{path} was written by a big-endian machine; save it as safetensors there")
     file.seek(places[pickles[0].filename][0])
-    value, _ = _unpickle(path, io.BytesIO(file.read(pickles[0].file_size)))
+    value, _ = unpickle(path, io.BytesIO(file.read(pickles[0].file_size)), _MAX_HEADER_BYTES)
     return _entries(path, value, lambda storage: places[f"{root}data/{storage.key}"], size)
 
 
@@ -529,14 +278,15 @@ def _data_offset(path: Path, file: BinaryIO, header_offset: int) -> int:
 
 
 def _index_legacy(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
-    if _unpickle(path, file)[0] != _LEGACY_MAGIC:
+    if unpickle(path, file, _MAX_HEADER_BYTES)[0] != _LEGACY_MAGIC:
         raise WeightsError(
             f"{path} is a pickle, but not one of torch.save; use a .safetensors version of these weights"
         )
-    _unpickle(path, file)  # the protocol
-    _unpickle(path, file)  # the machine
-    value, storages = _unpickle(path, file)
-    keys, _ = _unpickle(path, file)  # the storages that follow, each as its number of elements and its bytes
+    unpickle(path, file, _MAX_HEADER_BYTES)  # the protocol
+    unpickle(path, file, _MAX_HEADER_BYTES)  # the machine
+    value, storages = unpickle(path, file, _MAX_HEADER_BYTES)
+    # The storages that follow, each as its number of elements and its bytes.
+    keys, _ = unpickle(path, file, _MAX_HEADER_BYTES)
     places: dict[str, tuple[int, int]] = {}
     for key in keys if isinstance(keys, list) else ():
         count = file.read(8)
@@ -551,8 +301,8 @@ def _index_legacy(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
     return _entries(path, value, lambda storage: places[storage.key], size)
 
 
-def _entries(path: Path, value: Any, place: Callable[[_Storage], tuple[int, int]], size: int) -> dict[str, Entry]:
-    state = _state_dict(value)
+def _entries(path: Path, value: Any, place: Callable[[Storage], tuple[int, int]], size: int) -> dict[str, Entry]:
+    state = named_tensors(value)
     if not state:
         raise WeightsError(f"{path} holds no tensors by name; is it a checkpoint?")
     entries = {}
@@ -561,15 +311,25 @@ def _entries(path: Path, value: Any, place: Callable[[_Storage], tuple[int, int]
             start, num_bytes = place(tensor.storage)
             if start + num_bytes > size:
                 raise ValueError("a storage reaches out of the file")
-            entries[key] = tensor.entry(path, start, num_bytes)
+            entries[key] = _place_tensor(path, tensor, start, num_bytes)
         except (LookupError, ValueError, OverflowError) as error:
             raise WeightsError(f"{path} is damaged: {key} cannot be found in it ({error}); download it again") from None
     return entries
 
 
-def _state_dict(value: Any) -> dict[str, _PickledTensor]:
-    """The named tensors of what was saved: itself, or under Lightning's "state_dict"."""
-    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        value = value["state_dict"]
-    items = value.items() if isinstance(value, dict) else ()
-    return {key: tensor for key, tensor in items if isinstance(key, str) and isinstance(tensor, _PickledTensor)}
+def _place_tensor(path: Path, tensor: PickledTensor, start: int, num_bytes: int) -> Entry:
+    """Where it lies, given where its storage does; ValueError where it reaches out of it."""
+    numbers = (tensor.offset, *tensor.shape, *tensor.stride)
+    if any(type(number) is not int or number < 0 for number in numbers) or len(tensor.shape) != len(tensor.stride):
+        raise ValueError("impossible shape")
+    num_elements = math.prod(tensor.shape)
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
+    span = last + 1 if num_elements else 0
+    # An expanded tensor names elements more than once; no trained weight does.
+    if (tensor.offset + span) * tensor.dtype.itemsize > num_bytes or num_elements > span:
+        raise ValueError("a tensor reaches out of its storage")
+    steps = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
+    is_contiguous = all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride, steps, strict=True))
+    begin = start + tensor.offset * tensor.dtype.itemsize
+    stride = None if is_contiguous or not num_elements else tensor.stride
+    return Entry(path, dtype_name(tensor.dtype), tensor.shape, begin, span * tensor.dtype.itemsize, stride)

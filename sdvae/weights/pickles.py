@@ -1,0 +1,262 @@
+"""Pickles of torch.save in a closed world: what one names becomes a value of this module or is refused.
+
+Nothing is imported and nothing is called, so nothing can run. Tensors come out as places in storages.
+"""
+
+import io
+import pickletools
+import struct
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from sdvae.errors import UnsafeFileError, WeightsError
+
+DAMAGED_PICKLE = (LookupError, ValueError, TypeError, OverflowError, struct.error)  # what nonsense raises here
+
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_STORAGES = {  # torch's classes by name -> what they hold
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}  # fmt: skip
+# Bookkeeping of trainers, which no tensor depends on: these become objects that hold and do nothing.
+_INERT_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf"}
+_INERT_NAMES = {
+    "argparse": {"Namespace"},
+    "collections": {"defaultdict", "Counter"},
+    "builtins": {"set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "str", "complex", "object"},
+    "__builtin__": {"set", "dict", "list", "int", "long", "float", "bool", "str", "object"},
+    "_codecs": {"encode"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy.core.multiarray": {"scalar", "_reconstruct"},
+    "numpy._core.multiarray": {"scalar", "_reconstruct"},
+    "numpy.core.numeric": {"_frombuffer"},
+    "numpy._core.numeric": {"_frombuffer"},
+    "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "torch": {"Size", "device"},
+    "typing": {"Any", "Dict", "List", "Union", "Optional"},
+}
+# Opcodes that push the number, text or bytes they carry.
+_VALUES = (
+    "INT", "INT1", "INT2", "LONG", "LONG1", "LONG4", "FLOAT", "STRING", "UNICODE", "UNICODE8", "BYTES", "BYTES8",
+    "BYTEARRAY8",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Numbers of one dtype that a container holds under `key`."""
+
+    key: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class PickledTensor:
+    """A tensor as `_rebuild_tensor` is told of it; `offset` and `stride` in elements. Nothing is checked yet."""
+
+    storage: Storage
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Rebuild(Enum):
+    """The functions that a pickle may call: torch's that make a tensor, and the class of a state dict."""
+
+    TENSOR = auto()  # (storage, offset, shape, stride, ...)
+    PARAMETER = auto()  # (tensor, ...)
+    DICT = auto()  # ()
+
+
+class _Inert(Enum):
+    """Stands for every object that is no tensor, and for its class: takes anything, holds and does nothing."""
+
+    THING = auto()
+
+
+_CALLS = {
+    ("collections", "OrderedDict"): _Rebuild.DICT,
+    ("torch._utils", "_rebuild_tensor"): _Rebuild.TENSOR,
+    ("torch._utils", "_rebuild_tensor_v2"): _Rebuild.TENSOR,
+    ("torch._utils", "_rebuild_tensor_v3"): _Rebuild.TENSOR,
+    ("torch._utils", "_rebuild_parameter"): _Rebuild.PARAMETER,
+}
+
+
+class _Machine:
+    """Interprets a pickle in which nothing exists but text, numbers, lists, dicts, tensors and inert things.
+
+    Python's own unpickler is not used: even with every name refused, it crashes on tuples nested deeply enough.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.storages: dict[str, Storage] = {}
+
+    def run(self, stream: BinaryIO) -> Any:
+        """The value of the pickle at the stream's position, which moves behind it."""
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        for opcode, argument, _ in pickletools.genops(stream):
+            self._step(opcode.name, argument)
+        return self.stack.pop()
+
+    def _step(self, name: str, argument: Any) -> None:
+        stack = self.stack
+        match name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            case "MARK":
+                self.marks.append(len(stack))
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                self._items()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[argument])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "TUPLE":
+                stack.append(tuple(self._items()))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "LIST":
+                stack.append(self._items())
+            case "APPEND":
+                self._extend([stack.pop()])
+            case "APPENDS":
+                self._extend(self._items())
+            case "EMPTY_DICT":
+                stack.append({})
+            case "DICT":
+                items = self._items()
+                stack.append({})
+                self._update(items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                self._update([key, value])
+            case "SETITEMS":
+                self._update(self._items())
+            case "EMPTY_SET":
+                stack.append(_Inert.THING)
+            case "ADDITEMS":
+                self._items()
+            case "FROZENSET":
+                self._items()
+                stack.append(_Inert.THING)
+            case "GLOBAL":
+                module, _, attribute = argument.partition(" ")
+                stack.append(self._find(module, attribute))
+            case "STACK_GLOBAL":
+                attribute, module = stack.pop(), stack.pop()
+                stack.append(self._find(str(module), str(attribute)))
+            case "INST":
+                module, _, attribute = argument.partition(" ")
+                stack.append(self._call(self._find(module, attribute), tuple(self._items())))
+            case "OBJ":
+                function, *arguments = self._items()
+                stack.append(self._call(function, tuple(arguments)))
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(self._call(function, arguments))
+            case "NEWOBJ_EX":
+                _, arguments, function = stack.pop(), stack.pop(), stack.pop()
+                stack.append(self._call(function, arguments))
+            case "BUILD":  # attributes of an object: none here has any
+                stack.pop()
+            case "BINPERSID":
+                stack.append(self._find_storage(*stack.pop()))
+            case _ if name.endswith(_VALUES):
+                stack.append(argument)
+            case _:
+                raise ValueError(f"{name} has no business in a file of torch.save")
+
+    def _items(self) -> list[Any]:
+        """What was pushed since the last mark, popped."""
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def _extend(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], list):
+            self.stack[-1].extend(items)
+
+    def _update(self, items: list[Any]) -> None:
+        # Keys that are no text name no tensor, and hashing what a stranger nested can overflow the stack.
+        if isinstance(self.stack[-1], dict):
+            pairs = zip(items[::2], items[1::2], strict=True)
+            self.stack[-1].update((key, value) for key, value in pairs if isinstance(key, str))
+
+    def _find(self, module: str, name: str) -> Any:
+        if (module, name) in _CALLS:
+            return _CALLS[module, name]
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        if module.partition(".")[0] in _INERT_PACKAGES or name in _INERT_NAMES.get(module, ()):
+            return _Inert.THING
+        raise UnsafeFileError(
+            f"{self.path} is refused: it asks for {module[:99]!a}.{name[:99]!a}, and reading it could run code; "
+            "use a .safetensors version of these weights"
+        )
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        match function, arguments:
+            case _Inert.THING, _:
+                return _Inert.THING
+            case _Rebuild.DICT, ():
+                return {}
+            case _Rebuild.DICT, ([*pairs],):
+                return {key: value for key, value in pairs if isinstance(key, str)}
+            case _Rebuild.PARAMETER, (tensor, *_):
+                return tensor
+            case _Rebuild.TENSOR, (Storage() as storage, offset, tuple(shape), tuple(stride), *rest):
+                dtype = next((value for value in rest if isinstance(value, torch.dtype)), storage.dtype)
+                return PickledTensor(storage, dtype, offset, shape, stride)
+        raise ValueError("it calls what is no function")
+
+    def _find_storage(self, kind: Any, dtype: Any, key: Any, device: Any, num_elements: Any, *_: Any) -> Storage:
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+            raise ValueError("an unknown kind of storage")
+        return self.storages.setdefault(key, Storage(key, dtype))
+
+
+def unpickle(path: Path, file: BinaryIO, max_bytes: int) -> tuple[Any, dict[str, Storage]]:
+    """The value of the pickle at the file's position, which moves behind it, and the storages it names."""
+    start = file.tell()
+    machine, stream = _Machine(path), io.BytesIO(file.read(max_bytes))
+    try:
+        value = machine.run(stream)
+    except DAMAGED_PICKLE as error:
+        raise WeightsError(f"{path} is a damaged or foreign pickle ({error}); download it again") from None
+    file.seek(start + stream.tell())
+    return value, machine.storages
+
+
+def named_tensors(value: Any) -> dict[str, PickledTensor]:
+    """The named tensors of what was saved: itself, or under Lightning's "state_dict"."""
+    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
+        value = value["state_dict"]
+    items = value.items() if isinstance(value, dict) else ()
+    return {key: tensor for key, tensor in items if isinstance(key, str) and isinstance(tensor, PickledTensor)}
