@@ -79,9 +79,9 @@ def encode(
     for reason, count in Counter(report.quarantined).most_common(10):
         console.note(f"{count} in quarantine: {reason}")
     in_quarantine = f", {num_quarantined} in {out / 'quarantine.jsonl'}" if num_quarantined else ""
+    speed = f"{report.images_per_s:.2f} images/s" if report.images_per_s else "nothing was left to do"
     console.result(
-        f"{report.num_written} of {report.num_seen} photos are in {out}{in_quarantine}; "
-        f"{report.images_per_s:.2f} images/s",
+        f"{report.num_written} of {report.num_seen} photos are in {out}{in_quarantine}; {speed}",
         output=str(out),
         num_seen=report.num_seen,
         num_written=report.num_written,
