@@ -17,7 +17,7 @@ from sdvae.model import AutoencoderKL, Encoder
 from sdvae.pixels import to_pixels
 from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers
 from sdvae.weights.files import Entry, TensorFile, open_weights, opened
-from sdvae.weights.identity import LATENT_SPACES, fingerprint, known_space
+from sdvae.weights.identity import ARCHITECTURES, LATENT_SPACES, fingerprint, known_space
 from sdvae.weights.keymap import find_vae, fit_layout
 from sdvae.weights.probe import match_references, probe_image, references
 
@@ -53,11 +53,6 @@ KNOWN_FILES = {
     ),
 }  # fmt: skip
 _MOST_KNOWN_BYTES = 400_000_000  # larger files are checkpoints, of which no hash is listed: they are not hashed
-# The beginnings of "modelspec.architecture" (Stability-AI/ModelSpec) -> space.
-ARCHITECTURES = {
-    "stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd1", "stable-diffusion-xl": "sdxl",
-    "stable-diffusion-3": "sd3", "stable-diffusion-v3": "sd3", "flux-1": "flux1",
-}  # fmt: skip
 
 Certainty = Literal["certain", "likely", "unknown"]
 

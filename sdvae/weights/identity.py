@@ -12,6 +12,11 @@ LATENT_SPACES = ("sd1", "sdxl", "sd3", "flux1", "x4-upscaler")
 _SPACE_FIELDS = (
     "downscale", "latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std",
 )  # fmt: skip
+# The beginnings of "modelspec.architecture" (Stability-AI/ModelSpec) -> space.
+ARCHITECTURES = {
+    "stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd1", "stable-diffusion-xl": "sdxl",
+    "stable-diffusion-3": "sd3", "stable-diffusion-v3": "sd3", "flux-1": "flux1",
+}  # fmt: skip
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

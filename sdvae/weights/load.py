@@ -17,6 +17,7 @@ from sdvae.config import FAMILIES, VAEConfig
 from sdvae.errors import ConfigError, WeightsError
 from sdvae.model import AutoencoderKL
 from sdvae.weights.files import TensorFile, open_weights, shard_names
+from sdvae.weights.identity import ARCHITECTURES
 from sdvae.weights.keymap import VAEKeys, find_vae, fit_layout, fit_shape, some
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,6 @@ _NEIGHBOURS = {
     "model.diffusion_model.double_blocks.": "flux1",
     "model.diffusion_model.label_emb.": "sdxl",  # SDXL without its text encoders
 }
-# The beginnings of "modelspec.architecture" (Stability-AI/ModelSpec) in the metadata.
-_ARCHITECTURES = {
-    "stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd1", "stable-diffusion-xl": "sdxl",
-    "stable-diffusion-3": "sd3", "stable-diffusion-v3": "sd3", "flux-1": "flux1",
-}  # fmt: skip
 # Where shapes leave several families and nothing else speaks: those whose single files are the most common.
 _COMMON = ("sd1", "flux1")
 
@@ -247,7 +243,7 @@ def _family_told(file: TensorFile) -> str | None:
         if any(key.startswith(neighbour) for key in file.entries):
             return family
     architecture = file.metadata.get("modelspec.architecture", "").lower()
-    return next((family for start, family in _ARCHITECTURES.items() if architecture.startswith(start)), None)
+    return next((family for start, family in ARCHITECTURES.items() if architecture.startswith(start)), None)
 
 
 def _check(path: Path, config: VAEConfig, source: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
