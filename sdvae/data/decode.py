@@ -141,9 +141,8 @@ def _open_store(root: Path, vae: VAE) -> list[_Series]:
             root, writer["fingerprint"], vae.name, vae.fingerprint, vae.latent_space,
         )  # fmt: skip
     shards = store.shards()
-    num_shards = store.manifest["roster"]["num_shards"]
-    if len(shards) < num_shards:
-        _LOG.warning("%s is not finished: %d of its %d shards are there", root, len(shards), num_shards)
+    if len(shards) < store.num_shards:
+        _LOG.warning("%s is not finished: %d of its %d shards are there", root, len(shards), store.num_shards)
     series = []
     for shard in (shard for shard in shards if shard.num_rows):
         lines = sorted((line for line in store.records(shard.number) if line["row"] is not None), key=itemgetter("row"))

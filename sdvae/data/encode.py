@@ -222,11 +222,11 @@ def _require_same_identity(store: Store, identity: dict[str, Any]) -> None:
 
 
 def _require_same_roster(store: Store, tasks: Sequence[Task]) -> None:
-    if hashlib.sha256(b"".join(roster_lines(tasks))).hexdigest() == store.roster.sha256:
+    if hashlib.sha256(b"".join(roster_lines(tasks))).hexdigest() == store.rosters[0].sha256:
         return
-    if not store.roster.is_whole():
-        raise VerifyError(f"{store.roster.path} is damaged or missing; start again with --restart")
-    require_same_records(read_roster(store.roster.path), tasks)
+    if not store.rosters[0].is_whole():
+        raise VerifyError(f"{store.rosters[0].path} is damaged or missing; start again with --restart")
+    require_same_records(read_roster(store.rosters[0].path), tasks)
     raise StoreError(
         f"{store.layout.root} was begun by an sdvae that cuts shards otherwise; start again with --restart"
     )
@@ -244,13 +244,14 @@ def _begin(layout: Layout, identity: dict[str, Any], tasks: Sequence[Task], vae:
     """Write roster and manifest. From the manifest on, the folder is a store."""
     roster = list(roster_lines(tasks))
     entry = {
-        "sha256": atomic.write_bytes(layout.roster, *roster),
+        "sha256": atomic.write_bytes(layout.roster(0), *roster),
         "num_bytes": sum(map(len, roster)),
         "num_records": sum(len(task.records) for task in tasks),
         "num_shards": len(tasks),
     }
-    manifest = identity | {"roster": entry, "latent_error": vae.latent_error()}
-    atomic.create_bytes(layout.manifest, atomic.seal(manifest))
+    manifest = atomic.seal(identity | {"roster": entry, "latent_error": vae.latent_error()})
+    atomic.write_bytes(layout.journal / "manifest.json", manifest)  # a copy: nothing else could restore it
+    atomic.create_bytes(layout.manifest, manifest)
     return Store.open(layout.root)
 
 

@@ -18,6 +18,7 @@ class Preprocess:
     crop: Literal["center", "none"] = "center"
     background: tuple[int, int, int] = (255, 255, 255)  # under transparent images
     max_pixels: int = 2**27  # of a photo as stored, and as resized
+    flip: bool = False  # encode the photo mirrored left to right, too
 
     def __post_init__(self) -> None:
         if self.crop not in ("center", "none"):

@@ -22,12 +22,12 @@ DATA_START = 4096  # numbers begin on the second page of every shard file, so th
 STORE_DTYPES: dict[str, np.dtype[Any]] = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4")}
 
 Size = tuple[int, int]  # (height, width) in pixels
-Moments = Mapping[str, NDArray[Any]]  # "mean" and "logvar", each (rows, C, h, w) raw
+Moments = Mapping[str, NDArray[Any]]  # "mean" and "logvar" (and the mirrored "*_flip"), each (rows, C, h, w) raw
 
 _SAFETENSORS_CODES = {STORE_DTYPES["fp16"]: "F16", STORE_DTYPES["fp32"]: "F32"}
 _OWN_FOLDERS = ("roster", "shards", "index", "done", "journal")
 _OWN_FILE = re.compile(
-    r"manifest\.json|quarantine\.jsonl|roster/\d{5,}\.jsonl|journal/(scan|timings)\.jsonl"
+    r"manifest\.json|quarantine\.jsonl|roster/\d{5,}\.jsonl?|journal/(scan\.jsonl|timings\.jsonl|manifest\.json)"
     r"|shards/\d{5,}-\d+x\d+\.safetensors|index/\d{5,}\.jsonl|done/\d{5,}\.json"
 )
 
@@ -43,10 +43,13 @@ class Layout:
         """What every shard has in common; never rewritten."""
         return self.root / "manifest.json"
 
-    @property
-    def roster(self) -> Path:
+    def roster(self, generation: int) -> Path:
         """Which record is in which shard."""
-        return self.root / "roster" / "00000.jsonl"
+        return self.root / "roster" / f"{generation:05d}.jsonl"
+
+    def generation(self, generation: int) -> Path:
+        """The commit of a later roster; that of the first is the manifest."""
+        return self.root / "roster" / f"{generation:05d}.json"
 
     @property
     def quarantine(self) -> Path:
@@ -100,6 +103,11 @@ class Layout:
         return _OWN_FILE.fullmatch(name) is not None or (is_here and atomic.is_temporary(path.name))
 
 
+def tensor_names(has_flips: bool) -> list[str]:
+    """The tensors of a shard, in the order in which they lie in its file."""
+    return sorted(["mean", "logvar"] + ["mean_flip", "logvar_flip"] * has_flips)
+
+
 # --- Writing ---
 
 
@@ -112,10 +120,16 @@ def row_sha256(moments: Moments, row: int) -> str:
 
 
 def commit_shard(
-    layout: Layout, number: int, bucket_px: Size | None, lines: Sequence[dict[str, Any]], moments: Moments
+    layout: Layout,
+    number: int,
+    bucket_px: Size | None,
+    lines: Sequence[dict[str, Any]],
+    moments: Moments,
+    degraded: int | None = None,
 ) -> None:
     """Write one shard: numbers (none where `moments` is empty), index, then `done`, whose existence is the commit.
 
+    `degraded` says how few rows its batches had to have, where memory did not suffice for those of the manifest.
     A second process that comes with the same shard is harmless, as it brings the same bytes; StoreError if not.
     """
     num_rows = len(moments["mean"]) if moments else 0
@@ -135,6 +149,7 @@ def commit_shard(
             "num_quarantined": len(lines) - num_rows,
             "tensors": tensors,
             "index": _describe([text]),
+            "degraded": degraded,
             "manifest_sha256": file_sha256(layout.manifest),
         }
     )
@@ -146,6 +161,19 @@ def commit_shard(
             return
     if path.read_bytes() != done:
         raise StoreError(f"{path} exists, but encoding its shard again gave other bytes; start again with --restart")
+
+
+def commit_roster(store: "Store", lines: Sequence[bytes]) -> None:
+    """Add a generation: its roster (header first), then the sealed file beside it, whose existence is the commit.
+
+    The store is unfinished again from here on, so `quarantine.jsonl` goes first.
+    """
+    header = json.loads(lines[0])
+    atomic.remove(store.layout.quarantine)
+    sha256 = atomic.write_bytes(store.layout.roster(header["generation"]), *lines)
+    entry = header | {"sha256": sha256, "num_bytes": sum(map(len, lines))}
+    entry["manifest_sha256"] = file_sha256(store.layout.manifest)
+    atomic.create_bytes(store.layout.generation(header["generation"]), atomic.seal(entry))
 
 
 def _describe(chunks: Sequence[atomic.Buffer]) -> dict[str, Any]:
@@ -210,7 +238,8 @@ class Shard:
     bucket_px: Size | None
     num_rows: int
     num_quarantined: int
-    shape: tuple[int, ...]  # of mean and of logvar: (rows, C, h, w)
+    shape: tuple[int, ...]  # of each tensor: (rows, C, h, w)
+    degraded: int | None  # rows per batch, where memory did not suffice for the manifest's
     tensors: CommittedFile | None
     index: CommittedFile
 
@@ -242,9 +271,25 @@ class Store:
         return cls(root, manifest)
 
     @property
-    def roster(self) -> CommittedFile:
-        """The roster file, as the manifest describes it."""
-        return _committed(self.layout.roster, self.manifest["roster"])
+    def rosters(self) -> list[CommittedFile]:
+        """The roster of each generation, as the manifest and the commits of later ones describe them."""
+        return [_committed(self.layout.roster(number), entry) for number, entry in enumerate(self._generations())]
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of all generations, committed or not."""
+        return sum(entry["num_shards"] for entry in self._generations())
+
+    def _generations(self) -> list[dict[str, Any]]:
+        """What is known of the roster of each generation; VerifyError where their chain is broken."""
+        entries = [self.manifest["roster"]]
+        while (path := self.layout.generation(len(entries))).exists():
+            entry = atomic.read_json(path)
+            is_next = entry["generation"] == len(entries) and entry["previous"] == entries[-1]["sha256"]
+            if not is_next or entry["manifest_sha256"] != self._manifest_sha256:
+                raise VerifyError(f"{path} is a generation of another store or number")
+            entries.append(entry)
+        return entries
 
     def shards(self) -> list[Shard]:
         """The committed shards in order of their numbers."""
@@ -266,6 +311,7 @@ class Store:
             num_rows=done["num_written"],
             num_quarantined=done["num_quarantined"],
             shape=tuple(tensors["shape"]) if tensors else (0, 0, 0, 0),
+            degraded=done["degraded"],
             tensors=_committed(self.layout.tensors(number, bucket_px), tensors) if tensors else None,
             index=_committed(self.layout.index(number), done["index"]),
         )
@@ -277,22 +323,37 @@ class Store:
             raise VerifyError(f"{index.path} is damaged or missing: its bytes are not those committed")
         return [json.loads(line) for line in index.path.read_bytes().splitlines()]
 
-    def moments(self, number: int) -> tuple[NDArray[Any], NDArray[Any]]:  # both (rows, C, h, w), raw
-        """Mean and logvar of a committed shard, as read-only memory maps.
+    def moments(
+        self, number: int, flipped: bool = False
+    ) -> tuple[NDArray[Any], NDArray[Any]]:  # both (rows, C, h, w), raw
+        """Mean and logvar of a committed shard, as read-only memory maps; `flipped`: of the mirrored photos.
+
+        StoreError where mirrored photos were not encoded; else as `tensors`.
+        """
+        tensors = self.tensors(number)
+        ending = "_flip" if flipped else ""
+        if f"mean{ending}" not in tensors:
+            raise StoreError(f"{self.layout.root} holds no mirrored photos; encode with --flip for those")
+        return tensors[f"mean{ending}"], tensors[f"logvar{ending}"]
+
+    def tensors(self, number: int) -> dict[str, NDArray[Any]]:  # each (rows, C, h, w), raw
+        """All that a committed shard holds by name, as read-only memory maps.
 
         Length and header are checked; the numbers are not, that is what `verify` is for.
         """
         shard = self.shard(number)
         dtype = STORE_DTYPES[self.manifest["store_dtype"]]
         if shard.tensors is None:
-            empty = np.empty(shard.shape, dtype)
-            return empty, empty
+            return dict.fromkeys(self._tensor_names, np.empty(shard.shape, dtype))
         path = shard.tensors.path
         if not shard.tensors.is_present():
             raise VerifyError(f"{path} is missing, or is not the {shard.tensors.num_bytes:,} bytes committed")
         header = _read_header(path)
-        mean, logvar = (_map(path, header, name, dtype, shard.shape) for name in ("mean", "logvar"))
-        return mean, logvar
+        return {name: _map(path, header, name, dtype, shard.shape) for name in self._tensor_names}
+
+    @property
+    def _tensor_names(self) -> list[str]:
+        return tensor_names(self.manifest["preprocess"]["flip"])
 
     def quarantined(self) -> list[dict[str, Any]]:
         """Key, step and reason of every record that was not encoded, sorted by key."""
@@ -304,34 +365,6 @@ class Store:
         """Write `quarantine.jsonl`, once every shard is committed; may be repeated."""
         atomic.write_bytes(self.layout.quarantine, b"".join(map(atomic.canonical_json, self.quarantined())))
 
-    def verify(self) -> list[str]:
-        """Hash everything; one line for each thing damaged or missing, none for a store that is whole and finished."""
-        found = _findings(self.roster)
-        for number in range(self.manifest["roster"]["num_shards"]):
-            try:
-                shard = self.shard(number)
-            except StoreError as error:  # not committed, or a damaged commit
-                found.append(str(error))
-                continue
-            found += _findings(shard.index)
-            if shard.tensors is not None:
-                found += [finding + self._lost_records(shard) for finding in _findings(shard.tensors)]
-        if not found:
-            data = b"".join(map(atomic.canonical_json, self.quarantined()))
-            found = _findings(CommittedFile(self.layout.quarantine, len(data), hashlib.sha256(data).hexdigest()))
-        return found
-
-    def _lost_records(self, shard: Shard) -> str:
-        try:
-            lines = self.records(shard.number)
-            mean, logvar = self.moments(shard.number)
-        except VerifyError:
-            return ""
-        moments = {"mean": mean, "logvar": logvar}
-        written = [line for line in lines if line["row"] is not None]
-        lost = [line["key"] for line in written if row_sha256(moments, line["row"]) != line["latents_sha256"]]
-        return f"; lost: {', '.join(lost)}" if lost else "; every record in it is whole"
-
 
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, in hex."""
@@ -341,12 +374,6 @@ def file_sha256(path: Path) -> str:
 
 def _committed(path: Path, entry: Mapping[str, Any]) -> CommittedFile:
     return CommittedFile(path, entry["num_bytes"], entry["sha256"])
-
-
-def _findings(file: CommittedFile) -> list[str]:
-    if not file.path.is_file():
-        return [f"{file.path} is missing"]
-    return [] if file.is_whole() else [f"{file.path} is damaged"]
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -365,7 +392,8 @@ def _read_header(path: Path) -> dict[str, Any]:
 def _map(path: Path, header: dict[str, Any], name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     entry = header.get(name)
     num_bytes = dtype.itemsize * math.prod(shape)
-    starts = [start for start in (0, num_bytes) if entry == _header_entry(dtype, shape, start, num_bytes)]
+    places = range(0, path.stat().st_size - DATA_START, num_bytes)
+    starts = [start for start in places if entry == _header_entry(dtype, shape, start, num_bytes)]
     if not starts:
         raise VerifyError(f"{path} is damaged: its header does not describe {name} as it was committed")
     return np.memmap(path, dtype, "r", DATA_START + starts[0], shape)
