@@ -20,6 +20,7 @@ from sdvae.data.preprocess import Preprocess, apply, plan_geometry
 from sdvae.data.roster import Record, Task
 from sdvae.data.sources import FolderSource
 from sdvae.data.store import Store
+from sdvae.data.verify import verify
 from sdvae.errors import ConfigError, StoreError, VerifyError
 from sdvae.images import read_image
 from sdvae.pixels import to_pixels
@@ -82,7 +83,7 @@ def test_every_photo_is_written_or_quarantined_with_a_reason(photos: Path, tmp_p
     }
     assert all(line["reason"] and str(tmp_path) not in line["reason"] for line in lines if line["row"] is None)
     assert {line["label"] for line in lines} == {None, "cats"}
-    assert store.verify() == []
+    assert verify(store.layout.root).damages == []
 
 
 def test_the_latents_are_those_of_the_vae_in_float16(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
@@ -189,7 +190,7 @@ def test_latents_that_are_not_finite_are_quarantined(
     assert line["step"] == "encode" and "float16" in line["reason"]
     for shard in store.shards():
         assert all(np.isfinite(values).all() for values in store.moments(shard.number))
-    assert store.verify() == []
+    assert verify(store.layout.root).damages == []
 
 
 def test_what_does_not_fit_float16_fits_float32(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
@@ -347,7 +348,7 @@ def test_restart_throws_the_store_away_and_nothing_else(photos: Path, begun: Pat
     report = encode_source(photos, begun, small_vae, other, restart=True)
     assert report.num_written == NUM_PHOTOS
     store = Store.open(begun)
-    assert store.manifest["preprocess"]["size_px"] == 40 and store.verify() == []
+    assert store.manifest["preprocess"]["size_px"] == 40 and verify(store.layout.root).damages == []
     assert len(_files(begun)) == 2 + 3 * len(store.shards())  # no file of the old store is left
 
     (begun / "notes.txt").write_text("mine")

@@ -1,0 +1,185 @@
+"""Whether a store still holds the bytes that were committed: every file hashed once, on several threads."""
+
+import hashlib
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from sdvae import atomic
+from sdvae.data.roster import read_roster
+from sdvae.data.store import DATA_START, STORE_DTYPES, CommittedFile, Layout, Shard, Store
+from sdvae.errors import StoreError, VerifyError
+
+Progress = Callable[[int, int], None]  # (shards hashed, shards in all)
+State = Literal["damaged", "missing", "not encoded yet"]
+
+_NUM_THREADS = min(8, os.cpu_count() or 1)  # hashing leaves the GIL; more threads would only wait for the disk
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file of a store that is not as it was committed."""
+
+    path: Path
+    state: State
+    shard: int | None = None
+    lost: tuple[str, ...] = ()  # keys of the records that cannot be read because of it
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found; a store without damages is whole and finished."""
+
+    damages: list[Damage]
+    num_files: int = 0  # hashed
+    num_bytes: int = 0
+    num_records: int = 0  # in committed shards
+
+    @property
+    def lost(self) -> list[str]:
+        """The keys of all records that cannot be read, sorted."""
+        return sorted({key for damage in self.damages for key in damage.lost})
+
+
+def verify(root: Path, progress: Progress = lambda num_done, num_all: None) -> Verdict:
+    """Hash every file of the store in `root`, and compare each with the digest that covers it.
+
+    Where manifest.json or the commit of a roster is damaged, that is all it says: nothing else can be judged.
+    Raises StoreError where there is no store.
+    """
+    layout = Layout(root)
+    foundation = _damaged_manifest(layout) or _damaged_generation(Store.open(root))
+    if foundation is not None:
+        return Verdict([foundation])
+    return _Examination(Store.open(root)).verdict(progress)
+
+
+def _damaged_manifest(layout: Layout) -> Damage | None:
+    if not layout.manifest.is_file():
+        if not _commits(layout):
+            raise StoreError(f"{layout.root} is not a latent store: it has no manifest.json")
+        return Damage(layout.manifest, "missing")
+    return None if atomic.unseal(layout.manifest.read_bytes()) else Damage(layout.manifest, "damaged")
+
+
+def _damaged_generation(store: Store) -> Damage | None:
+    """The first commit of a later roster that is damaged, or is missing though shards of it were committed."""
+    number = 0
+    try:
+        num_rosters, num_shards = len(store.rosters), store.num_shards
+    except VerifyError:
+        number = 1
+        while atomic.unseal(store.layout.generation(number).read_bytes()):
+            number += 1
+        return Damage(store.layout.generation(number), "damaged")
+    if any(number >= num_shards for number in _commits(store.layout)):
+        return Damage(store.layout.generation(num_rosters), "missing")
+    return None
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What hashing one shard gave."""
+
+    damages: list[Damage]
+    files: list[CommittedFile] = field(default_factory=list)
+    num_records: int = 0
+
+
+class _Examination:
+    """One look at all of a store whose manifest and commits of rosters are whole."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.layout = store.layout
+
+    def verdict(self, progress: Progress) -> Verdict:
+        """Hash everything."""
+        rosters = self.store.rosters
+        damages = [Damage(roster.path, state) for roster in rosters for state in _states(roster)]
+        numbers = range(self.store.num_shards)
+        findings: list[_Finding] = []
+        with ThreadPoolExecutor(_NUM_THREADS, "sdvae-verify") as pool:
+            for finding in pool.map(self._examine, numbers):
+                findings.append(finding)
+                progress(len(findings), len(numbers))
+        of_shards = [damage for finding in findings for damage in finding.damages]
+        damages += map(self._name_lost, of_shards)
+        if not any(damage.path.parent.name in ("done", "index") for damage in of_shards):
+            damages += self._examine_quarantine()
+        files = [*rosters, *(file for finding in findings for file in finding.files)]
+        return Verdict(
+            damages,
+            num_files=len(files) + len(numbers) + len(rosters) + 1,  # the commits, of shards and of rosters; quarantine
+            num_bytes=sum(file.num_bytes for file in files),
+            num_records=sum(finding.num_records for finding in findings),
+        )
+
+    def _examine(self, number: int) -> _Finding:
+        path = self.layout.done(number)
+        if not path.is_file():
+            is_finished = self.layout.quarantine.is_file()
+            return _Finding([Damage(path, "missing" if is_finished else "not encoded yet", number)])
+        try:
+            shard = self.store.shard(number)
+        except VerifyError:
+            return _Finding([Damage(path, "damaged", number)])
+        damages = [Damage(shard.index.path, state, number) for state in _states(shard.index)]
+        if shard.tensors is not None:
+            for state in _states(shard.tensors):
+                lost = () if damages else self._lost(shard, shard.tensors)
+                damages.append(Damage(shard.tensors.path, state, number, tuple(lost)))
+        return _Finding(damages, shard.files, shard.num_rows + shard.num_quarantined)
+
+    def _lost(self, shard: Shard, tensors: CommittedFile) -> Iterator[str]:
+        """The keys whose numbers differ from their digest; rows are found by place, so that no header is needed."""
+        data = tensors.path.read_bytes() if tensors.path.is_file() else b""
+        row_bytes = STORE_DTYPES[self.store.manifest["store_dtype"]].itemsize * math.prod(shard.shape[1:])
+        starts = range(DATA_START, tensors.num_bytes, row_bytes * shard.num_rows)  # of logvar, mean and so on
+        for line in map(json.loads, shard.index.path.read_bytes().splitlines()):
+            if line["row"] is not None:
+                places = [start + line["row"] * row_bytes for start in starts]
+                row = b"".join(data[place : place + row_bytes] for place in places)
+                if hashlib.sha256(row).hexdigest() != line["latents_sha256"]:
+                    yield line["key"]
+
+    def _name_lost(self, damage: Damage) -> Damage:
+        """Without commit or index no record of the shard can be read; the roster has their names."""
+        if damage.shard is None or damage.state == "not encoded yet" or damage.path.parent.name == "shards":
+            return damage
+        return replace(damage, lost=tuple(self._keys[damage.shard]))
+
+    @cached_property
+    def _keys(self) -> dict[int, list[str]]:
+        """The records of every shard, as the rosters that are whole have them."""
+        keys: dict[int, list[str]] = defaultdict(list)
+        for roster in self.store.rosters:
+            for line in read_roster(roster.path) if roster.is_whole() else ():
+                keys[line["shard"]].append(line["key"])
+        return keys
+
+    def _examine_quarantine(self) -> list[Damage]:
+        """Its bytes follow from the indexes."""
+        data = b"".join(map(atomic.canonical_json, self.store.quarantined()))
+        expected = CommittedFile(self.layout.quarantine, len(data), hashlib.sha256(data).hexdigest())
+        return [Damage(expected.path, state) for state in _states(expected)]
+
+
+def _states(file: CommittedFile) -> Iterator[State]:
+    """What is wrong with a file, if anything."""
+    if not file.path.is_file():
+        yield "missing"
+    elif not file.is_whole():
+        yield "damaged"
+
+
+def _commits(layout: Layout) -> list[int]:
+    """The numbers of the shards that have a commit, whole or not."""
+    return [int(path.stem) for path in layout.done(0).parent.glob("*.json") if path.stem.isdecimal()]
