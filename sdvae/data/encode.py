@@ -24,7 +24,8 @@ from sdvae import atomic
 from sdvae.atomic import Journal
 from sdvae.data import store as stores
 from sdvae.data.preprocess import Preprocess, apply, plan_geometry
-from sdvae.data.roster import Record, Size, Task, place, read_roster, require_same_records, roster_lines, scan
+from sdvae.data.roster import Record, Size, Task, place, read_roster, require_same_records, roster_lines
+from sdvae.data.scan import scan
 from sdvae.data.sources import FolderSource
 from sdvae.data.store import STORE_DTYPES, Layout, Store, commit_shard, differences, row_sha256
 from sdvae.engine.precision import DTYPES

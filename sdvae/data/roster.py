@@ -1,19 +1,14 @@
 """The roster: which record of a source goes to which shard and batch, fixed before anything is encoded."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import PIL
-
-from sdvae.atomic import Journal, canonical_json, read_journal
+from sdvae.atomic import canonical_json
 from sdvae.data.preprocess import Geometry, Preprocess, plan_geometry
-from sdvae.data.sources import Entry, FolderSource
 from sdvae.errors import ImageError, StoreError
-from sdvae.images import read_size
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -33,6 +28,9 @@ class Record:
     step: str | None = None
     reason: str | None = None
     geometry: Geometry | None = None
+    uri: str | None = None  # where its bytes are, relative to the source; None says `key`
+    caption: str | None = None
+    label: str | None = None
 
     @property
     def bucket_px(self) -> Size | None:
@@ -41,18 +39,17 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """The record as the roster spells it, and the index, which adds what became of it."""
-        folder = self.key.rpartition("/")[0]
         return {
             "key": self.key,
-            "uri": self.key,
+            "uri": self.uri or self.key,
             "source_bytes": self.source_bytes,
             "source_sha256": self.source_sha256,
             "original_px": self.original_px,
             "resized_px": self.geometry and self.geometry.resized_px,
             "crop_px": self.geometry and self.geometry.crop_px,
             "bucket_px": self.bucket_px,
-            "caption": None,
-            "label": folder.rpartition("/")[2] or None,  # class folders
+            "caption": self.caption,
+            "label": self.label,
             "step": self.step,
             "reason": self.reason,
         }
@@ -65,38 +62,6 @@ class Task:
     number: int
     bucket_px: Size | None
     records: tuple[Record, ...]
-
-
-def scan(
-    source: FolderSource,
-    entries: Sequence[Entry],
-    max_pixels: int,
-    journal_path: Path,
-    progress: Callable[[int, int], None],
-) -> list[Record]:  # one for each entry
-    """Read every entry of `source` once: its sha256, and its size from the header.
-
-    Findings go to a journal, and a file whose length and time are still those of the journal is not read
-    again: a killed scan goes on where it was, and the scan of a later run costs a listing.
-    """
-    known = {line["key"]: line for line in read_journal(journal_path)}
-    records: list[Record] = []
-    with Journal(journal_path) as journal:
-        for entry in entries:
-            # What decides about the findings: the file, and what reads its header.
-            stamp = [entry.num_bytes, entry.mtime_ns, max_pixels, PIL.__version__]
-            line = known.get(entry.key)
-            if entry.reason is not None:
-                record = Record(entry.key, step="scan", reason=entry.reason)
-            elif line is not None and line["stamp"] == stamp:
-                record = _from_journal(line)
-            else:
-                record = _look_at(source, entry, max_pixels)
-                if record.step != "read":  # a missing right or a bad cable may be mended without a trace in the file
-                    journal.append(_to_journal(record) | {"stamp": stamp})
-            records.append(record)
-            progress(len(records), len(entries))
-    return records
 
 
 def place(
@@ -157,19 +122,6 @@ def require_same_records(stored: Sequence[dict[str, Any]], tasks: Sequence[Task]
         )
 
 
-def _look_at(source: FolderSource, entry: Entry, max_pixels: int) -> Record:
-    record = Record(entry.key)
-    try:
-        data = source.read(entry.key)
-    except OSError as error:
-        return replace(record, step="read", reason=f"cannot be read: {error.strerror}")
-    record = replace(record, source_bytes=len(data), source_sha256=hashlib.sha256(data).hexdigest())
-    try:
-        return replace(record, original_px=read_size(data, max_pixels=max_pixels))
-    except ImageError as error:
-        return replace(record, step="decode", reason=str(error))
-
-
 def _plan(record: Record, preprocess: Preprocess, downscale: int) -> Record:
     if record.original_px is None:
         return record
@@ -177,19 +129,6 @@ def _plan(record: Record, preprocess: Preprocess, downscale: int) -> Record:
         return replace(record, geometry=plan_geometry(*record.original_px, preprocess, downscale))
     except ImageError as error:
         return replace(record, step="preprocess", reason=str(error))
-
-
-_FOUND = ("key", "source_bytes", "source_sha256", "original_px", "step", "reason")
-
-
-def _to_journal(record: Record) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in _FOUND}
-
-
-def _from_journal(line: dict[str, Any]) -> Record:
-    values = {name: line[name] for name in _FOUND}
-    size = values.pop("original_px")
-    return Record(**values, original_px=size and (size[0], size[1]))
 
 
 def _without_shard(line: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sdvae.data.sources import FolderSource
+from sdvae.data.folders import FolderSource
 from sdvae.errors import StoreError
 
 
@@ -112,3 +112,11 @@ def test_what_is_no_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(StoreError, match=r"cannot list .*: Permission denied"):
         source.entries()
+
+
+def test_the_label_is_the_folder_a_photo_lies_in(tmp_path: Path) -> None:
+    for name in ("a.jpg", "cats/a.jpg", "animals/cats/a.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    labels = {entry.key: entry.label for entry in FolderSource(tmp_path).entries()}
+    assert labels == {"a.jpg": None, "cats/a.jpg": "cats", "animals/cats/a.jpg": "cats"}
