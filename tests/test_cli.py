@@ -24,7 +24,7 @@ from sdvae.cli.shared import Console
 
 Run = Callable[..., Result]
 VERBS = [
-    "encode", "decode", "roundtrip", "sample", "interpolate", "inspect", "identify", "convert", "extract", "swap",
+    "encode", "decode", "verify", "roundtrip", "sample", "interpolate", "inspect", "identify", "convert", "extract", "swap",
     "doctor",
 ]  # fmt: skip
 
@@ -101,6 +101,7 @@ def test_options_are_the_documented_ones() -> None:
     own = {
         "encode": f"{shared} --size --crop --shard-rows --store-dtype --resume --restart --batch-size",
         "decode": f"{shared} --format --latents --batch-size",
+        "verify": console,
         "roundtrip": f"{shared} -o --output --size",
         "sample": f"{shared} -n --num -o --output --size --seed",
         "interpolate": f"{shared} -o --output --steps --mode --size",

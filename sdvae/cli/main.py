@@ -20,6 +20,7 @@ from sdvae.cli.interpolate import interpolate
 from sdvae.cli.roundtrip import roundtrip
 from sdvae.cli.sample import sample
 from sdvae.cli.swap import swap
+from sdvae.cli.verify import verify
 from sdvae.errors import SdvaeError
 
 
@@ -61,7 +62,9 @@ def cli() -> None:
     """Images to latents and back, with a KL-VAE in Stable Diffusion's format."""
 
 
-for _verb in (encode, decode, roundtrip, sample, interpolate, inspect, identify, convert, extract, swap, doctor):
+_PICTURES = (encode, decode, verify, roundtrip, sample, interpolate)
+_WEIGHTS = (inspect, identify, convert, extract, swap)
+for _verb in (*_PICTURES, *_WEIGHTS, doctor):
     _verb.context_settings["auto_envvar_prefix"] = "SDVAE"  # one name for an option, whatever the verb
     cli.add_command(_verb)
 

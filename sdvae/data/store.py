@@ -280,6 +280,11 @@ class Store:
         """Shards of all generations, committed or not."""
         return sum(entry["num_shards"] for entry in self._generations())
 
+    @property
+    def num_records(self) -> int:
+        """Records of all generations, encoded or not."""
+        return sum(entry["num_records"] for entry in self._generations())
+
     def _generations(self) -> list[dict[str, Any]]:
         """What is known of the roster of each generation; VerifyError where their chain is broken."""
         entries = [self.manifest["roster"]]

@@ -14,10 +14,10 @@ from typing import Literal
 
 from sdvae import atomic
 from sdvae.data.roster import read_roster
-from sdvae.data.store import DATA_START, STORE_DTYPES, CommittedFile, Layout, Shard, Store
+from sdvae.data.store import DATA_START, FORMAT, STORE_DTYPES, CommittedFile, Layout, Shard, Store
 from sdvae.errors import StoreError, VerifyError
 
-Progress = Callable[[int, int], None]  # (shards hashed, shards in all)
+Progress = Callable[[int, int], None]  # (records checked, records in all)
 State = Literal["damaged", "missing", "not encoded yet"]
 
 _NUM_THREADS = min(8, os.cpu_count() or 1)  # hashing leaves the GIL; more threads would only wait for the disk
@@ -40,7 +40,12 @@ class Verdict:
     damages: list[Damage]
     num_files: int = 0  # hashed
     num_bytes: int = 0
-    num_records: int = 0  # in committed shards
+    num_records: int = 0  # in the shards that could be read
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether nothing is wrong but that shards are still to be encoded."""
+        return bool(self.damages) and all(damage.state == "not encoded yet" for damage in self.damages)
 
     @property
     def lost(self) -> list[str]:
@@ -62,11 +67,13 @@ def verify(root: Path, progress: Progress = lambda num_done, num_all: None) -> V
 
 
 def _damaged_manifest(layout: Layout) -> Damage | None:
-    if not layout.manifest.is_file():
-        if not _commits(layout):
-            raise StoreError(f"{layout.root} is not a latent store: it has no manifest.json")
-        return Damage(layout.manifest, "missing")
-    return None if atomic.unseal(layout.manifest.read_bytes()) else Damage(layout.manifest, "damaged")
+    is_there = layout.manifest.is_file()
+    data = layout.manifest.read_bytes() if is_there else b""
+    if FORMAT.encode() not in data and not _commits(layout):
+        raise StoreError(f"{layout.root} is not a latent store: it has no manifest.json of one")
+    if atomic.unseal(data) is not None:
+        return None
+    return Damage(layout.manifest, "damaged" if is_there else "missing")
 
 
 def _damaged_generation(store: Store) -> Damage | None:
@@ -106,10 +113,12 @@ class _Examination:
         damages = [Damage(roster.path, state) for roster in rosters for state in _states(roster)]
         numbers = range(self.store.num_shards)
         findings: list[_Finding] = []
+        num_records, num_all = 0, self.store.num_records
         with ThreadPoolExecutor(_NUM_THREADS, "sdvae-verify") as pool:
             for finding in pool.map(self._examine, numbers):
                 findings.append(finding)
-                progress(len(findings), len(numbers))
+                num_records += finding.num_records
+                progress(num_records, num_all)
         of_shards = [damage for finding in findings for damage in finding.damages]
         damages += map(self._name_lost, of_shards)
         if not any(damage.path.parent.name in ("done", "index") for damage in of_shards):
@@ -119,7 +128,7 @@ class _Examination:
             damages,
             num_files=len(files) + len(numbers) + len(rosters) + 1,  # the commits, of shards and of rosters; quarantine
             num_bytes=sum(file.num_bytes for file in files),
-            num_records=sum(finding.num_records for finding in findings),
+            num_records=num_records,
         )
 
     def _examine(self, number: int) -> _Finding:
