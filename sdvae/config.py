@@ -1,8 +1,10 @@
 """VAEConfig: the shape of a KL-VAE and the scale of its latents, in diffusers' field names."""
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from sdvae.errors import ConfigError
@@ -111,6 +113,22 @@ class VAEConfig:
         values |= {"act_fn": "silu", "down_block_types": down, "up_block_types": up}
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         return {"_class_name": "AutoencoderKL"} | dict(sorted(plain.items()))
+
+
+def read_config(path: Path) -> VAEConfig:
+    """The config in a diffusers `config.json`; ConfigError where there is none to be read."""
+    return VAEConfig.from_diffusers(read_json(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a config file; ConfigError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}; mend it or move it away") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no JSON object; it is not the config of a VAE")
+    return content
 
 
 def _attention_levels(given: Mapping[str, Any], num_levels: int) -> tuple[int, ...]:

@@ -58,12 +58,15 @@ class TinyConfig(VAEConfig):
         """Not to be had: a TAESD's config.json is the same for SD 1 and SDXL. Name the family instead."""
         raise ConfigError("the config of an AutoencoderTiny does not tell whose latents it speaks; name the family")
 
+    def check_diffusers(self, config: Mapping[str, Any]) -> None:
+        """ConfigError for an AutoencoderTiny's config that asks for what shapes do not show and sdvae does not have."""
+        ours = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
+        odd = [f"{key} {config[key]!r}" for key, value in ours.items() if config.get(key, value) != value]
+        if odd:
+            raise ConfigError(f"the config asks for {', '.join(odd)}; sdvae runs the published TAESDs only")
+
     def to_diffusers(self) -> dict[str, Any]:
-        """The mapping that diffusers' `AutoencoderTiny.from_config` reads; ConfigError where it cannot read one."""
-        if self.has_mid_pool:
-            raise ConfigError(
-                "diffusers' AutoencoderTiny has no pooled blocks; a TAESD of FLUX.2 cannot be saved for it"
-            )
+        """The mapping that diffusers' `AutoencoderTiny.from_config` reads (it knows no pooled blocks)."""
         num_blocks = [self.layers_per_block] * (len(self.block_out_channels) - 1)
         return {
             "_class_name": "AutoencoderTiny",
@@ -151,8 +154,12 @@ class AutoencoderTiny(nn.Module):
 
     def encode(self, pixels: Tensor) -> DiagonalGaussian:  # (N, 3, H, W) in [-1, 1] -> raw (N, C, H/8, W/8)
         """The posterior over raw latents, with (almost) no variance."""
+        return DiagonalGaussian.from_moments(self.encode_moments(pixels))
+
+    def encode_moments(self, pixels: Tensor) -> Tensor:  # (N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8)
+        """Mean and logvar, one after the other, as the encoder of a KL-VAE gives them."""
         mean = unscale(self.encoder(pixels), self.config)
-        return DiagonalGaussian(mean, torch.full_like(mean, LOGVAR_MIN))
+        return torch.cat([mean, torch.full_like(mean, LOGVAR_MIN)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:  # raw (N, C, h, w) -> (N, 3, 8h, 8w), about [-1, 1]
         """Pixels of raw latents; not clamped."""
@@ -165,6 +172,29 @@ class AutoencoderTiny(nn.Module):
         return self.decode(posterior.sample(generator)), posterior
 
 
+class TinyEngine:
+    """What `Engine` is to a KL-VAE: runs a TAESD. It is small: its module runs as it is."""
+
+    def __init__(self, source: AutoencoderTiny) -> None:
+        self.source = source
+        self.calls = 0
+
+    def encode_moments(self, pixels: Tensor) -> Tensor:  # (N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8)
+        """Mean and logvar of raw latents."""
+        self.calls += 1
+        return self.source.encode_moments(pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:  # raw (N, C, h, w) -> (N, 3, 8h, 8w)
+        """Pixels of raw latents."""
+        self.calls += 1
+        return self.source.decode(latents)
+
+    def describe(self) -> str:
+        """What runs, in words."""
+        parameter = next(self.source.parameters())
+        return f"sdvae's TAESD, {str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
+
+
 def named_as_diffusers(encoder: Mapping[str, T], decoder: Mapping[str, T]) -> dict[str, T]:
     """TAESD's own two files (bare `nn.Sequential` keys: `0.weight`) under the names of one AutoencoderTiny.
 
@@ -175,6 +205,18 @@ def named_as_diffusers(encoder: Mapping[str, T], decoder: Mapping[str, T]) -> di
         layer, _, rest = key.partition(".")
         named[f"decoder.layers.{int(layer) - 1}.{rest}"] = value
     return named
+
+
+def named_as_taesd(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """The encoder and the decoder of an AutoencoderTiny under the names of TAESD's own two files."""
+    encoder, decoder = {}, {}
+    for key, value in tensors.items():
+        side, _, layer, rest = key.split(".", 3)
+        if side == "encoder":
+            encoder[f"{layer}.{rest}"] = value
+        else:
+            decoder[f"{int(layer) + 1}.{rest}"] = value
+    return encoder, decoder
 
 
 def _blocks(config: TinyConfig, is_lowest: bool) -> list[nn.Module]:

@@ -1,6 +1,5 @@
 """VAE: what users hold. Weights, their identity, and a device and dtype to run them in."""
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,11 +20,11 @@ from sdvae.engine.precision import choose_device, choose_dtype
 from sdvae.engine.run import Engine
 from sdvae.errors import LatentsError, ShapeError
 from sdvae.images import from_pil
-from sdvae.model import AutoencoderKL
 from sdvae.pixels import pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
+from sdvae.tiny import AutoencoderTiny, TinyEngine
 from sdvae.weights import identity
-from sdvae.weights.load import build_model, load_weights, save_folder
+from sdvae.weights.load import Network, build_model, empty_model, load_weights, save_folder
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +40,16 @@ class Encoded:
 
 
 class VAE:
-    """A KL-VAE ready to run; inference only (train through `vae.model`).
+    """A KL-VAE or TAESD ready to run; inference only (train through `vae.model`).
 
     Results are fp32 whatever the compute dtype. A reduced-precision result that is not finite is
     computed again in fp32, image by image, and said so in the log.
     """
 
-    def __init__(self, model: AutoencoderKL, device: torch.device, dtype: torch.dtype, name: str) -> None:
+    def __init__(
+        self, model: Network, device: torch.device, dtype: torch.dtype, name: str, *, is_shared: bool = True
+    ) -> None:
+        """A model that is not shared with anyone is taken over and changed, which saves the memory of a copy."""
         self.name = name
         self.config: VAEConfig = model.config
         self.device = device
@@ -56,8 +58,11 @@ class VAE:
         self.latent_space = identity.latent_space(model.config, self.fingerprint)
         # NHWC is 2x faster on CPUs; on CUDA it loses until GroupNorm is ours (docs/design.md, section 9).
         self._memory_format = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-        self.model = self._placed(model)
-        self.engine = Engine(self.model, self.config)
+        self._is_shared = is_shared
+        self.model = self._placed(model if not is_shared and dtype == torch.float32 else self._copied(model))
+        self.engine = (
+            TinyEngine(self.model) if isinstance(self.model, AutoencoderTiny) else Engine(self.model, self.config)
+        )
         self._original = self.model if dtype == torch.float32 else model  # what save() and in_float32() read
         self._in_float32: VAE | None = None
 
@@ -67,7 +72,8 @@ class VAE:
     ) -> "VAE":
         """The embedded VAE, or the one `spec` names: a diffusers folder, a VAE's file, a checkpoint, a hub id.
 
-        `device` and `dtype` are "auto" or names ("cuda:1", "bf16"); `family` overrides the config.
+        A TAESD, too: in diffusers' form, or either of its author's two files beside the other. `device` and `dtype`
+        are "auto" or names ("cuda:1", "bf16"); `family` overrides the config.
         Raises WeightsError, ConfigError or DeviceError.
 
         >>> vae = VAE.load(device="cpu", dtype="fp32")
@@ -77,7 +83,9 @@ class VAE:
         place = choose_device(device)
         choice = choose_dtype(dtype, place)
         weights = load_weights(spec, family)
-        return cls(build_model(weights), place, choice.dtype, weights.name)
+        model, name = build_model(weights), weights.name
+        del weights  # whose tensors would outlive their move to the device
+        return cls(model, place, choice.dtype, name, is_shared=False)
 
     def save(self, folder: str | Path) -> None:
         """Write the weights as loaded, in fp32, as a folder that diffusers' `from_pretrained` reads."""
@@ -88,7 +96,7 @@ class VAE:
         if self.dtype == torch.float32:
             return self
         if self._in_float32 is None:
-            self._in_float32 = VAE(self._original, self.device, torch.float32, self.name)
+            self._in_float32 = VAE(self._original, self.device, torch.float32, self.name, is_shared=self._is_shared)
         return self._in_float32
 
     def encode(self, pixels: Tensor) -> DiagonalGaussian:  # (N, 3, H, W) in [-1, 1] -> over raw (N, C, H/8, W/8)
@@ -169,8 +177,17 @@ class VAE:
         exact = self.in_float32().encode(pixels).mean
         return float((self.encode(pixels).mean - exact).norm() / exact.norm())
 
-    def _placed(self, model: AutoencoderKL) -> AutoencoderKL:
-        model = copy.deepcopy(model).requires_grad_(False).to(self.device, self.dtype)
+    def _copied(self, model: Network) -> Network:
+        """A second model of the same weights, made tensor by tensor in this VAE's dtype: never two copies at once."""
+        copied = empty_model(self.config)
+        tensors = {
+            key: value.detach().to(self.device, self.dtype, copy=True) for key, value in model.state_dict().items()
+        }
+        copied.load_state_dict(tensors, assign=True)
+        return copied
+
+    def _placed(self, model: Network) -> Network:
+        model = model.requires_grad_(False).eval().to(self.device, self.dtype)
         return model.to(memory_format=self._memory_format)  # type: ignore[call-overload, no-any-return]
 
     def _run(self, choose: Callable[["VAE"], Callable[[Tensor], Tensor]], batch: Tensor) -> Tensor:

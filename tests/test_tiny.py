@@ -11,7 +11,8 @@ from sdvae.errors import ConfigError
 from sdvae.images import read_image
 from sdvae.metrics import psnr
 from sdvae.pixels import to_images, to_pixels
-from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers
+from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers, named_as_taesd
+from sdvae.weights.load import config_json
 
 FILES = {"sd1": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1"}
 # PSNR in dB of the round trip through diffusers' AutoencoderTiny (0.42.1, fp32, 8-bit rounded).
@@ -117,13 +118,27 @@ def test_the_taesd_of_flux2_loads_and_comes_back(data_dir: Path) -> None:
     without = load(branchless, TinyConfig(latent_channels=32, scaling_factor=1.0))
     assert roundtrip_psnr(without, pixels) < 25.0
     with pytest.raises(ConfigError, match=r"FLUX\.2"):
-        config.to_diffusers()
+        config_json(config)
 
 
 def test_an_encoder_of_another_architecture_does_not_load(data_dir: Path) -> None:
     encoder = torch.load(data_dir / "weights" / "taesd_other" / "taesana_encoder.pth", weights_only=True)
     with pytest.raises(RuntimeError, match="Missing key"):
         load(named_as_diffusers(encoder, {}), TinyConfig(latent_channels=32))
+
+
+def test_names_there_and_back(data_dir: Path) -> None:
+    encoder, decoder = read_pair(data_dir, "sd1")
+    again = named_as_taesd(named_as_diffusers(encoder, decoder))
+    assert [half.keys() for half in again] == [encoder.keys(), decoder.keys()]
+    assert again[1]["1.weight"] is decoder["1.weight"]
+
+
+def test_a_config_that_asks_for_another_network_is_refused() -> None:
+    config = TinyConfig.from_family("sd1")
+    config.check_diffusers(config.to_diffusers())
+    with pytest.raises(ConfigError, match="act_fn 'gelu', upsampling_scaling_factor 3"):
+        config.check_diffusers(config.to_diffusers() | {"act_fn": "gelu", "upsampling_scaling_factor": 3})
 
 
 def test_gradients_reach_pixels_and_weights_through_the_whole_path() -> None:

@@ -1,6 +1,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +12,11 @@ from diffusers import AutoencoderKL as DiffusersVAE
 from safetensors.torch import load_file, save_file
 
 from sdvae.config import FAMILIES
+from sdvae.engine.precision import DTYPES
 from sdvae.errors import ConfigError, UnsafeFileError, WeightsError
 from sdvae.vae import VAE
 from sdvae.weights.identity import fingerprint, latent_space
-from sdvae.weights.load import CONFIG_NAME, WEIGHTS_NAMES, load_weights
+from sdvae.weights.load import CONFIG_NAME, WEIGHTS_NAMES, empty_model, load_weights, save_folder
 from tests.conftest import SMALL
 from tests.test_keymap import assert_equal, ldm_state_dict, narrow, to_diffusers
 from tests.test_weight_files import peak_rss
@@ -301,3 +304,42 @@ def test_loading_from_a_large_checkpoint_needs_the_memory_of_its_vae(
         weights = load_weights(path)
     assert sum(value.nbytes for value in weights.tensors.values()) == vae_bytes > 4 << 20
     assert peak_bytes() < vae_bytes + (40 << 20)
+
+
+_LOAD_AND_TELL = """
+import sys
+from sdvae.vae import VAE
+
+def read(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+VAE.load(device="cpu", dtype="fp32")  # what is imported on first use is no part of it
+before = read("VmRSS")
+vae = VAE.load(sys.argv[1], device="cpu", dtype=sys.argv[2])
+print(read("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux' /proc")
+@pytest.mark.parametrize(
+    ("stored", "dtype", "copies"),
+    [
+        ("fp32", "bf16", 1.5),
+        pytest.param("fp32", "fp32", 1.0, marks=pytest.mark.slow),
+        pytest.param("fp16", "fp32", 1.0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_loaded_vae_is_in_memory_once_and_beside_it_what_another_dtype_needs(
+    stored: str, dtype: str, copies: float, tmp_path: Path
+) -> None:
+    """In bf16 the fp32 weights stay, for save() and for what overflows. In a process whose heap nobody has cut up."""
+    config = replace(FAMILIES["sd1"], block_out_channels=(64, 128, 256, 512), layers_per_block=1)
+    tensors = empty_model(config).to_empty(device="cpu").state_dict()
+    num_bytes = sum(value.nbytes for value in tensors.values())
+    save_folder(
+        tmp_path, config, {key: torch.zeros_like(value, dtype=DTYPES[stored]) for key, value in tensors.items()}
+    )
+    command = [sys.executable, "-c", _LOAD_AND_TELL, str(tmp_path), dtype]
+    rise_bytes = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert num_bytes > 150e6
+    assert rise_bytes < copies * num_bytes + 80e6  # a second copy in fp32 is 173 MB

@@ -86,7 +86,7 @@ def swap(
     Each tensor keeps the name, shape and dtype it has in the checkpoint, unless `dtype` is given. `family` is that of
     the new VAE. Raises WeightsError for a VAE of another structure, or one known to speak another latent space.
     """
-    old, new = open_vae(checkpoint, is_quiet=True), open_vae(vae, family, is_quiet=True)
+    old, new = open_vae(checkpoint, is_copied=True), open_vae(vae, family, is_copied=True)
     _check_swap(old, new)
     _check_output(output, old.file, new.file)
     if output.suffix != _SUFFIX:

@@ -1,8 +1,7 @@
 """Which latent space the VAE in a file speaks: hash, metadata, config, shapes and the probe, weighed."""
 
 import hashlib
-import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -11,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdvae.config import FAMILIES, VAEConfig
-from sdvae.errors import ConfigError, WeightsError
+from sdvae.config import FAMILIES, VAEConfig, read_config
+from sdvae.errors import WeightsError
 from sdvae.model import AutoencoderKL, Encoder
 from sdvae.pixels import to_pixels
-from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers
-from sdvae.weights.files import Entry, TensorFile, open_weights, opened
+from sdvae.tiny import AutoencoderTiny
+from sdvae.weights import taesd
+from sdvae.weights.files import TensorFile, open_weights, opened
 from sdvae.weights.identity import ARCHITECTURES, LATENT_SPACES, fingerprint, known_space
 from sdvae.weights.keymap import find_vae, fit_layout
 from sdvae.weights.probe import match_references, probe_image, references
@@ -95,7 +95,7 @@ def identify(path: Path) -> Identity:
     nothing. Raises WeightsError for a file that holds no such thing.
     """
     file = open_weights(path)
-    found = _read_tiny(file) if _is_sequence(file.entries) else _read_kl(file)
+    found = _read_tiny(file) if taesd.is_taesd(file.entries) else _read_kl(file)
     evidence = [*_hash_evidence(path), *_metadata_evidence(file), *found.evidence]
     if found.encode is not None:
         evidence.append(_probe_evidence(found.encode, found.factors))
@@ -148,37 +148,24 @@ class _Found:
     factors: Mapping[str, float] = field(default_factory=dict)
 
 
-def _is_sequence(keys: Collection[str]) -> bool:
-    """Whether these are the keys of numbered layers, as a TAESD has them in both layouts."""
-    is_bare = len(keys) > 0 and all(key.partition(".")[0].isdecimal() for key in keys)
-    return is_bare or "encoder.layers.0.weight" in keys
-
-
 def _read_tiny(file: TensorFile) -> _Found:
-    """A TAESD in diffusers' layout, or one of its own two files."""
-    is_bare = "encoder.layers.0.weight" not in file.entries
-    entries: Mapping[str, Entry] = file.entries
-    if is_bare:
-        is_encoder = "0.weight" in file.entries
-        entries = named_as_diffusers(*((file.entries, {}) if is_encoder else ({}, file.entries)))
-    sides = {key.partition(".")[0] for key in entries}
-    shapes = {key: entry.shape for key, entry in entries.items()}
-    has_pool = any(".pool." in key for key in shapes)
-    for num_channels in (4, 16, 32):
-        with torch.device("meta"):
-            model = AutoencoderTiny(TinyConfig(latent_channels=num_channels, has_mid_pool=has_pool))
-        if shapes == {key: shape for key, shape in _shapes(model).items() if key.partition(".")[0] in sides}:
-            break
-    else:
+    """A TAESD under diffusers' names, or one of its author's two files."""
+    entries = taesd.by_name(file.entries)
+    config = taesd.fit_config(entries)
+    if config is None:
         return _Found("a sequence of layers that is no TAESD", {}, [_shapes_evidence(())])
-    tensors = {key: entry.read() for key, entry in entries.items()}
-    network = f"TAESD {' and '.join(sorted(sides, reverse=True))}, {num_channels} latent channels"
-    spaces = tuple(name for name in references() if FAMILIES[name].latent_channels == num_channels and not has_pool)
+    tensors = {name: entry.read() for name, entry in entries.items()}
+    halves = sorted(taesd.sides(entries), reverse=True)
+    network = f"TAESD {' and '.join(halves)}, {config.latent_channels} latent channels"
+    akin = (name for name in references() if FAMILIES[name].latent_channels == config.latent_channels)
+    spaces = () if config.has_mid_pool else tuple(akin)
     found = _Found(network, tensors, [_shapes_evidence(spaces)])
-    if "encoder" not in sides or not spaces:
+    if "encoder" not in halves or not spaces:
         return found
-    model.encoder.load_state_dict(_below("encoder.", tensors), assign=True)
-    return replace(found, encode=model.encoder, factors=dict.fromkeys(spaces, 1.0))  # it writes scaled latents
+    with torch.device("meta"):
+        encoder = AutoencoderTiny(config).encoder.eval()
+    encoder.load_state_dict(_below("encoder.", tensors), assign=True)
+    return replace(found, encode=encoder, factors=dict.fromkeys(spaces, 1.0))  # it writes scaled latents
 
 
 def _read_kl(file: TensorFile) -> _Found:
@@ -195,7 +182,7 @@ def _read_kl(file: TensorFile) -> _Found:
     config = FAMILIES[fitting[0]] if fitting else None
     beside = file.path.parent / "config.json"
     if keys.layout == "diffusers" and not keys.prefix and beside.is_file():
-        told = _read_config(beside)
+        told = read_config(beside)
         if _encoder_shapes(told) == _of_encoder(shapes):
             config, space = told, known_space(told)
             reason = f"{beside.name} beside it tells scaling_factor {told.scaling_factor}"
@@ -220,13 +207,6 @@ def _kl_encoder(config: VAEConfig, tensors: Mapping[str, Tensor]) -> Callable[[T
         return moments.chunk(2, dim=1)[0]
 
     return encode
-
-
-def _read_config(path: Path) -> VAEConfig:
-    try:
-        return VAEConfig.from_diffusers(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as the config of a VAE: {error}; mend it or move it away") from error
 
 
 def _shapes_evidence(spaces: tuple[str, ...]) -> Evidence:

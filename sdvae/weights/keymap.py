@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdvae.errors import WeightsError
 
-Layout = Literal["ldm", "diffusers"]
+Layout = Literal["ldm", "diffusers", "taesd"]  # the last is of a TAESD's own two files
 
 # Where a checkpoint keeps its VAE: Stable Diffusion's own files, those that ComfyUI saves, a file of its own.
 PREFIXES = ("first_stage_model.", "vae.", "")

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -13,14 +15,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sdvae import atomic
-from sdvae.config import FAMILIES, VAEConfig
+from sdvae.config import FAMILIES, VAEConfig, read_config, read_json
 from sdvae.errors import ConfigError, WeightsError
 from sdvae.model import AutoencoderKL
-from sdvae.weights.files import TensorFile, open_weights, shard_names
-from sdvae.weights.identity import ARCHITECTURES
-from sdvae.weights.keymap import VAEKeys, find_vae, fit_layout, fit_shape, some
+from sdvae.tiny import AutoencoderTiny, TinyConfig
+from sdvae.weights import taesd
+from sdvae.weights.files import Entry, TensorFile, open_weights, shard_names
+from sdvae.weights.identify import identify
+from sdvae.weights.identity import ARCHITECTURES, LATENT_SPACES, known_space
+from sdvae.weights.keymap import Layout, VAEKeys, find_vae, fit_layout, fit_shape, some
 
 logger = logging.getLogger(__name__)
+
+Network = AutoencoderKL | AutoencoderTiny
 
 CONFIG_NAME = "config.json"
 _STEM = "diffusion_pytorch_model"
@@ -49,7 +56,7 @@ _COMMON = ("sd1", "flux1")
 
 @dataclass(frozen=True)
 class Weights:
-    """A config, tensors that fit it exactly, and the name a user would call them by."""
+    """A config, tensors (fp32) that fit it exactly, and the name a user would call them by."""
 
     config: VAEConfig
     tensors: dict[str, Tensor]
@@ -89,27 +96,36 @@ def load_weights(spec: str | Path | None = None, family: str | None = None) -> W
 def find_file(spec: str | Path) -> Path:
     """The weights file that `spec` names: itself, the one in a folder, or the one of a hub id, in the hub's cache."""
     path = Path(spec).expanduser()
-    if path.is_dir():
-        folder = path / "vae" if (path / "model_index.json").is_file() else path
-    elif path.is_file():
+    if path.is_file():
         return path
-    elif _looks_like_hub_id(str(spec)):
-        folder = _download(str(spec))
-    else:
+    if not path.is_dir():
+        if _looks_like_hub_id(str(spec)):
+            return download(str(spec))
         raise WeightsError(f"{spec} is no folder, file or hub id (org/name); check the path")
+    folder = path / "vae" if (path / "model_index.json").is_file() else path
     for name in WEIGHTS_NAMES:
         if (folder / name).is_file():
             return folder / name
+    pairs = taesd.find_pairs(folder)
+    if len(pairs) == 1:
+        return pairs[0]
+    if pairs:
+        raise WeightsError(
+            f"{folder} holds several TAESDs; name the file of one: {some([str(pair) for pair in pairs])}"
+        )
     raise WeightsError(f"{folder} holds no {WEIGHTS_NAMES[0]}; give the folder of a diffusers VAE")
 
 
-def open_vae(path: Path, family: str | None = None, *, is_quiet: bool = False) -> VAEFile:
+def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) -> VAEFile:
     """The VAE in a weights file, its tensors not read yet but known to fit its config.
 
     The config is that of `family`, else of the config.json beside a diffusers file, else derived from the shapes,
-    with a warning (unless `is_quiet`) where they fit families that differ only in scale.
+    with a warning where they fit families that differ only in scale. A TAESD's scale is what `identify` finds. A VAE
+    that `is_copied`, not run, needs neither: nothing is said of its scale, and its number of groups may be wrong.
     """
     file = open_weights(path)
+    if taesd.is_taesd(file.entries):
+        return _open_tiny(file, family, is_copied)
     try:
         keys = find_vae(file.entries)
     except WeightsError as error:
@@ -121,47 +137,54 @@ def open_vae(path: Path, family: str | None = None, *, is_quiet: bool = False) -
     if family is not None:
         config, source = VAEConfig.from_family(family), f"family {family}"
     elif keys.layout == "diffusers" and not keys.prefix and beside.is_file():
-        config, source = _read_config(beside), CONFIG_NAME
+        config, source = read_config(beside), CONFIG_NAME
         family = _family_of(config)
     else:
-        config, family = _derive_config(path, shapes, _family_told(file), is_quiet)
+        config, family = _derive_config(path, shapes, _family_told(file), is_copied)
         source = "shapes"
     _check(path, config, source, shapes)
     return VAEFile(file, keys, shapes, config, family)
 
 
-def build_model(weights: Weights) -> AutoencoderKL:
-    """The reference model holding these tensors in fp32."""
-    with torch.device("meta"):
-        model = AutoencoderKL(weights.config)
-    model.load_state_dict({key: tensor.float() for key, tensor in weights.tensors.items()}, assign=True)
+def build_model(weights: Weights) -> Network:
+    """The reference model holding these very tensors."""
+    model = empty_model(weights.config)
+    model.load_state_dict(weights.tensors, assign=True)
     return model.eval()
 
 
+def empty_model(config: VAEConfig) -> Network:
+    """The reference model of a config without memory for its weights."""
+    with torch.device("meta"):
+        return AutoencoderTiny(config) if isinstance(config, TinyConfig) else AutoencoderKL(config)
+
+
 def save_folder(folder: Path, config: VAEConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write a diffusers folder: config.json and one safetensors file, readable by `AutoencoderKL.from_pretrained`."""
+    """Write a diffusers folder: config.json and one safetensors file, readable by diffusers' `from_pretrained`."""
+    content = config_json(config)
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    atomic.write_bytes(folder / WEIGHTS_NAMES[0], save(contiguous, metadata={"format": "pt"}))
-    atomic.write_bytes(folder / CONFIG_NAME, (json.dumps(config.to_diffusers(), indent=2) + "\n").encode())
+    family = known_space(config) if isinstance(config, TinyConfig) else None  # no TAESD's config.json tells it
+    metadata = {"format": "pt"} | ({FAMILY_KEY: family} if family else {})
+    atomic.write_bytes(folder / WEIGHTS_NAMES[0], save(contiguous, metadata=metadata))
+    atomic.write_bytes(folder / CONFIG_NAME, content)
+
+
+def config_json(config: VAEConfig) -> bytes:
+    """The config.json of a diffusers folder; ConfigError for a network that diffusers does not have."""
+    if isinstance(config, TinyConfig) and config.has_mid_pool:
+        raise ConfigError("diffusers' AutoencoderTiny has no pooled blocks; a TAESD of FLUX.2 cannot be saved for it")
+    return (json.dumps(config.to_diffusers(), indent=2) + "\n").encode()
 
 
 def _read(vae: VAEFile) -> tuple[VAEConfig, dict[str, Tensor]]:
-    return vae.config, vae.read()
-
-
-def _read_config(path: Path) -> VAEConfig:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no JSON object; it is not the config of a VAE")
-    return VAEConfig.from_diffusers(content)
+    names = vae.keys.names.items()  # one by one: what is stored in fp16 is never in memory twice
+    entries = vae.file.entries
+    return vae.config, {name: fit_layout(name, entries[key].read(), "diffusers").float() for key, name in names}
 
 
 def _derive_config(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], told: str | None, is_quiet: bool
+    path: Path, shapes: Mapping[str, tuple[int, ...]], told: str | None, is_copied: bool
 ) -> tuple[VAEConfig, str | None]:
     """The config that these shapes have, and its family where shapes and `told` leave no doubt."""
     found = _shape_fields(path, shapes)
@@ -173,21 +196,78 @@ def _derive_config(
             f"{path} has {latents[0]} latent channels at 1/{latents[1]} of the size, as no family that sdvae knows; "
             f"put its {CONFIG_NAME} beside it"
         )
-    if not same and any(width % 32 for width in found["block_out_channels"]):
+    num_groups = math.gcd(32, *found["block_out_channels"])
+    if not same and num_groups < 32 and not is_copied:
         raise ConfigError(
             f"{path} has no {CONFIG_NAME} beside it, and its widths {found['block_out_channels']} do not tell the "
             "number of its groups; put the file there, or name the family of these weights, for example sd1 or sdxl"
         )
     certain = told if told in akin else akin[0] if len(akin) == 1 else None
     family = certain or next(name for name in (*_COMMON, *akin) if name in akin)
-    if certain is None and not is_quiet:
-        others = [name for name in akin if name != family]
-        logger.warning(
-            "%s may be of %s: they have the same shapes, and differ in the scale of their latents. It is taken for "
-            "%s; if it is another, say so: --family %s",
-            path, " or ".join(akin), family, others[0],
-        )  # fmt: skip
-    return (FAMILIES[family] if same else replace(FAMILIES[family], norm_num_groups=32, **found)), certain
+    if certain is None and not is_copied:
+        _warn_of_others(path, akin, family)
+    return (FAMILIES[family] if same else replace(FAMILIES[family], norm_num_groups=num_groups, **found)), certain
+
+
+def _warn_of_others(path: Path, akin: list[str], family: str) -> None:
+    logger.warning(
+        "%s may be of %s: they have the same shapes, and differ in the scale of their latents. It is taken for "
+        "%s; if it is another, say so: --family %s",
+        path, " or ".join(akin), family, next(name for name in akin if name != family),
+    )  # fmt: skip
+
+
+def _open_tiny(file: TensorFile, family: str | None, is_copied: bool) -> VAEFile:
+    """A TAESD in one file, or of the pair that this file is a half of."""
+    path, entries = file.path, _both_halves(file)
+    config = taesd.fit_config(entries)
+    if config is None or len(taesd.sides(entries)) < 2:
+        places = " and ".join(sorted({str(entry.path) for entry in entries.values()}))
+        raise WeightsError(f"{places}: layers of no TAESD that sdvae knows, or halves of two; is it another model?")
+    layout: Layout = "taesd" if taesd.is_bare(file.entries) else "diffusers"
+    if layout == "diffusers" and (path.parent / CONFIG_NAME).is_file():
+        config.check_diffusers(read_json(path.parent / CONFIG_NAME))
+    akin = [] if config.has_mid_pool else [name for name in LATENT_SPACES if _has_latents(name, config)]
+    certain = family
+    if family is not None and not (_has_latents(family, config) and akin):
+        raise WeightsError(
+            f"{path} is a TAESD of {config.latent_channels} latent channels, not those of {family}; "
+            f"it may be of {' or '.join(akin) or 'no family, leave --family out'}"
+        )
+    if family is None and akin:  # else it is FLUX.2's, whose scaled latents are taken as they are
+        family, certain = _tiny_family(file, entries["encoder.layers.0.weight"].path, akin)
+        if certain is None and not is_copied:
+            _warn_of_others(path, akin, family)
+    config = config if family is None else TinyConfig.from_family(family)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    keys = VAEKeys("", layout, {name: name for name in entries})
+    return VAEFile(replace(file, entries=entries), keys, shapes, config, certain)
+
+
+def _both_halves(file: TensorFile) -> dict[str, Entry]:
+    """The tensors of a TAESD under diffusers' names; where the file is one half, the other is read beside it."""
+    entries = taesd.by_name(file.entries)
+    halves = taesd.sides(entries)
+    if len(halves) > 1:
+        return entries
+    other = taesd.other_half(file.path)
+    if other is None or not other.is_file():
+        name = other.name if other else "its name with encoder for decoder"
+        raise WeightsError(f"{file.path} is half a TAESD, its {halves.pop()}; put the other half beside it, as {name}")
+    return entries | taesd.by_name(open_weights(other).entries)
+
+
+def _tiny_family(file: TensorFile, encoder: Path, akin: list[str]) -> tuple[str, str | None]:
+    """The family of `akin` whose latents a TAESD speaks, and again where it is certain: its config tells none."""
+    found, told = identify(encoder), _family_told(file)
+    likely = found.latent_space if found.latent_space in akin else next(name for name in _COMMON if name in akin)
+    certain = likely if found.certainty == "certain" else told if told in akin else None
+    return certain or likely, certain
+
+
+def _has_latents(family: str, config: VAEConfig) -> bool:
+    known = VAEConfig.from_family(family)
+    return (known.latent_channels, known.downscale) == (config.latent_channels, config.downscale)
 
 
 def _shape_fields(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -275,26 +355,41 @@ def _looks_like_hub_id(spec: str) -> bool:
     return len(parts) >= 2 and all(parts) and not spec.startswith((".", "/", "~"))
 
 
-def _download(spec: str) -> Path:
-    """Fetch config and weights of a hub id into huggingface_hub's cache; the folder they lie in."""
-    from huggingface_hub import hf_hub_download
+def download(spec: str) -> Path:
+    """The weights that a hub id names, fetched into huggingface_hub's cache with all that belongs to them.
+
+    `spec` is org/name, org/name/subfolder, or org/name/path of one file.
+    """
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
-    owner, repository, *subfolders = spec.split("/")
+    owner, repository, *parts = spec.split("/")
+    name = parts[-1] if parts and Path(parts[-1]).suffix in taesd.SUFFIXES else None
+    place = "/".join(parts[:-1] if name else parts)
     problem: Exception | None = None
-    for subfolder in ["/".join(subfolders)] if subfolders else [None, "vae"]:
-        for weights_name in WEIGHTS_NAMES:
+    for folder in [place] if parts else ["", "vae"]:
+        for weights_name in [name] if name else WEIGHTS_NAMES:
             try:
-                config = hf_hub_download(f"{owner}/{repository}", CONFIG_NAME, subfolder=subfolder)
-                weights = Path(hf_hub_download(f"{owner}/{repository}", weights_name, subfolder=subfolder))
-                for shard in shard_names(weights):
-                    hf_hub_download(f"{owner}/{repository}", shard, subfolder=subfolder)
-                return Path(config).parent
+                return _fetch(f"{owner}/{repository}", folder, weights_name)
             except EntryNotFoundError as error:  # not in this place; offline, also: not in the cache
                 problem = error
             except (OSError, HFValidationError) as error:
                 raise WeightsError(f"{spec} is no local path, and the hub refused it: {_first_line(error)}") from error
     raise WeightsError(f"{spec} is no local path, and the hub gave no VAE for it: {_first_line(problem)}") from problem
+
+
+def _fetch(repository: str, folder: str, name: str) -> Path:
+    """One weights file of the hub, and beside it in the cache its config, its shards, its other half."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    path = Path(hf_hub_download(repository, name, subfolder=folder or None))
+    for shard in shard_names(path):
+        hf_hub_download(repository, shard, subfolder=folder or None)
+    other = taesd.other_half(path)
+    for optional in [CONFIG_NAME] + ([other.name] if other else []):
+        with suppress(EntryNotFoundError):  # files of LDM's layout have no config
+            hf_hub_download(repository, optional, subfolder=folder or None)
+    return path
 
 
 def _first_line(error: Exception | None) -> str:

@@ -1,0 +1,59 @@
+"""TAESD's files: one under diffusers' names, or its author's pair of halves, whose keys are the numbers of layers."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+
+from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers
+from sdvae.weights.files import Entry
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+_HALVES = {"encoder": "decoder", "decoder": "encoder"}
+
+
+def is_taesd(keys: Collection[str]) -> bool:
+    """Whether these are keys of numbered layers, as a TAESD has them in both layouts."""
+    return is_bare(keys) or "encoder.layers.0.weight" in keys
+
+
+def is_bare(keys: Collection[str]) -> bool:
+    """Whether these are the keys of a file of TAESD's author: one half, its layers numbered and no more."""
+    return len(keys) > 0 and all(key.partition(".")[0].isdecimal() for key in keys)
+
+
+def by_name(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The tensors of a file in either layout under diffusers' names; which half a bare file is, its layers tell."""
+    if not is_bare(entries):
+        return dict(entries)
+    return named_as_diffusers(*((entries, {}) if "0.weight" in entries else ({}, entries)))
+
+
+def sides(names: Collection[str]) -> set[str]:
+    """Which halves are there: "encoder", "decoder"."""
+    return {name.partition(".")[0] for name in names}
+
+
+def fit_config(entries: Mapping[str, Entry]) -> TinyConfig | None:
+    """The network that these tensors are the whole, or one half, of; the scale of its latents is not known yet."""
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    has_mid_pool = any(".pool." in name for name in shapes)
+    for latent_channels in (4, 16, 32):
+        config = TinyConfig(latent_channels=latent_channels, scaling_factor=1.0, has_mid_pool=has_mid_pool)
+        with torch.device("meta"):
+            expected = {key: tuple(value.shape) for key, value in AutoencoderTiny(config).state_dict().items()}
+        if shapes == {key: shape for key, shape in expected.items() if sides([key]) <= sides(shapes)}:
+            return config
+    return None
+
+
+def other_half(path: Path) -> Path | None:
+    """The name that the other half of a pair has: "decoder" for "encoder" and the other way; None for other names."""
+    half = next((half for half in _HALVES if half in path.name), None)
+    return path.with_name(path.name.replace(half, _HALVES[half])) if half else None
+
+
+def find_pairs(folder: Path) -> list[Path]:
+    """The encoders in a folder that have their decoder beside them."""
+    encoders = [path for path in sorted(folder.glob("*encoder*")) if path.suffix in SUFFIXES]
+    return [path for path in encoders if (other := other_half(path)) and other.is_file()]
