@@ -119,18 +119,17 @@ def row_sha256(moments: Moments, row: int) -> str:
     return digest.hexdigest()
 
 
-def commit_shard(
+def shard_files(
     layout: Layout,
     number: int,
     bucket_px: Size | None,
     lines: Sequence[dict[str, Any]],
     moments: Moments,
     degraded: int | None = None,
-) -> None:
-    """Write one shard: numbers (none where `moments` is empty), index, then `done`, whose existence is the commit.
+) -> tuple[dict[Path, list[atomic.Buffer]], bytes]:
+    """What the files of one shard hold, by path, and what its `done` says of them.
 
     `degraded` says how few rows its batches had to have, where memory did not suffice for those of the manifest.
-    A second process that comes with the same shard is harmless, as it brings the same bytes; StoreError if not.
     """
     num_rows = len(moments["mean"]) if moments else 0
     text = b"".join(map(atomic.canonical_json, lines))
@@ -141,18 +140,32 @@ def commit_shard(
         chunks += [moments[name].data for name in sorted(moments)]
         files[layout.tensors(number, bucket_px)] = chunks
         tensors = _describe(chunks) | {"shape": moments["mean"].shape}
-    done = atomic.seal(
-        {
-            "shard": number,
-            "bucket_px": bucket_px,
-            "num_written": num_rows,
-            "num_quarantined": len(lines) - num_rows,
-            "tensors": tensors,
-            "index": _describe([text]),
-            "degraded": degraded,
-            "manifest_sha256": file_sha256(layout.manifest),
-        }
-    )
+    done = {
+        "shard": number,
+        "bucket_px": bucket_px,
+        "num_written": num_rows,
+        "num_quarantined": len(lines) - num_rows,
+        "tensors": tensors,
+        "index": _describe([text]),
+        "degraded": degraded,
+        "manifest_sha256": file_sha256(layout.manifest),
+    }
+    return files, atomic.seal(done)
+
+
+def commit_shard(
+    layout: Layout,
+    number: int,
+    bucket_px: Size | None,
+    lines: Sequence[dict[str, Any]],
+    moments: Moments,
+    degraded: int | None = None,
+) -> None:
+    """Write one shard: numbers (none where `moments` is empty), index, then `done`, whose existence is the commit.
+
+    A second process that comes with the same shard is harmless, as it brings the same bytes; StoreError if not.
+    """
+    files, done = shard_files(layout, number, bucket_px, lines, moments, degraded)
     path = layout.done(number)
     if not path.exists() or path.read_bytes() == done:
         for file, content in files.items():
