@@ -41,6 +41,7 @@ class Verdict:
     num_files: int = 0  # hashed
     num_bytes: int = 0
     num_records: int = 0  # in the shards that could be read
+    stopped_at: Path | None = None  # the manifest or the commit of a roster: without it nothing else can be judged
 
     @property
     def is_unfinished(self) -> bool:
@@ -56,13 +57,12 @@ class Verdict:
 def verify(root: Path, progress: Progress = lambda num_done, num_all: None) -> Verdict:
     """Hash every file of the store in `root`, and compare each with the digest that covers it.
 
-    Where manifest.json or the commit of a roster is damaged, that is all it says: nothing else can be judged.
     Raises StoreError where there is no store.
     """
     layout = Layout(root)
     foundation = _damaged_manifest(layout) or _damaged_generation(Store.open(root))
     if foundation is not None:
-        return Verdict([foundation])
+        return Verdict([foundation], stopped_at=foundation.path)
     return _Examination(Store.open(root)).verdict(progress)
 
 
@@ -78,14 +78,12 @@ def _damaged_manifest(layout: Layout) -> Damage | None:
 
 def _damaged_generation(store: Store) -> Damage | None:
     """The first commit of a later roster that is damaged, or is missing though shards of it were committed."""
-    number = 0
     try:
         num_rosters, num_shards = len(store.rosters), store.num_shards
     except VerifyError:
-        number = 1
-        while atomic.unseal(store.layout.generation(number).read_bytes()):
-            number += 1
-        return Damage(store.layout.generation(number), "damaged")
+        paths = sorted(store.layout.generation(1).parent.glob("*.json"))
+        broken = [path for path in paths if atomic.unseal(path.read_bytes()) is None]
+        return Damage((broken or paths[-1:])[0], "damaged")
     if any(number >= num_shards for number in _commits(store.layout)):
         return Damage(store.layout.generation(num_rosters), "missing")
     return None

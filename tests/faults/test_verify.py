@@ -7,51 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from PIL import Image
 
 from sdvae.cli.main import cli
-from sdvae.data.encode import EncodeSettings, encode_source
-from sdvae.data.preprocess import Preprocess
 from sdvae.data.store import DATA_START, Store
 from sdvae.data.verify import verify
 from sdvae.errors import StoreError
-from sdvae.vae import VAE
-
-SETTINGS = EncodeSettings(Preprocess(size_px=32), shard_rows=3, batch_rows=2, num_threads=1)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven photos, one that breaks in the scan and one that breaks while it is encoded."""
-    folder = tmp_path_factory.mktemp("photos")
-    noise = np.random.default_rng(0)
-    for number in range(7):
-        Image.fromarray(noise.integers(0, 256, (40, 48, 3), np.uint8)).save(folder / f"{number}.png")
-    (folder / "broken.jpg").write_bytes(b"no image")
-    (folder / "4-short.png").write_bytes((folder / "4.png").read_bytes()[:1000])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pristine(photos: Path, small_vae: VAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pristine") / "out"
-    encode_source(photos, out, small_vae, SETTINGS)
-    return out
-
-
-@pytest.fixture
-def root(pristine: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pristine, tmp_path / "out"))
-
-
-def store_files(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.is_file() and path.parent.name != "journal")
-
-
-def flip(path: Path, bit: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
+from tests.faults.conftest import flip, store_files
 
 
 def test_a_whole_store_has_no_damage_and_every_file_was_hashed(root: Path) -> None:
