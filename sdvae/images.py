@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,13 +52,28 @@ def read_image(
     *,
     background: tuple[int, int, int] = BACKGROUND,
     max_pixels: int = MAX_IMAGE_PIXELS,
+    decoder: Literal["pillow", "simplejpeg"] = "pillow",
+    at_least_px: tuple[int, int] | None = None,
 ) -> NDArray[np.uint8]:
     """Read a file as an upright sRGB image, (H, W, 3) uint8.
 
-    Raises ImageError with the reason. Where `source` is a Path the message begins with it; a reason for bytes
-    or a stream depends on nothing but those bytes.
+    `decoder` is that of JPEG. With `at_least_px`, a JPEG is decoded at the smallest of its own scales that has that
+    (height, width): quicker, and a little softer. Raises ImageError with the reason. Where `source` is a Path the
+    message begins with it; a reason for bytes or a stream depends on nothing but those bytes.
     """
     with _opened(source, max_pixels) as image:
+        if image.format in ("JPEG", "MPO"):
+            with _pillow_failures(image):
+                orientation = _orientation(image)
+                is_turned, _, _ = _ORIENTATIONS[orientation]
+                stored_px = at_least_px[::-1] if at_least_px and is_turned else at_least_px
+                samples = _samples_by_simplejpeg(image, stored_px) if decoder == "simplejpeg" else None
+                if samples is not None:
+                    upright, as_stored = _empty_upright(samples.shape[0], samples.shape[1], orientation)
+                    as_stored[...] = samples
+                    return upright
+                if stored_px is not None:
+                    image.draft(None, stored_px[::-1])
         return from_pil(image, background=background)
 
 
@@ -140,6 +155,23 @@ def _identify(stream: BinaryIO, max_pixels: int) -> Image.Image:
 _NEW_SUBFILE_TYPE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _DNG_VERSION = 254, 258, 262, 50706  # TIFF tags
 
 
+def _samples_by_simplejpeg(image: Any, at_least_px: tuple[int, int] | None) -> NDArray[np.uint8] | None:
+    """The picture of a JPEG, as it is stored; None where it is for Pillow to read, or to refuse with a reason."""
+    import simplejpeg
+
+    if image.mode not in ("L", "RGB") or image.info.get("icc_profile"):
+        return None
+    image.fp.seek(0)
+    min_height, min_width = at_least_px or (0, 0)
+    try:
+        samples: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            image.fp.read(), "RGB", min_height=min_height, min_width=min_width
+        )
+        return samples
+    except ValueError:  # it also refuses what Pillow, and libjpeg, only warn of
+        return None
+
+
 # --- Orientation ---
 
 # EXIF orientation -> how the stored image lies in the upright one: axes swapped, then rows, then columns reversed.
@@ -215,8 +247,8 @@ def _converter(
             alpha = Image.fromarray(np.where(is_clear, 0, 255).astype(np.uint8))
         if deep_range:
             band = _scale_to_8_bits(band, *deep_range)
-        band = band.convert(mode)
-        band = to_srgb(band) if to_srgb else band.convert("RGB")
+        band = band if band.mode == mode else band.convert(mode)
+        band = to_srgb(band) if to_srgb else band if mode == "RGB" else band.convert("RGB")
         if alpha is None:
             return np.asarray(band)
         canvas = Image.new("RGB", band.size, background)

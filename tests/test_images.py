@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
@@ -586,3 +587,83 @@ def test_warnings_stay_inside_while_threads_overlap() -> None:
         for image in threads.map(read_image, [data] * 200):
             assert np.array_equal(image, expected)
     assert list(warnings.filters) == before
+
+
+# --- The other JPEG decoder ---
+
+
+def _jpeg(mode: str = "RGB", **options: object) -> bytes:
+    noise = np.random.default_rng(5).integers(0, 256, (37, 53, 3), np.uint8)
+    smooth = Image.fromarray(noise).resize((150, 101), Image.Resampling.BICUBIC).convert(mode)
+    file = io.BytesIO()
+    smooth.save(file, "jpeg", **options)
+    return file.getvalue()
+
+
+def _turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return _jpeg(exif=exif.tobytes())
+
+
+def _with_a_profile() -> bytes:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    return _jpeg(icc_profile=profile.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("data", "is_decoded"),
+    [
+        *((_turned(orientation), True) for orientation in range(1, 9)),
+        (_jpeg("L"), True),
+        (_jpeg(progressive=True, subsampling="4:2:0"), True),
+        (_jpeg(quality=30, subsampling="4:2:2"), True),
+        (_jpeg("CMYK"), False),
+        (_with_a_profile(), False),
+    ],
+)
+def test_simplejpeg_gives_what_pillow_gives(data: bytes, is_decoded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+
+    def noted(*args: object, **settings: object) -> np.ndarray:
+        decoded.append(simplejpeg_decode(*args, **settings))
+        return decoded[-1]
+
+    simplejpeg_decode = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", noted)
+    image = read_image(data, decoder="simplejpeg")
+    assert image.flags.c_contiguous
+    assert np.array_equal(image, read_image(data))
+    assert len(decoded) == is_decoded
+
+
+def test_what_simplejpeg_refuses_is_for_pillow_to_judge(data_dir: Path) -> None:
+    files = [path for path in (data_dir / "odd").iterdir() if path.suffix in (".jpg", ".jpeg")]
+    assert len(files) > 10
+    for path in files:
+        outcomes = []
+        for decoder in ("pillow", "simplejpeg"):
+            try:
+                outcomes.append(read_image(path.read_bytes(), decoder=decoder).tobytes())  # type: ignore[arg-type]
+            except ImageError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1], path.name
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "simplejpeg"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_draft_has_at_least_the_size_asked_for(decoder: str, orientation: int) -> None:
+    upright = (150, 101) if orientation == 6 else (101, 150)
+    for wanted, expected in (((40, 40), 2), ((50, 75), 2), ((51, 75), 1), ((25, 37), 4), ((101, 150), 1), ((12, 9), 8)):
+        wanted = wanted[::-1] if orientation == 6 else wanted
+        image = read_image(_turned(orientation), decoder=decoder, at_least_px=wanted)  # type: ignore[arg-type]
+        assert image.shape[0] >= wanted[0] and image.shape[1] >= wanted[1]
+        if decoder == "pillow":
+            assert image.shape[:2] == tuple(-(-side // expected) for side in upright)
+        else:  # it has scales in between
+            assert image.shape[0] <= -(-upright[0] // expected) and image.shape[1] <= -(-upright[1] // expected)
+
+
+def test_only_jpeg_has_drafts() -> None:
+    data = encode_image(np.zeros((64, 64, 3), np.uint8), "png")
+    assert read_image(data, at_least_px=(8, 8)).shape == (64, 64, 3)

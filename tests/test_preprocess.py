@@ -3,6 +3,9 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from fractions import Fraction
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pytest
@@ -10,8 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdvae.data.preprocess import Geometry, Preprocess, apply, plan_geometry
+from sdvae.data.buckets import Size, bucket_sizes
+from sdvae.data.preprocess import Geometry, Preprocess, apply, decoder_identity, plan_geometry, read_crop
 from sdvae.errors import ConfigError, ImageError
+from sdvae.images import encode_image, read_image
 
 SIDES = st.integers(1, 12_000)
 DOWNSCALES = st.sampled_from([4, 8, 16])
@@ -120,14 +125,169 @@ def test_a_photo_that_fits_is_left_alone() -> None:
     assert np.array_equal(apply(photo, plan_geometry(64, 64, Preprocess(64, "center"), 8)), photo)
 
 
+SETTINGS = st.sampled_from(
+    [
+        Preprocess(64, max_upscale=1.5),
+        Preprocess(None, buckets="sd1", max_upscale=40.0),
+        Preprocess(None, buckets="sdxl"),
+    ]
+)
+
+
+@given(SIDES, SIDES, SETTINGS)
+def test_a_photo_covers_its_crop_and_grows_no_more_than_allowed(
+    height: int, width: int, preprocess: Preprocess
+) -> None:
+    assert preprocess.max_upscale is not None
+    table = bucket_sizes(preprocess.buckets) if preprocess.buckets else ((64, 64),)
+    target = min(table, key=lambda size: (_distance((height, width), size), size[0] / size[1]))
+    factor = max(Fraction(target[0], height), Fraction(target[1], width))
+    try:
+        geometry = plan_geometry(height, width, preprocess, 8)
+    except ImageError as error:
+        expected = "too small" if factor > Fraction(preprocess.max_upscale) else "too long and thin"
+        assert expected in str(error)
+        return
+    assert factor <= Fraction(preprocess.max_upscale)
+    top, left, *crop = geometry.crop_px
+    assert tuple(crop) == target
+    for side, resized, start, cropped in zip((height, width), geometry.resized_px, (top, left), crop, strict=True):
+        assert abs(resized - side * factor) <= Fraction(1, 2)
+        assert resized >= cropped
+        assert start == (resized - cropped) // 2
+    assert any(resized == cropped for resized, cropped in zip(geometry.resized_px, crop, strict=True))
+
+
+def _distance(size: Size, other: Size) -> Fraction:
+    """How far apart two aspect ratios are: the larger over the smaller."""
+    ratio = Fraction(size[0] * other[1], size[1] * other[0])
+    return max(ratio, 1 / ratio)
+
+
+@given(SIDES, SIDES, st.integers(0, 2**40), st.text(max_size=20))
+def test_a_random_crop_is_somewhere_inside(height: int, width: int, seed: int, key: str) -> None:
+    try:
+        center = plan_geometry(height, width, Preprocess(64), 8)
+    except ImageError:
+        return
+    preprocess = Preprocess(64, "random", seed=seed)
+    geometry = plan_geometry(height, width, preprocess, 8, key)
+    assert geometry == plan_geometry(height, width, Preprocess(64, "random", seed=seed), 8, key)
+    assert geometry.resized_px == center.resized_px
+    top, left, *crop = geometry.crop_px
+    assert crop == [64, 64]
+    assert 0 <= top <= geometry.resized_px[0] - 64
+    assert 0 <= left <= geometry.resized_px[1] - 64
+
+
+def test_random_crops_reach_every_place_and_stay_where_they_are() -> None:
+    preprocess = Preprocess(64, "random")
+    places = [plan_geometry(64, 67, preprocess, 8, f"{number}.jpg").crop_px[1] for number in range(400)]
+    counts = [places.count(left) for left in range(4)]
+    assert sum(counts) == 400
+    assert min(counts) > 70  # of 100; 3.5 standard deviations
+    other_seed = Preprocess(64, "random", seed=1)
+    assert places != [plan_geometry(64, 67, other_seed, 8, f"{number}.jpg").crop_px[1] for number in range(400)]
+    # Golden: stores are continued by later versions.
+    assert plan_geometry(1000, 640, other_seed, 8, "cats/a.jpg") == Geometry((100, 64), (30, 0, 64, 64))
+
+
+def test_photos_that_are_too_small_are_refused_with_a_reason() -> None:
+    with pytest.raises(ImageError, match=r"^too small: a side has fewer than 100 pixels$"):
+        plan_geometry(99, 3000, Preprocess(64, min_size_px=100), 8)
+    plan_geometry(100, 3000, Preprocess(64, min_size_px=100), 8)
+    with pytest.raises(ImageError, match=r"^too small: it would have to be enlarged by more than 1\.5$"):
+        plan_geometry(42, 90, Preprocess(64, max_upscale=1.5), 8)
+    assert plan_geometry(43, 90, Preprocess(64, max_upscale=1.5), 8).resized_px == (64, 134)
+    assert plan_geometry(1, 1, Preprocess(64), 8).resized_px == (64, 64)  # no limit unless asked for
+    with pytest.raises(ImageError, match=r"enlarged by more than 1\.0"):  # but with buckets
+        plan_geometry(511, 511, Preprocess(None, buckets="sd1"), 8)
+    assert plan_geometry(512, 512, Preprocess(None, buckets="sd1"), 8).crop_px == (0, 0, 512, 512)
+
+
+@pytest.mark.parametrize("kernel", ["lanczos", "bicubic"])
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 9))
+def test_a_crop_anywhere_is_cut_out_of_the_whole_photo_resized(kernel: str, height: int, width: int, seed: int) -> None:
+    photo = noise(height, width)
+    preprocess = Preprocess(16, "random", seed=seed, resample=kernel)  # type: ignore[arg-type]
+    geometry = plan_geometry(height, width, preprocess, 8, "key")
+    resized_height, resized_width = geometry.resized_px
+    resample = Image.Resampling[kernel.upper()]
+    whole = np.asarray(Image.fromarray(photo).resize((resized_width, resized_height), resample))
+    top, left, *_ = geometry.crop_px
+    image = apply(photo, geometry, preprocess.resample)
+    assert np.array_equal(image, whole[top : top + 16, left : left + 16])
+
+
+def test_reading_a_crop_is_reading_the_photo_and_cutting() -> None:
+    photo = noise(60, 90)
+    data = encode_image(photo, "png")
+    preprocess = Preprocess(32, resample="bicubic")
+    geometry = plan_geometry(60, 90, preprocess, 8)
+    assert np.array_equal(read_crop(data, (60, 90), geometry, preprocess), apply(photo, geometry, "bicubic"))
+    for settings in (preprocess, replace(preprocess, jpeg_draft=True)):
+        with pytest.raises(ImageError, match=r"its header says \(90, 60\), its picture is \(60, 90\)"):
+            read_crop(data, (90, 60), geometry, settings)
+
+
+def test_a_draft_is_decoded_small_and_looks_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, x = np.mgrid[:800, :1200]
+    photo = np.stack([128 + 100 * np.sin(x / 50), 128 + 100 * np.cos(y / 40), x / 5], -1).astype(np.uint8)
+    data = encode_image(photo, "jpeg")
+    sizes = []
+
+    def noted(*args: object, **settings: object) -> np.ndarray:
+        image = read_image(*args, **settings)  # type: ignore[arg-type]
+        sizes.append(image.shape[:2])
+        return image
+
+    monkeypatch.setattr("sdvae.images.read_image", noted)
+    exact = Preprocess(64)
+    geometry = plan_geometry(800, 1200, exact, 8)
+    reference = read_crop(data, (800, 1200), geometry, exact).astype(int)
+    for decoder in ("pillow", "simplejpeg"):
+        draft = read_crop(data, (800, 1200), geometry, replace(exact, jpeg_draft=True, decoder=decoder))
+        assert np.abs(draft - reference).max() <= 6
+    assert sizes == [(800, 1200), (100, 150), (100, 150)]  # an eighth: the smallest of JPEG's scales with 64x96
+
+
+def test_the_decoder_is_named_with_its_version() -> None:
+    identity = decoder_identity(Preprocess())
+    assert identity["library"] == "pillow" and identity["codecs"].keys() == {
+        "libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif", "zlib", "littlecms2",
+    }  # fmt: skip
+    both = decoder_identity(Preprocess(decoder="simplejpeg"))
+    assert both == identity | {"jpeg": {"library": "simplejpeg", "version": version("simplejpeg")}}
+
+
+def test_a_missing_decoder_is_told_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    with pytest.raises(ConfigError, match=r"pip install 'sdvae\[fast\]'"):
+        decoder_identity(Preprocess(decoder="simplejpeg"))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"size_px": None}, "a centre crop needs a size"),
+        ({"size_px": None}, "a center crop needs a size"),
+        ({"size_px": None, "crop": "random"}, "a random crop needs a size"),
         ({"size_px": 0}, "a size of 0 pixels"),
-        ({"crop": "random"}, "unknown crop 'random'"),
+        ({"crop": "middle"}, "unknown crop 'middle'; it is 'center' or 'random' or 'none'"),
+        ({"resample": "nearest"}, "unknown resample 'nearest'"),
+        ({"decoder": "opencv"}, "unknown decoder 'opencv'"),
         ({"background": (0, 0, 256)}, "three levels of 0..255"),
         ({"background": (0, 0)}, "three levels of 0..255"),
+        ({"buckets": "sd1"}, "buckets have sizes of their own; leave size_px None, it is 512"),
+        ({"size_px": None, "buckets": "sdx"}, "unknown buckets 'sdx'; did you mean sdxl"),
+        ({"size_px": None, "buckets": "sd1", "crop": "none"}, "photos are cropped to their bucket"),
+        ({"size_px": None, "crop": "none", "max_upscale": 1.0}, "give a size or buckets"),
+        ({"max_upscale": 0}, "max_upscale is 0"),
+        ({"max_upscale": float("inf")}, "max_upscale is inf"),
+        ({"min_size_px": 0}, "a minimum of 0 pixels"),
+        ({"seed": 1}, "with crop 'center' it means nothing"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values: dict[str, object], message: str) -> None:
@@ -141,15 +301,29 @@ def test_a_crop_must_fit_the_latents() -> None:
 
 
 def test_settings_survive_json() -> None:
-    for preprocess in (Preprocess(256), Preprocess(None, "none", (1, 2, 3), 10**6)):
+    table = ((64, 96), (96, 64))
+    for preprocess in (
+        Preprocess(256),
+        Preprocess(None, "none", (1, 2, 3), 10**6),
+        Preprocess(None, buckets=table, max_upscale=1.25, min_size_px=64, resample="bicubic", flip=True),
+        Preprocess(64, "random", seed=7, decoder="simplejpeg", jpeg_draft=True, max_upscale=2),
+    ):
         assert Preprocess.from_json(json.loads(json.dumps(preprocess.to_json()))) == preprocess
+    with pytest.raises(ConfigError, match="sharpen"):
+        Preprocess.from_json(Preprocess().to_json() | {"sharpen": True})
     values = Preprocess().to_json()
-    assert values == {"size_px": 512, "crop": "center", "background": [255, 255, 255], "max_pixels": 134_217_728}
-    with pytest.raises(ConfigError, match="flip"):
-        Preprocess.from_json(values | {"flip": True})
     del values["crop"]
     with pytest.raises(ConfigError, match="crop"):
         Preprocess.from_json(values)
+    assert Preprocess(None, buckets=[[64, 96], [96, 64]], max_upscale=1) == Preprocess(None, buckets=table)  # type: ignore[arg-type]
+
+
+def test_a_store_that_was_begun_before_a_setting_existed_reads_and_writes_the_same() -> None:
+    before = {"size_px": 512, "crop": "center", "background": [255, 255, 255], "max_pixels": 134_217_728}
+    assert Preprocess.from_json(before) == Preprocess()
+    assert Preprocess().to_json() == before
+    buckets = Preprocess(None, buckets="sd1", flip=True).to_json()
+    assert buckets == before | {"size_px": None, "buckets": "sd1", "max_upscale": 1.0, "flip": True}
 
 
 def test_the_default_limit_is_that_of_reading() -> None:

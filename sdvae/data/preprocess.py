@@ -1,46 +1,104 @@
-"""What happens between a photo and the network: a plan in integers, then Lanczos, a crop and padding."""
+"""What happens between a photo and the network: a plan in integers, then a resize, a crop and padding."""
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdvae.data.buckets import Size, bucket_sizes, nearest_bucket
 from sdvae.errors import ConfigError, ImageError
+
+Crop = Literal["center", "random", "none"]
+Resample = Literal["lanczos", "bicubic"]
+Decoder = Literal["pillow", "simplejpeg"]
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The settings that decide which pixels of a photo are encoded; the same settings give the same pixels."""
+    """The settings that decide which pixels of a photo are encoded; the same settings give the same pixels.
 
-    size_px: int | None = 512  # of the shorter side; None keeps the photo's own size
-    crop: Literal["center", "none"] = "center"
+    A photo is resized until it covers `size_px`, or the bucket whose aspect ratio is nearest, and the rest is
+    cropped. With `size_px` None and no buckets it keeps its own size.
+    """
+
+    size_px: int | None = 512  # of the shorter side; None with buckets, and for photos in their own size
+    crop: Crop = "center"
     background: tuple[int, int, int] = (255, 255, 255)  # under transparent images
     max_pixels: int = 2**27  # of a photo as stored, and as resized
-    flip: bool = False  # encode the photo mirrored left to right, too
+    buckets: str | tuple[Size, ...] | None = None  # "sd1", "sdxl", or sizes (height, width)
+    max_upscale: float | None = None  # photos that need more are refused; None: no limit, but 1.0 with buckets
+    min_size_px: int | None = None  # photos with a shorter side are refused
+    resample: Resample = "lanczos"  # both are antialiased
+    flip: bool = False  # whether each photo is also encoded mirrored, left to right
+    seed: int = 0  # of random crops
+    decoder: Decoder = "pillow"  # of JPEG
+    jpeg_draft: bool = False  # whether JPEG is decoded at the smallest of its own scales that covers the resized size
 
     def __post_init__(self) -> None:
-        if self.crop not in ("center", "none"):
-            raise ConfigError(f"unknown crop {self.crop!r}; it is 'center' or 'none'")
-        if self.crop == "center" and self.size_px is None:
-            raise ConfigError("a centre crop needs a size; give one, or keep whole photos with crop 'none'")
+        for name, choices in (("crop", Crop), ("resample", Resample), ("decoder", Decoder)):
+            if getattr(self, name) not in get_args(choices):
+                known = " or ".join(map(repr, get_args(choices)))
+                raise ConfigError(f"unknown {name} {getattr(self, name)!r}; it is {known}")
+        if self.buckets is not None:
+            self._require_bucket_settings(self.buckets)
+            object.__setattr__(self, "max_upscale", 1.0 if self.max_upscale is None else self.max_upscale)
+        elif self.size_px is None and self.crop != "none":
+            raise ConfigError(f"a {self.crop} crop needs a size; give one, or keep whole photos with crop 'none'")
         if self.size_px is not None and self.size_px < 1:
             raise ConfigError(f"a size of {self.size_px} pixels is no size")
+        if self.max_upscale is not None:
+            if self.size_px is None and self.buckets is None:
+                raise ConfigError("max_upscale is for photos that are resized; give a size or buckets, too")
+            if not 0 < self.max_upscale < float("inf"):
+                raise ConfigError(f"max_upscale is {self.max_upscale}; it is a factor, such as 1.0 or 1.5")
+            object.__setattr__(self, "max_upscale", float(self.max_upscale))
+        if self.min_size_px is not None and self.min_size_px < 1:
+            raise ConfigError(f"a minimum of {self.min_size_px} pixels is no size")
+        if self.seed and self.crop != "random":
+            raise ConfigError(f"a seed places random crops; with crop {self.crop!r} it means nothing")
         if len(self.background) != 3 or not all(0 <= level <= 255 for level in self.background):
             raise ConfigError(f"the background {self.background} is not three levels of 0..255")
 
+    def _require_bucket_settings(self, buckets: str | tuple[Size, ...]) -> None:
+        if not isinstance(buckets, str):
+            buckets = tuple((height, width) for height, width in buckets)
+            object.__setattr__(self, "buckets", buckets)
+        bucket_sizes(buckets)
+        if self.size_px is not None:
+            raise ConfigError(f"buckets have sizes of their own; leave size_px None, it is {self.size_px}")
+        if self.crop == "none":
+            raise ConfigError("photos are cropped to their bucket; with buckets, crop is 'center' or 'random'")
+
     def to_json(self) -> dict[str, Any]:
-        """As JSON's own types, for a manifest."""
-        return asdict(self) | {"background": list(self.background)}
+        """As JSON's own types, for a manifest.
+
+        Of the members that came after the first stores, those that say what was done before are left out: a store
+        begun then is continued.
+        """
+        values = {name: getattr(self, name) for name in _DEFAULTS}
+        written = {name: value for name, value in values.items() if name in _FIRST or value != _DEFAULTS[name]}
+        return {name: _as_lists(value) for name, value in written.items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Preprocess":
         """The inverse of `to_json`; raises ConfigError for keys that are missing or unknown."""
-        differing = sorted({field.name for field in fields(cls)} ^ values.keys())
+        differing = sorted(values.keys() - _DEFAULTS.keys() | _FIRST - values.keys())
         if differing:
             raise ConfigError(f"preprocessing settings lack or do not know: {', '.join(differing)}")
-        return cls(**(dict(values) | {"background": tuple(values["background"])}))
+        plain: dict[str, Any] = {name: tuple(item) if isinstance(item, list) else item for name, item in values.items()}
+        return cls(**plain)
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+_CODECS = ("libjpeg_turbo", "jpg_2000", "libtiff", "webp", "avif", "zlib", "littlecms2")
+_FIRST = {"size_px", "crop", "background", "max_pixels"}  # in every manifest
+_DEFAULTS = {field.name: field.default for field in fields(Preprocess)}
 
 
 @dataclass(frozen=True)
@@ -51,48 +109,126 @@ class Geometry:
     crop_px: tuple[int, int, int, int]  # (top, left, height, width)
 
 
-def plan_geometry(height: int, width: int, preprocess: Preprocess, downscale: int) -> Geometry:
+def plan_geometry(height: int, width: int, preprocess: Preprocess, downscale: int, key: str = "") -> Geometry:
     """Plan an upright photo of (height, width); the crop is a multiple of `downscale` on both sides.
 
-    Raises ConfigError for a crop size that is no such multiple, and ImageError for a photo so long and thin
-    that resizing its shorter side would make more than `max_pixels`.
+    A random crop is a function of the seed and of `key` alone. Raises ConfigError for a crop that is no such
+    multiple, and ImageError for a photo that is too small, or so long and thin that resizing it would make more
+    than `max_pixels`.
     """
-    size = preprocess.size_px
-    if size is None:
-        resized = (height, width)
-    else:
-        short = min(height, width)
-        resized = (_scaled(height, size, short), _scaled(width, size, short))
+    if preprocess.min_size_px is not None and min(height, width) < preprocess.min_size_px:
+        raise ImageError(f"too small: a side has fewer than {preprocess.min_size_px} pixels")
+    target = _target_size(height, width, preprocess, downscale)
+    resized = (height, width)
+    if target is not None:
+        limit = preprocess.max_upscale
+        if limit is not None and (target[0] > limit * height or target[1] > limit * width):
+            raise ImageError(f"too small: it would have to be enlarged by more than {limit}")
+        resized = _size_to_cover(height, width, target)
     if resized[0] * resized[1] > preprocess.max_pixels:
         raise ImageError(
             f"too long and thin: {width}x{height} resized to {resized[1]}x{resized[0]} is more than "
             f"the limit of {preprocess.max_pixels:,} pixels"
         )
-    if preprocess.crop == "none":
+    if target is None or preprocess.crop == "none":
         return Geometry(resized, (0, 0, resized[0] + -resized[0] % downscale, resized[1] + -resized[1] % downscale))
-    assert size is not None
-    if size % downscale:
+    spare = (resized[0] - target[0], resized[1] - target[1])
+    corner = (
+        _random_corner(spare, preprocess.seed, key) if preprocess.crop == "random" else (spare[0] // 2, spare[1] // 2)
+    )
+    return Geometry(resized, (*corner, *target))
+
+
+def _target_size(height: int, width: int, preprocess: Preprocess, downscale: int) -> Size | None:
+    """The size that the photo is resized to cover; None where it keeps its own."""
+    if preprocess.buckets is not None:
+        return nearest_bucket(height, width, bucket_sizes(preprocess.buckets, downscale))
+    size = preprocess.size_px
+    if size is None:
+        return None
+    if size % downscale and preprocess.crop != "none":
         raise ConfigError(f"a crop of {size} pixels is no multiple of {downscale}, which one latent covers")
-    return Geometry(resized, ((resized[0] - size) // 2, (resized[1] - size) // 2, size, size))
+    return (size, size)
+
+
+def _size_to_cover(height: int, width: int, target: Size) -> Size:
+    """(height, width) scaled until one side is that of `target` and the other at least as long."""
+    if target[0] * width >= target[1] * height:  # the height needs the larger factor
+        return target[0], _scaled(width, target[0], height)
+    return _scaled(height, target[1], width), target[1]
 
 
 def _scaled(side: int, numerator: int, denominator: int) -> int:
     return (2 * side * numerator + denominator) // (2 * denominator)  # rounded to the nearest, halves up
 
 
-def apply(image: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:  # (H, W, 3) -> (h, w, 3), contiguous
+def _random_corner(spare: Size, seed: int, key: str) -> Size:
+    """(top, left) anywhere from (0, 0) to `spare`; in integers, so that every machine finds the same."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    top, left = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
+    return top * (spare[0] + 1) >> 64, left * (spare[1] + 1) >> 64
+
+
+def read_crop(
+    data: bytes, original_px: Size, geometry: Geometry, preprocess: Preprocess
+) -> NDArray[np.uint8]:  # (h, w, 3)
+    """The pixels of a photo that enter the VAE; ImageError where its picture cannot be read, or has another size."""
+    from sdvae.images import read_image
+
+    image = read_image(
+        data,
+        background=preprocess.background,
+        max_pixels=preprocess.max_pixels,
+        decoder=preprocess.decoder,
+        at_least_px=geometry.resized_px if preprocess.jpeg_draft else None,
+    )
+    is_reduced = preprocess.jpeg_draft and all(
+        resized <= side <= original
+        for resized, side, original in zip(geometry.resized_px, image.shape, original_px, strict=False)
+    )
+    if image.shape[:2] != original_px and not is_reduced:
+        raise ImageError(f"its header says {original_px}, its picture is {image.shape[:2]}")
+    return apply(image, geometry, preprocess.resample)
+
+
+def decoder_identity(preprocess: Preprocess) -> dict[str, Any]:
+    """Which libraries make pixels of a file, with versions, for a manifest; ConfigError where one is missing."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import PIL
+    from PIL import features
+
+    codecs = {name: features.version(name) for name in _CODECS}
+    identity: dict[str, Any] = {"library": "pillow", "version": PIL.__version__, "codecs": codecs}
+    if preprocess.decoder == "simplejpeg":
+        try:
+            identity["jpeg"] = {"library": "simplejpeg", "version": version("simplejpeg")}
+        except PackageNotFoundError as error:
+            raise ConfigError("the decoder 'simplejpeg' is not installed; pip install 'sdvae[fast]'") from error
+    return identity
+
+
+def apply(
+    image: NDArray[np.uint8], geometry: Geometry, resample: Resample = "lanczos"
+) -> NDArray[np.uint8]:  # (H, W, 3) -> (h, w, 3), contiguous
     """Cut the pixels of a plan out of a photo.
 
-    The whole photo is resized before it is cropped. Pillow's resize of the cropped box alone rounds the box to
-    fp32, which moved pixels of noise by up to 52 levels.
+    The pixels are those of the whole photo resized, then cropped. Pillow's resize of the cropped box alone rounds the
+    box to fp32, which moved pixels of noise by up to 52 levels.
     """
     from PIL import Image  # a plan needs neither Pillow nor a decoder
 
     from sdvae.pixels import pad
 
     height, width = geometry.resized_px
-    if image.shape[:2] != (height, width):
-        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
     top, left, crop_height, crop_width = geometry.crop_px
+    if image.shape[:2] != (height, width):
+        photo, kernel = Image.fromarray(image), Image.Resampling[resample.upper()]
+        if height >= photo.height and width > crop_width:
+            # Where no rows are lost Pillow resizes the rows first, to 8 bits, and then the columns: columns beside the
+            # crop can go in between, a third of the work on a landscape photo that grows.
+            photo = photo.resize((width, photo.height), kernel).crop((left, 0, left + crop_width, photo.height))
+            left, width = 0, crop_width
+        image = np.asarray(photo.resize((width, height), kernel))
     cropped = image[top : top + crop_height, left : left + crop_width]
     return np.ascontiguousarray(pad(cropped, crop_height, crop_width))
