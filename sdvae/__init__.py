@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sdvae.config import VAEConfig
+    from sdvae.data.dataset import LatentDataset
     from sdvae.errors import SdvaeError
     from sdvae.integrations.diffusers import install, uninstall
     from sdvae.model import AutoencoderKL
@@ -15,12 +16,22 @@ if TYPE_CHECKING:
     from sdvae.vae import VAE
 
 __version__ = "0.1.0"
-__all__ = ["VAE", "AutoencoderKL", "DiagonalGaussian", "SdvaeError", "VAEConfig", "install", "uninstall"]
+__all__ = [
+    "VAE",
+    "AutoencoderKL",
+    "DiagonalGaussian",
+    "LatentDataset",
+    "SdvaeError",
+    "VAEConfig",
+    "install",
+    "uninstall",
+]
 
 _MODULES = {
     "VAE": "sdvae.vae",
     "AutoencoderKL": "sdvae.model",
     "DiagonalGaussian": "sdvae.posterior",
+    "LatentDataset": "sdvae.data.dataset",
     "SdvaeError": "sdvae.errors",
     "VAEConfig": "sdvae.config",
     "install": "sdvae.integrations.diffusers",
