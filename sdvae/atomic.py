@@ -88,10 +88,11 @@ def make_folder(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove one file; a file that is gone already is no error."""
+    """Remove one file, so that a power cut does not bring it back; a file that is gone already is no error."""
     with _explained(path, ()):
         hook("unlink", path)
         path.unlink(missing_ok=True)
+        _sync_folder(path.parent)
 
 
 def sweep(folder: Path) -> int:

@@ -14,7 +14,7 @@ from sdvae.vae import VAE
 SETTINGS = EncodeSettings(Preprocess(size_px=32), shard_rows=3, batch_rows=2, num_threads=1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven photos, one that breaks in the scan and one that breaks while it is encoded."""
     folder = tmp_path_factory.mktemp("photos")
@@ -26,7 +26,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pristine(photos: Path, small_vae: VAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pristine") / "out"
     encode_source(photos, out, small_vae, SETTINGS)
@@ -51,3 +51,14 @@ def flip(path: Path, bit: int) -> None:
 def read_store(root: Path) -> dict[str, bytes]:
     """Every byte of a store, and whatever else lies there, but the journals."""
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in store_files(root)}
+
+
+def encode(photos: Path, out: Path, vae: VAE) -> None:
+    """The job of these tests: four shards."""
+    encode_source(photos, out, vae, SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def expected(pristine: Path) -> dict[str, bytes]:
+    """The bytes of a run that nobody disturbed."""
+    return read_store(pristine)
