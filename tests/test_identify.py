@@ -14,7 +14,7 @@ from sdvae.model import AutoencoderKL
 from sdvae.tiny import named_as_diffusers
 from sdvae.weights import identify as identify_module
 from sdvae.weights.identify import KNOWN_FILES, identify
-from sdvae.weights.identity import fingerprint
+from sdvae.weights.identity import fingerprint, sign_sketch
 from sdvae.weights.keymap import ldm_names
 from sdvae.weights.load import find_file, load_weights
 from tests.conftest import SMALL, random_model
@@ -221,3 +221,19 @@ def test_the_file_is_found_in_a_folder_and_left_as_it_was(tmp_path: Path) -> Non
     copy = shutil.copy(path, tmp_path / "copy")
     assert identify(find_file(tmp_path)).latent_space == "sd1"
     assert path.read_bytes() == Path(copy).read_bytes()
+
+
+def test_the_same_weights_in_another_precision_have_the_same_sign_sketch(data_dir: Path, tmp_path: Path) -> None:
+    weights = load_weights().tensors
+    known = identify(embedded(tmp_path))
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    sketches = set()
+    for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        save_file({key: value.to(dtype) for key, value in weights.items()}, path)
+        found = identify(path)
+        assert found.fingerprint != known.fingerprint or dtype == torch.float16  # in which it is stored
+        sketches.add(found.sign_sketch)
+    assert sketches == {known.sign_sketch} == {sign_sketch(weights)}
+    others = [identify(taesd(data_dir, name, "encoder")).sign_sketch for name in ("sd1", "sdxl")]
+    tuned = {key: value + 1e-3 * value.std() * torch.randn_like(value) for key, value in weights.items()}
+    assert len({known.sign_sketch, *others, sign_sketch(tuned)}) == 4

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers import AutoencoderKL as DiffusersVAE
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from sdvae.config import FAMILIES
@@ -74,6 +76,80 @@ def test_a_hub_id_is_served_from_the_cache_offline(
     assert load("org/name/vae").fingerprint == small_vae.fingerprint
     with pytest.raises(WeightsError, match=r"org/other .* hub"):
         load("org/other")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository "org/name", served as huggingface_hub serves one: into a cache, by name, with its own errors."""
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
+    remote.mkdir()
+
+    def hf_hub_download(repo_id: str, filename: str, *, subfolder: str | None = None) -> str:
+        if repo_id != "org/name":
+            raise RepositoryNotFoundError("401 Client Error.\n\nRepository Not Found", response=Mock())
+        name = f"{subfolder}/{filename}" if subfolder else filename
+        if not (remote / name).is_file():
+            raise RemoteEntryNotFoundError(f"404 Client Error: {name}", response=Mock())
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(remote / name, cache / name)
+        return str(cache / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    return remote
+
+
+def test_one_file_on_the_hub_loads_with_what_belongs_to_it(hub: Path, small_vae: VAE, data_dir: Path) -> None:
+    small_vae.save(hub / "some" / "where")
+    shutil.copytree(hub / "some" / "where", hub / "bare")
+    (hub / "bare" / CONFIG_NAME).rename(hub / "bare" / "other.json")
+    name = WEIGHTS_NAMES[0]
+    (hub / "some" / "where" / name).rename(hub / "some" / "where" / "best.safetensors")
+    vae = load("org/name/some/where/best.safetensors")
+    assert (vae.fingerprint, vae.config, vae.name) == (
+        small_vae.fingerprint, small_vae.config, "org/name/some/where/best.safetensors",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"no config\.json beside it"):
+        load(f"org/name/bare/{name}")
+    for half in ("encoder", "decoder"):
+        shutil.copy(data_dir / "weights" / "taesd_bf16" / f"taesdxl_{half}.safetensors", hub)
+    assert load("org/name/taesdxl_decoder.safetensors").latent_space == "sdxl"
+
+
+def test_shards_on_the_hub_are_all_fetched(hub: Path, small_vae: VAE, tmp_path: Path) -> None:
+    small_vae.save(hub / "vae")
+    (hub / "vae" / WEIGHTS_NAMES[0]).unlink()
+    DiffusersVAE.from_config(SMALL.to_diffusers()).save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    shards = list((tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 1
+    shutil.copytree(tmp_path / "sharded", hub / "vae", dirs_exist_ok=True)
+    expected = load(tmp_path / "sharded").fingerprint
+    for spec in ("org/name", "org/name/vae", f"org/name/vae/{WEIGHTS_NAMES[2]}"):
+        assert load(spec).fingerprint == expected
+        shutil.rmtree(tmp_path / "cache")
+    (hub / "vae" / shards[0].name).unlink()
+    with pytest.raises(
+        WeightsError, match=f"names the shard {shards[0].name}, and the hub gave none: 404 Client Error"
+    ):
+        load("org/name")
+
+
+def test_what_the_hub_does_not_have_is_one_sentence(hub: Path) -> None:
+    for spec, told in (
+        ("org/name", r"org/name is no local path, and the hub gave no VAE for it: 404 Client Error: vae/diff"),
+        ("org/name/a/b.safetensors", "the hub gave no VAE for it: 404 Client Error: a/b.safetensors$"),
+        ("org/other", "org/other is no local path, and the hub refused it: 401 Client Error.$"),
+        ("org/other/b.ckpt", "the hub refused it"),
+    ):
+        with pytest.raises(WeightsError, match=told):
+            load(spec)
+
+
+def test_offline_the_hub_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("socket.socket.connect", Mock(side_effect=AssertionError("the network was asked")))
+    with pytest.raises(WeightsError, match=r"the hub gave no VAE for it: .* in the local cache"):
+        load("org/name/vae/model.safetensors")
 
 
 def test_missing_and_unexpected_keys_are_named(folder: Path) -> None:

@@ -12,7 +12,9 @@ from sdvae.cli.shared import DRY_RUN, FAMILY, STORED_DTYPE, WEIGHTS_OUTPUT, Cons
 @click.argument("source", metavar="IN")
 @WEIGHTS_OUTPUT
 @click.option(
-    "--layout", type=click.Choice(["ldm", "diffusers"]), help="How the tensors are named.  [default: as they are]"
+    "--layout",
+    type=click.Choice(["ldm", "diffusers", "taesd"]),
+    help="How the tensors are named; taesd is two files for a TAESD.  [default: as they are]",
 )
 @STORED_DTYPE
 @FAMILY
@@ -21,7 +23,7 @@ from sdvae.cli.shared import DRY_RUN, FAMILY, STORED_DTYPE, WEIGHTS_OUTPUT, Cons
 def convert(
     source: str,
     output: Path,
-    layout: Literal["ldm", "diffusers"] | None,
+    layout: Literal["ldm", "diffusers", "taesd"] | None,
     dtype: str | None,
     family: str | None,
     dry_run: bool,
@@ -29,7 +31,8 @@ def convert(
 ) -> None:
     """Write the VAE that IN holds (a file, a diffusers folder, a hub id) to OUT.
 
-    OUT is a file named .safetensors, or a folder that diffusers reads.
+    OUT is a file named .safetensors, or a folder that diffusers reads. A TAESD may go either way, too, or in its
+    author's layout: a folder of two files, as ComfyUI wants them.
     """
     from sdvae.engine.precision import DTYPES
     from sdvae.weights.edit import convert

@@ -41,4 +41,5 @@ def _lines(file: str, found: "Identity") -> list[str]:
         shift = f"(latents - {config.shift_factor})" if config.shift_factor else "latents"
         lines.append(f"scaling      scaled_latents = {shift} * {config.scaling_factor}")
     lines += [f"{item.kind:<11}  {item.reason}" for item in found.evidence]
-    return [*lines, f"fingerprint  {found.fingerprint or 'none'}"]
+    lines.append(f"fingerprint  {found.fingerprint or 'none'}")
+    return [*lines, f"signs        {found.sign_sketch or 'none'} (the same for these weights in any precision)"]

@@ -1,6 +1,7 @@
 """`sdvae inspect`: what a weights file holds."""
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -44,7 +45,7 @@ def inspect(file: str, family: str | None, tensors: bool, console: Console) -> N
             "layout": vae.keys.layout,
             "num_tensors": len(vae.keys.names),
             "family": vae.family,
-            "config": vae.config.to_diffusers(),
+            "config": asdict(vae.config),
             "fingerprint": fingerprint(vae.read()),
         }
     if tensors:
@@ -66,7 +67,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines += [
             f"VAE          {vae['num_tensors']} tensors in {vae['layout']} layout, prefix {vae['prefix'] or 'none'}",
             f"family       {vae['family'] or 'not certain'}",
-            f"widths       {config['block_out_channels']}, {config['layers_per_block']} layers a block",
+            f"widths       {list(config['block_out_channels'])}, {config['layers_per_block']} layers a block",
             f"latents      {config['latent_channels']} channels, scaling factor {config['scaling_factor']}"
             + (f", shift {config['shift_factor']}" if config["shift_factor"] is not None else ""),
             f"fingerprint  {vae['fingerprint']}",

@@ -8,8 +8,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,13 +17,16 @@ from torch import Tensor
 
 from sdvae import __version__, atomic
 from sdvae.errors import WeightsError
+from sdvae.tiny import TinyConfig, named_as_taesd
 from sdvae.weights.files import DTYPES, Entry, TensorFile, as_bytes, dtype_name, opened
 from sdvae.weights.keymap import Layout, fit_shape, ldm_names, some
-from sdvae.weights.load import CONFIG_NAME, FAMILY_KEY, WEIGHTS_NAMES, VAEFile, open_vae
+from sdvae.weights.load import CONFIG_NAME, FAMILY_KEY, WEIGHTS_NAMES, VAEFile, config_json, open_vae
+from sdvae.weights.taesd import SUFFIXES
 
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
+_TAESD_NAMES = {"sd1": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1"}  # their author's, and ComfyUI's
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,15 @@ def convert(
 ) -> Written:
     """Write the VAE of `source` alone: as a folder that diffusers reads, or where `output` ends .safetensors, one file.
 
-    Layout and dtype stay where they are not given; a folder has diffusers' layout.
+    Layout and dtype stay where they are not given; a folder has diffusers' layout. A TAESD's own layout is two files
+    in a folder, of which `output` of the result is the encoder.
     """
-    return _write_vae("convert", open_vae(source, family), output, layout, dtype, is_dry_run)
+    vae = open_vae(source, family)
+    if isinstance(vae.config, TinyConfig):
+        return _write_tiny(vae, output, layout or "diffusers", dtype, is_dry_run)
+    if layout == "taesd":
+        raise WeightsError(f"{source} is a KL-VAE; a TAESD is another network, and no conversion leads to it")
+    return _write_vae("convert", vae, output, layout, dtype, is_dry_run)
 
 
 def extract(checkpoint: Path, output: Path, family: str | None = None, *, is_dry_run: bool = False) -> Written:
@@ -132,11 +141,36 @@ def _write_vae(
         planned[names[name]] = _plan(entry, shape, DTYPES[entry.dtype] if dtype is None else dtype)
     metadata = vae.file.metadata if not vae.keys.prefix else {}
     target = output / WEIGHTS_NAMES[0] if is_folder else output
+    content = config_json(vae.config) if is_folder else b""
     if is_folder and not is_dry_run:
         atomic.make_folder(output)
-        content = json.dumps(vae.config.to_diffusers(), indent=2) + "\n"
-        atomic.write_bytes(output / CONFIG_NAME, content.encode())
+        atomic.write_bytes(output / CONFIG_NAME, content)
     return _write(verb, target, planned, metadata, vae, len(planned), layout, vae.family, is_dry_run)
+
+
+def _write_tiny(vae: VAEFile, output: Path, layout: Layout, dtype: torch.dtype | None, is_dry_run: bool) -> Written:
+    if layout == "ldm":
+        raise WeightsError(f"{vae.file.path} is a TAESD, another network than the KL-VAEs that have LDM's layout")
+    if layout == "diffusers":
+        return _write_vae("convert", vae, output, layout, dtype, is_dry_run)
+    stem = _TAESD_NAMES.get(vae.family or "", "taesd")
+    names = [f"{stem}_{half}{_SUFFIX}" for half in ("encoder", "decoder")]
+    _check_output(output, vae.file, names=names)
+    if output.suffix in SUFFIXES or output.is_file():
+        raise WeightsError(f"{output} must be a folder: TAESD's own layout is two files, the encoder and the decoder")
+    if not is_dry_run:
+        atomic.make_folder(output)
+    written = []
+    for name, entries in zip(names, named_as_taesd(vae.file.entries), strict=True):
+        planned = {}
+        for key, entry in entries.items():
+            planned[key] = _plan(entry, entry.shape, DTYPES[entry.dtype] if dtype is None else dtype)
+        told = vae.file.metadata
+        written.append(
+            _write("convert", output / name, planned, told, vae, len(planned), layout, vae.family, is_dry_run)
+        )
+    num_tensors, num_bytes = sum(half.num_tensors for half in written), sum(half.num_bytes for half in written)
+    return replace(written[0], num_tensors=num_tensors, num_vae=num_tensors, num_bytes=num_bytes)
 
 
 def _check_swap(old: VAEFile, new: VAEFile) -> None:
@@ -160,10 +194,10 @@ def _check_swap(old: VAEFile, new: VAEFile) -> None:
         )  # fmt: skip
 
 
-def _check_output(output: Path, *inputs: TensorFile) -> None:
+def _check_output(output: Path, *inputs: TensorFile, names: Sequence[str] = WEIGHTS_NAMES[:1]) -> None:
     """Refuse an output that is an input, by whatever name, or that has no folder to be in."""
     for path in {entry.path for file in inputs for entry in file.entries.values()}:
-        places = [output, output / WEIGHTS_NAMES[0]]
+        places = [output, *(output / name for name in names)]
         if any(place.exists() and place.samefile(path) for place in places):
             raise WeightsError(f"{output} is the input, too, which stays as it is; give -o another name")
     if not output.parent.is_dir():

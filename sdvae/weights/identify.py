@@ -17,7 +17,7 @@ from sdvae.pixels import to_pixels
 from sdvae.tiny import AutoencoderTiny
 from sdvae.weights import taesd
 from sdvae.weights.files import TensorFile, open_weights, opened
-from sdvae.weights.identity import ARCHITECTURES, LATENT_SPACES, fingerprint, known_space
+from sdvae.weights.identity import ARCHITECTURES, LATENT_SPACES, fingerprint, known_space, sign_sketch
 from sdvae.weights.keymap import find_vae, fit_layout
 from sdvae.weights.probe import match_references, probe_image, references
 
@@ -78,6 +78,7 @@ class Identity:
     certainty: Certainty
     network: str
     fingerprint: str | None  # None for a network that sdvae does not know
+    sign_sketch: str | None
     evidence: tuple[Evidence, ...]
 
     @property
@@ -100,8 +101,8 @@ def identify(path: Path) -> Identity:
     if found.encode is not None:
         evidence.append(_probe_evidence(found.encode, found.factors))
     space, certainty = _weigh(evidence)
-    digest = fingerprint(found.tensors) if found.tensors else None
-    return Identity(space, certainty, found.network, digest, tuple(evidence))
+    digest, sketch = (fingerprint(found.tensors), sign_sketch(found.tensors)) if found.tensors else (None, None)
+    return Identity(space, certainty, found.network, digest, sketch, tuple(evidence))
 
 
 def _weigh(evidence: list[Evidence]) -> tuple[str, Certainty]:

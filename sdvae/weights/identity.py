@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,19 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
         digest.update(values.astype("<f4", copy=False).data)
     return digest.hexdigest()
+
+
+def sign_sketch(tensors: Mapping[str, Tensor]) -> str:
+    """16 hex digits over sorted keys, shapes and signs: the same for the same weights in any precision.
+
+    Rounding to fp16, bf16 or fp8 keeps every sign (what underflows becomes a zero that has one). Training does not.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        signs = torch.signbit(tensors[key].detach().to("cpu", torch.float32))
+        digest.update(f"{key} {tuple(signs.shape)}\n".encode())
+        digest.update(np.packbits(signs.numpy()).data)
+    return digest.hexdigest()[:16]
 
 
 def latent_space(config: VAEConfig, fingerprint: str) -> str:

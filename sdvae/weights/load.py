@@ -363,7 +363,7 @@ def download(spec: str) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
     owner, repository, *parts = spec.split("/")
-    name = parts[-1] if parts and Path(parts[-1]).suffix in taesd.SUFFIXES else None
+    name = parts[-1] if parts and parts[-1].endswith((*taesd.SUFFIXES, ".index.json")) else None
     place = "/".join(parts[:-1] if name else parts)
     problem: Exception | None = None
     for folder in [place] if parts else ["", "vae"]:
@@ -384,7 +384,12 @@ def _fetch(repository: str, folder: str, name: str) -> Path:
 
     path = Path(hf_hub_download(repository, name, subfolder=folder or None))
     for shard in shard_names(path):
-        hf_hub_download(repository, shard, subfolder=folder or None)
+        try:
+            hf_hub_download(repository, shard, subfolder=folder or None)
+        except EntryNotFoundError as error:
+            raise WeightsError(
+                f"{path} names the shard {shard}, and the hub gave none: {_first_line(error)}"
+            ) from error
     other = taesd.other_half(path)
     for optional in [CONFIG_NAME] + ([other.name] if other else []):
         with suppress(EntryNotFoundError):  # files of LDM's layout have no config
