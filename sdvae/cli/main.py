@@ -19,6 +19,7 @@ from sdvae.cli.inspect import inspect
 from sdvae.cli.interpolate import interpolate
 from sdvae.cli.roundtrip import roundtrip
 from sdvae.cli.sample import sample
+from sdvae.cli.stats import stats
 from sdvae.cli.swap import swap
 from sdvae.cli.verify import verify
 from sdvae.errors import SdvaeError
@@ -62,7 +63,7 @@ def cli() -> None:
     """Images to latents and back, with a KL-VAE in Stable Diffusion's format."""
 
 
-_PICTURES = (encode, decode, verify, roundtrip, sample, interpolate)
+_PICTURES = (encode, decode, verify, stats, roundtrip, sample, interpolate)
 _WEIGHTS = (inspect, identify, convert, extract, swap)
 for _verb in (*_PICTURES, *_WEIGHTS, doctor):
     _verb.context_settings["auto_envvar_prefix"] = "SDVAE"  # one name for an option, whatever the verb

@@ -1,0 +1,55 @@
+"""`sdvae stats`: what the latents of a store are like."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sdvae.cli.shared import PATH, Console, with_console
+
+if TYPE_CHECKING:
+    from sdvae.data.stats import StoreStats
+
+
+@click.command(short_help="Measure the latents of a store.")
+@click.argument("path", metavar="STORE", type=PATH)
+@with_console
+def stats(path: Path, console: Console) -> None:
+    """Measure the raw latents in STORE: mean and std of each channel, the scaling factor they ask for, sizes, failures.
+
+    One pass over every number, in fp64. Latents are measured as a training loop draws them, from the posterior.
+    """
+    from sdvae.data.dataset import latent_config
+    from sdvae.data.stats import measure
+    from sdvae.data.store import Store
+
+    store = Store.open(path)
+    found = measure(store)
+    num_shards = len(store.shards())
+    vae_factor = latent_config(store).scaling_factor
+    console.result(
+        "\n".join(_lines(path, found, vae_factor)),
+        store=str(path),
+        **asdict(found),
+        scaling_factor=found.scaling_factor,
+        vae_scaling_factor=vae_factor,
+        num_shards=store.num_shards,
+        num_committed_shards=num_shards,
+    )
+    if num_shards < store.num_shards:
+        console.note(f"the store is not finished: {num_shards} of its {store.num_shards} shards are there")
+
+
+def _lines(path: Path, found: "StoreStats", vae_factor: float) -> list[str]:
+    lines = [
+        f"{path}: {found.num_written} latents, {found.num_quarantined} records in quarantine",
+        f"{'channel':<9}{'mean':>12}{'std':>12}{'posterior std':>16}",
+    ]
+    rows = zip(found.mean, found.std, found.posterior_std, strict=True)
+    lines += [f"{channel:<9}{a:>12.5f}{b:>12.5f}{c:>16.5f}" for channel, (a, b, c) in enumerate(rows)]
+    lines.append(f"{'all':<9}{found.overall_mean:>12.5f}{found.overall_std:>12.5f}")
+    own = f"the VAE's own, {vae_factor:g}, gives a std of {found.overall_std * vae_factor:.3f}"
+    lines.append(f"scaling factor for a std of 1: {found.scaling_factor:.5f}; {own}")
+    lines += [f"{count:>9} of {bucket} px" for bucket, count in found.buckets.items()]
+    return lines + [f"{count:>9} in quarantine: {reason}" for reason, count in found.quarantined.items()]
