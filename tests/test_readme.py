@@ -51,11 +51,13 @@ def test_scripts_of_the_readme_exist_and_say_what_they_are_for() -> None:
 
 
 def test_families_of_the_readme_are_those_of_the_code() -> None:
-    rows = re.findall(r"^\| `([\w-]+)`.*?\| (\d+) channels, (\d+)x \| ([\d.]+) \| ([\d.]*) ?\|$", README, re.MULTILINE)
-    for name, channels, downscale, scaling, shift in rows:
+    numbers = r"\| (\d+) channels, (\d+)x \| ([\d.]+) \| ([\d.]*) ?\| (yes|no) \| [^|]+ \| [^|]+ \|$"
+    rows = re.findall(rf"^\| `([\w-]+)`[^|]* {numbers}", README, re.MULTILINE)
+    for name, channels, downscale, scaling, shift, upcast in rows:
         config = FAMILIES[name]
         assert (config.latent_channels, config.downscale) == (int(channels), int(downscale))
         assert (config.scaling_factor, config.shift_factor) == (float(scaling), float(shift) if shift else None)
+        assert config.force_upcast == (upcast == "yes")
     assert {row[0] for row in rows} == set(FAMILIES)
 
 

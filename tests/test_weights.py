@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from sdvae.config import FAMILIES
 from sdvae.engine.precision import DTYPES
 from sdvae.errors import ConfigError, UnsafeFileError, WeightsError
+from sdvae.images import read_image
+from sdvae.pixels import to_pixels
 from sdvae.vae import VAE
 from sdvae.weights.identity import fingerprint, latent_space
-from sdvae.weights.load import CONFIG_NAME, WEIGHTS_NAMES, empty_model, load_weights, save_folder
+from sdvae.weights.load import CONFIG_NAME, WEIGHTS_NAMES, build_model, empty_model, load_weights, save_folder
 from tests.conftest import SMALL
 from tests.test_keymap import assert_equal, ldm_state_dict, narrow, to_diffusers
 from tests.test_weight_files import peak_rss
@@ -419,3 +421,21 @@ def test_a_loaded_vae_is_in_memory_once_and_beside_it_what_another_dtype_needs(
     rise_bytes = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert num_bytes > 150e6
     assert rise_bytes < copies * num_bytes + 80e6  # a second copy in fp32 is 173 MB
+
+
+def test_the_embedded_vae_stays_within_fp16(data_dir: Path) -> None:
+    """What the README says of it. Half of the range is left: other photos go further than this one."""
+    largest = 0.0
+
+    def watch(module: torch.nn.Module, inputs: object, output: object) -> None:
+        nonlocal largest
+        if isinstance(output, torch.Tensor):
+            largest = max(largest, float(output.abs().max()))
+
+    model = build_model(load_weights())
+    for module in model.modules():
+        module.register_forward_hook(watch)
+    pixels = to_pixels(read_image(data_dir / "kodak" / "kodim20.png")[None, 100:356, 200:456])
+    with torch.no_grad():
+        model.decode(model.encode(pixels).mode())
+    assert 1000.0 < largest < 65504.0 / 2
