@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sdvae import __version__, atomic
 from sdvae.config import FAMILIES, VAEConfig
-from sdvae.errors import StoreError, WeightsError
+from sdvae.errors import ConfigError, StoreError, WeightsError
 from sdvae.weights.edit import Written, convert, extract, swap
 from sdvae.weights.files import DTYPES, open_weights
 from sdvae.weights.identity import fingerprint
@@ -230,6 +231,21 @@ def test_swap_refuses_what_would_not_work(tmp_path: Path, caplog: pytest.LogCapt
     caplog.clear()
     swap(source, vae, output, family="sd1")
     assert caplog.text == ""
+
+
+def test_files_whose_number_of_groups_nothing_tells_can_be_copied_not_run(tmp_path: Path) -> None:
+    config = replace(NARROW, block_out_channels=(8, 8, 16, 24), norm_num_groups=8)
+    source = checkpoint(tmp_path / "model.safetensors", ldm_state_dict(config))
+    vae, output = tmp_path / "vae.safetensors", tmp_path / "out.safetensors"
+    new = vae_file(vae, config=config)
+    for refused in (lambda: load_weights(source), lambda: extract(source, tmp_path / "folder")):
+        with pytest.raises(ConfigError, match=r"do not tell the number of its groups"):
+            refused()
+    swap(source, vae, output, family=None)
+    assert_equal(load_file(output), others() | {PREFIX + key: value for key, value in new.items()})
+    extract(output, tmp_path / "back.safetensors")
+    assert_equal(load_file(tmp_path / "back.safetensors"), new)
+    assert convert(vae, tmp_path / "named.safetensors", layout="diffusers").num_vae == len(new)
 
 
 def test_a_swapped_fp8_vae_is_the_rounded_one(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_a_folder_with_one_pair_is_that_pair(tmp_path: Path) -> None:
 # --- convert ---
 
 
-@pytest.mark.parametrize("family", FILES)
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_there_and_back_is_bit_equal(family: str, data_dir: Path, tmp_path: Path) -> None:
     encoder, decoder = pair(data_dir, family)
     folder = convert(encoder, tmp_path / "folder")

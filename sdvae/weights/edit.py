@@ -65,7 +65,7 @@ def convert(
     Layout and dtype stay where they are not given; a folder has diffusers' layout. A TAESD's own layout is two files
     in a folder, of which `output` of the result is the encoder.
     """
-    vae = open_vae(source, family)
+    vae = open_vae(source, family, is_copied=output.suffix == _SUFFIX)  # only a folder's config tells scale and groups
     if isinstance(vae.config, TinyConfig):
         return _write_tiny(vae, output, layout or "diffusers", dtype, is_dry_run)
     if layout == "taesd":
@@ -75,7 +75,7 @@ def convert(
 
 def extract(checkpoint: Path, output: Path, family: str | None = None, *, is_dry_run: bool = False) -> Written:
     """Write the VAE in a checkpoint, as `convert` does; WeightsError where the file holds nothing else."""
-    vae = open_vae(checkpoint, family)
+    vae = open_vae(checkpoint, family, is_copied=output.suffix == _SUFFIX)
     if len(vae.keys.names) == len(vae.file.entries):
         raise WeightsError(f"{checkpoint} is a VAE already, there is nothing to take it out of; use sdvae convert")
     return _write_vae("extract", vae, output, None, None, is_dry_run)
