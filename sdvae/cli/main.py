@@ -13,6 +13,7 @@ from sdvae.cli.convert import convert
 from sdvae.cli.decode import decode
 from sdvae.cli.doctor import doctor
 from sdvae.cli.encode import encode
+from sdvae.cli.export import export
 from sdvae.cli.extract import extract
 from sdvae.cli.identify import identify
 from sdvae.cli.inspect import inspect
@@ -63,7 +64,7 @@ def cli() -> None:
     """Images to latents and back, with a KL-VAE in Stable Diffusion's format."""
 
 
-_PICTURES = (encode, decode, verify, stats, roundtrip, sample, interpolate)
+_PICTURES = (encode, decode, verify, stats, export, roundtrip, sample, interpolate)
 _WEIGHTS = (inspect, identify, convert, extract, swap)
 for _verb in (*_PICTURES, *_WEIGHTS, doctor):
     _verb.context_settings["auto_envvar_prefix"] = "SDVAE"  # one name for an option, whatever the verb

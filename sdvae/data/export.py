@@ -1,0 +1,77 @@
+"""A store written in the format of another trainer, as far as that format can tell the truth about it."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from sdvae import atomic
+from sdvae.data.dataset import LatentDataset
+from sdvae.data.formats import FORMATS, Row
+from sdvae.data.names import plan_names
+from sdvae.errors import StoreError
+
+Progress = Callable[[Literal["export"], int, int], None]  # (phase, records done, records in all)
+
+DECLARATION = "sdvae-export.json"
+
+
+def export_store(
+    path: Path,
+    name: str,
+    out: Path,
+    seed: int = 0,
+    progress: Progress = lambda phase, num_done, num_all: None,
+) -> dict[str, Any]:
+    """Write every record of the finished store `path` to `out`, a new or empty folder, in the format FORMATS[name].
+
+    Returns the declaration of what is in `out`, which is written last: an export without it was interrupted.
+    Raises StoreError for a store that is unfinished, or that the format or its reader would misrepresent.
+    """
+    form = FORMATS[name]
+    dataset = LatentDataset(path, seed=seed)
+    manifest = dataset.store.manifest
+    space = manifest["vae"]["latent_space"]
+    if form.latent_spaces and space not in form.latent_spaces:
+        spaces = " or ".join(form.latent_spaces)
+        raise StoreError(f"{path} holds latents of the space {space}; {form.reader} trains on those of {spaces}")
+    declaration = {
+        "format": name,
+        "reader": form.reader,
+        "value": form.value,
+        "scaling": form.scaling,
+        "flips": form.flips if dataset.has_flips else "none; the store has none",
+        "pixel_range": manifest["pixel_range"],
+        "seed": seed if form.value == "sample" else None,
+        "num_records": len(dataset),
+        "classes": dataset.classes,
+        "settings": form.settings(dataset),
+        "vae": manifest["vae"],
+    }
+    _claim(out, path)
+    form.write(out, dataset, _rows(dataset, progress))
+    atomic.write_bytes(out / DECLARATION, json.dumps(declaration, indent=2, ensure_ascii=False).encode() + b"\n")
+    return declaration
+
+
+def _claim(out: Path, store: Path) -> None:
+    if out.resolve().is_relative_to(store.resolve()):
+        raise StoreError(f"{out} lies in the store {store}; give a folder outside of it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StoreError(f"{out} exists, and is not an empty folder; give a new one")
+    atomic.make_folder(out)
+
+
+def _rows(dataset: LatentDataset, progress: Progress) -> Iterator[Row]:
+    store, classes = dataset.store, {label: number for number, label in enumerate(dataset.classes)}
+    names = plan_names([dataset.record(number)["key"] for number in range(len(dataset))], ".")
+    number = 0
+    progress("export", number, len(dataset))
+    for shard in store.shards():
+        tensors = store.tensors(shard.number)
+        for record in (line for line in store.records(shard.number) if line["row"] is not None):
+            moments = {name: values[record["row"]] for name, values in tensors.items()}
+            label = None if record["label"] is None else classes[record["label"]]
+            yield Row(number, names[number].removesuffix("."), shard, record, label, moments, dataset.seed)
+            number += 1
+            progress("export", number, len(dataset))

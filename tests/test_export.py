@@ -1,0 +1,411 @@
+"""Each export is read back by its format's own reader: transcribed, with project and commit, or the library itself."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from click.testing import CliRunner
+from numpy.random import Generator
+from PIL import Image
+from torch import Tensor
+
+from sdvae import atomic
+from sdvae.cli.main import cli
+from sdvae.config import FAMILIES
+from sdvae.data.dataset import record_stream
+from sdvae.data.export import DECLARATION, export_store
+from sdvae.data.formats import FORMATS
+from sdvae.data.store import Store
+from sdvae.errors import StoreError
+from tests.made_stores import make_store
+
+SQUARE = {(64, 64): 9}
+BUCKETS = {(512, 512): 2, (384, 640): 3, (640, 384): 2}
+BROKEN = ("dog/001.png",)
+SEED = 5
+
+
+def truth(store: Store) -> dict[str, dict[str, Any]]:
+    """By key: the line of the index, and the posteriors as fp32 tensors."""
+    found = {}
+    for shard in store.shards():
+        tensors = store.tensors(shard.number)
+        for line in store.records(shard.number):
+            if line["row"] is not None:
+                values = {name: torch.from_numpy(x[line["row"]].astype(np.float32)) for name, x in tensors.items()}
+                found[line["key"]] = line | values
+    return found
+
+
+def sample_of(record: dict[str, Any], is_flipped: bool = False) -> Tensor:
+    """The draw that an export documents: the plain one first, then the mirrored one, of the record's stream."""
+    noise = Generator(record_stream(SEED, record["key"], 0))
+    for ending in ("", "_flip"):
+        values = torch.from_numpy(noise.standard_normal(record["mean"].shape, np.float32))
+        drawn = record[f"mean{ending}"] + torch.exp(0.5 * record[f"logvar{ending}"]) * values
+        if (ending == "_flip") == is_flipped:
+            return drawn
+    raise AssertionError
+
+
+# --- kohya: https://github.com/kohya-ss/sd-scripts, commit 48d368fa557731ad0488c07304dfeba8c07910eb ---
+
+
+def kohya_npz_path(absolute_path: str, image_size: tuple[int, int], suffix: str) -> str:
+    """library/strategy_sd.py, SdSdxlLatentsCachingStrategy.get_latents_npz_path."""
+    return str(Path(absolute_path).with_suffix("")) + f"_{image_size[0]:04d}x{image_size[1]:04d}" + suffix
+
+
+def kohya_load(npz_path: str) -> tuple[Any, list[int], list[float], Any]:
+    """library/strategy_base.py, LatentsCachingStrategy._default_load_latents_from_disk, without alpha masks."""
+    npz = np.load(npz_path)
+    if "latents" not in npz:
+        raise ValueError(f"latents not found in {npz_path}")
+    return npz["latents"], npz["original_size"].tolist(), npz["crop_ltrb"].tolist(), npz.get("latents_flipped")
+
+
+def kohya_size_from_path(npz_path: str) -> tuple[int, int]:
+    """library/strategy_base.py, get_image_size_from_disk_cache_path: what a folder without metadata goes by."""
+    w, h = npz_path.removesuffix(".npz").split("_")[-2].split("x")
+    return int(w), int(h)
+
+
+def kohya_buckets(settings: dict[str, Any]) -> list[tuple[int, int]]:
+    """library/model_util.py, make_bucket_resolutions; one bucket in library/train_util.py, BaseDataset.make_buckets."""
+    max_width, max_height = settings["resolution"]
+    if not settings["enable_bucket"]:
+        return [(max_width, max_height)]
+    min_size, max_size = settings["min_bucket_reso"], settings["max_bucket_reso"]
+    divisible = settings["bucket_reso_steps"]
+    max_area = max_width * max_height
+    width = int(math.sqrt(max_area) // divisible) * divisible
+    resos = {(width, width)}
+    width = min_size
+    while width <= max_size:
+        height = min(max_size, int((max_area // width) // divisible) * divisible)
+        if height >= min_size:
+            resos |= {(width, height), (height, width)}
+        width += divisible
+    return sorted(resos)
+
+
+def kohya_select_bucket(resos: list[tuple[int, int]], image_width: int, image_height: int) -> tuple[int, int]:
+    """library/train_util.py, BucketManager.select_bucket, with upscaling: the size itself, or the nearest ratio."""
+    if (image_width, image_height) in resos:
+        return image_width, image_height
+    ar_errors = np.array([w / h for w, h in resos]) - image_width / image_height
+    return resos[int(np.abs(ar_errors).argmin())]
+
+
+def kohya_crop_ltrb(bucket_reso: tuple[int, int], image_size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """library/train_util.py, BucketManager.get_crop_ltrb."""
+    bucket_ar = bucket_reso[0] / bucket_reso[1]
+    image_ar = image_size[0] / image_size[1]
+    if bucket_ar > image_ar:
+        resized_width, resized_height = bucket_reso[1] * image_ar, float(bucket_reso[1])
+    else:
+        resized_width, resized_height = float(bucket_reso[0]), bucket_reso[0] / image_ar
+    crop_left = (bucket_reso[0] - resized_width) // 2
+    crop_top = (bucket_reso[1] - resized_height) // 2
+    return crop_left, crop_top, crop_left + resized_width, crop_top + resized_height
+
+
+@pytest.mark.parametrize(
+    ("buckets", "space", "has_flips"), [(SQUARE, "sd1", True), (BUCKETS, "sd1", False), (BUCKETS, "sdxl", True)]
+)
+def test_sd_scripts_reads_what_it_would_have_cached(
+    tmp_path: Path, buckets: dict[tuple[int, int], int], space: str, has_flips: bool
+) -> None:
+    config = FAMILIES[space]
+    made = {"has_flips": has_flips, "broken": BROKEN, "latent_space": space, "config": config}
+    store = make_store(tmp_path / "store", buckets, **made)  # type: ignore[arg-type]
+    out = tmp_path / "out"
+    settings = export_store(store.layout.root, "kohya", out, SEED)["settings"]
+    resos = kohya_buckets(settings)
+    metadata = json.loads((out / "metadata.json").read_text(encoding="utf-8"))
+    records = truth(store)
+    assert sorted(metadata) == sorted(records)
+    suffix = "_sd.npz" if space == "sd1" else "_sdxl.npz"
+    for key, entry in metadata.items():
+        record = records[key]
+        height, width = record["bucket_px"]
+        npz_path = kohya_npz_path(str(out / key), tuple(entry["image_size"]), suffix)
+        assert kohya_size_from_path(npz_path) == tuple(entry["image_size"])
+        bucket = kohya_select_bucket(resos, *entry["image_size"])
+        assert bucket == (width, height), "the bucket whose shape these latents have"
+        latents, original_size, crop_ltrb, flipped = kohya_load(npz_path)
+        assert latents.dtype == np.float32 and latents.shape == (4, height // 8, width // 8)
+        assert entry["caption"] == record["caption"]
+        assert original_size == record["original_px"][::-1]
+        assert tuple(crop_ltrb) == kohya_crop_ltrb(bucket, tuple(original_size))
+        assert np.abs(latents - sample_of(record).numpy()).max() < 1e-5
+        if has_flips:
+            assert np.abs(flipped - sample_of(record, is_flipped=True).numpy()).max() < 1e-5
+        else:
+            assert flipped is None
+
+
+def test_sizes_that_sd_scripts_would_mix_are_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", {(512, 512): 1, (504, 512): 1})
+    with pytest.raises(StoreError, match="no buckets for all sizes of this store \\(504x512, 512x512\\)"):
+        export_store(store.layout.root, "kohya", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- REPA: https://github.com/sihyun-yu/REPA, commit 67f714503e3892f993844aab088ffc5791c92613 ---
+
+
+class RepaDataset:
+    """dataset.py, CustomDataset."""
+
+    def __init__(self, data_dir: Path) -> None:
+        supported_ext = Image.registered_extensions().keys() | {".npy"}
+        self.images_dir, self.features_dir = data_dir / "images", data_dir / "vae-sd"
+
+        def names(folder: Path) -> list[str]:
+            found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+            return sorted(name for name in found if Path(name).suffix.lower() in supported_ext)
+
+        self.image_fnames, self.feature_fnames = names(self.images_dir), names(self.features_dir)
+        labels = dict(json.loads((self.features_dir / "dataset.json").read_bytes())["labels"])
+        self.labels = np.array([labels[name] for name in self.feature_fnames])
+        self.labels = self.labels.astype({1: np.int64, 2: np.float32}[self.labels.ndim])
+
+    def __len__(self) -> int:
+        assert len(self.image_fnames) == len(self.feature_fnames)
+        return len(self.feature_fnames)
+
+    def __getitem__(self, idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        with Image.open(self.images_dir / self.image_fnames[idx]) as file:
+            image = np.array(file)
+        image = image.reshape(*image.shape[:2], -1).transpose(2, 0, 1)
+        features = np.load(self.features_dir / self.feature_fnames[idx])
+        return torch.from_numpy(image), torch.from_numpy(features), torch.tensor(self.labels[idx])
+
+
+def repa_sample_posterior(moments: Tensor, latents_scale: float, noise: Tensor) -> Tensor:
+    """train.py, sample_posterior, with the noise given."""
+    mean, std = torch.chunk(moments, 2, dim=1)
+    return (mean + std * noise) * latents_scale
+
+
+def test_repa_reads_moments_beside_their_photos(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", SQUARE, broken=BROKEN, has_flips=True)
+    out = tmp_path / "out"
+    declared = export_store(store.layout.root, "repa", out)
+    assert declared["settings"]["resolution"] == 64 and declared["flips"] == "left out"
+    records = truth(store)
+    for number, key in enumerate(records):  # the photos, each of a grey level of its own
+        path = out / "images" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (10 * number,) * 3).save(path)
+    dataset = RepaDataset(out)
+    assert len(dataset) == len(records) == 8
+    seen = set()
+    for image, features, label in (dataset[i] for i in range(len(dataset))):
+        key = list(records)[int(image[0, 0, 0]) // 10]
+        seen.add(key)
+        record = records[key]
+        assert declared["classes"][int(label)] == record["label"] == key.partition("/")[0]
+        assert features.dtype == torch.float32 and features.shape == (8, 8, 8)
+        noise = torch.randn(1, 4, 8, 8)
+        scaled = repa_sample_posterior(features[None], 0.18215, noise)
+        expected = (record["mean"] + torch.exp(0.5 * record["logvar"]) * noise) * 0.18215
+        assert (scaled - expected).abs().max() < 1e-6
+    assert seen == set(records)
+
+
+# --- fast-DiT: https://github.com/chuanyangjin/fast-DiT, commit 0ddbd642f47057d5ec6145529237e1043a335942 ---
+
+
+class FastDiTDataset:
+    """train.py, CustomDataset, in the folders that main() gives it."""
+
+    def __init__(self, feature_path: Path) -> None:
+        self.features_dir = feature_path / "imagenet256_features"
+        self.labels_dir = feature_path / "imagenet256_labels"
+        self.features_files = sorted(path.name for path in self.features_dir.iterdir())
+        self.labels_files = sorted(path.name for path in self.labels_dir.iterdir())
+
+    def __len__(self) -> int:
+        assert len(self.features_files) == len(self.labels_files)
+        return len(self.features_files)
+
+    def __getitem__(self, idx: int) -> tuple[Tensor, Tensor]:
+        features = np.load(self.features_dir / self.features_files[idx])
+        labels = np.load(self.labels_dir / self.labels_files[idx])
+        return torch.from_numpy(features), torch.from_numpy(labels)
+
+
+def test_fast_dit_reads_scaled_samples_and_their_labels(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", {(64, 64): 13}, broken=BROKEN, has_flips=True)
+    declared = export_store(store.layout.root, "fast-dit", tmp_path / "out", SEED)
+    dataset = FastDiTDataset(tmp_path / "out")
+    records = list(truth(store).values())
+    assert len(dataset) == len(records) == 12
+    loaded = [dataset[i] for i in range(len(dataset))]
+    x = torch.stack([features for features, _ in loaded]).squeeze(dim=1)  # as its training loop does
+    y = torch.stack([labels for _, labels in loaded]).squeeze(dim=1)
+    assert x.shape == (12, 4, 8, 8) and x.dtype == torch.float32 and y.dtype == torch.int64
+    for latents, label, record in zip(x, y, records, strict=True):
+        assert declared["classes"][int(label)] == record["label"]
+        assert (latents - sample_of(record) * 0.18215).abs().max() < 1e-6
+
+
+# --- WebDataset: the library itself ---
+
+
+# webdataset 1.0 leaves its tars to the garbage collector.
+leaves_files_open = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@leaves_files_open
+def test_webdataset_reads_everything_a_store_holds(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", {(64, 64): 9, (32, 64): 3}, broken=BROKEN, has_flips=True)
+    out = tmp_path / "out"
+    declared = export_store(store.layout.root, "webdataset", out)
+    urls = [str(path) for path in sorted(out.glob("*.tar"))]
+    assert len(urls) == len(store.shards()) == 4
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    records = truth(store)
+    assert [sample["json"]["key"] for sample in samples] == list(records)
+    for sample in samples:
+        record = records[sample["json"]["key"]]
+        for name in ("mean", "logvar", "mean_flip", "logvar_flip"):
+            assert sample[f"{name}.npy"].dtype == np.float16
+            assert np.array_equal(sample[f"{name}.npy"], record[name].numpy().astype(np.float16))
+        assert sample["txt"] == record["caption"]
+        assert declared["classes"][sample["cls"]] == record["label"]
+        for name in ("original_px", "resized_px", "crop_px", "bucket_px", "source_sha256"):
+            assert sample["json"][name] == record[name]
+
+
+@leaves_files_open
+def test_webdataset_members_without_caption_or_class(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", SQUARE, is_labelled=False)
+    export_store(store.layout.root, "webdataset", tmp_path / "out")
+    tar = str(tmp_path / "out" / "00000.tar")
+    for sample in webdataset.WebDataset([tar], shardshuffle=False).decode():
+        assert sorted(sample.keys() - {"__key__", "__url__", "__local_path__"}) == ["json", "logvar.npy", "mean.npy"]
+
+
+# --- All ---
+
+
+def test_no_export_tells_less_than_what_it_is(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", SQUARE)
+    for name, form in FORMATS.items():
+        out = tmp_path / name
+        declared = export_store(store.layout.root, name, out, SEED)
+        assert json.loads((out / DECLARATION).read_text(encoding="utf-8")) == json.loads(json.dumps(declared))
+        assert declared["value"] == form.value and declared["scaling"] == form.scaling
+        assert declared["pixel_range"] == [-1, 1]
+        assert declared["flips"] == "none; the store has none"
+        assert declared["seed"] == (SEED if form.value == "sample" else None)
+        assert declared["vae"]["fingerprint"] == "0" * 64
+
+
+def test_the_same_export_has_the_same_bytes(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", SQUARE, has_flips=True)
+    for name in FORMATS:
+        outs = [tmp_path / f"{name}{turn}" for turn in range(2)]
+        for out in outs:
+            export_store(store.layout.root, name, out, SEED)
+        first, second = (
+            {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} for out in outs
+        )
+        assert first == second and len(first) > 2
+
+
+@pytest.mark.parametrize("name", ["repa", "fast-dit"])
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({"num_records": {(64, 64): 2, (32, 64): 1}}, "squares of one size, the store has 32x64, 64x64"),
+        ({"num_records": {(32, 64): 2}}, "squares of one size, the store has 32x64"),
+        ({"num_records": SQUARE, "is_labelled": False}, "a class for every record, and 9 have none"),
+        (
+            {"num_records": SQUARE, "latent_space": "sdxl", "config": FAMILIES["sdxl"]},
+            "latents of the space sdxl; .* trains on those of sd1",
+        ),
+    ],
+)
+def test_what_a_class_conditional_format_cannot_hold_is_refused(
+    tmp_path: Path, name: str, made: dict[str, Any], message: str
+) -> None:
+    store = make_store(tmp_path / "store", **made)
+    with pytest.raises(StoreError, match=message):
+        export_store(store.layout.root, name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_space_that_sd_scripts_caches_otherwise_is_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", SQUARE, latent_space="sd3", config=FAMILIES["sd3"])
+    with pytest.raises(StoreError, match="trains on those of sd1 or sdxl"):
+        export_store(store.layout.root, "kohya", tmp_path / "out")
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", SQUARE)
+    (tmp_path / "out").mkdir()
+    export_store(store.layout.root, "webdataset", tmp_path / "out")
+    with pytest.raises(StoreError, match="not an empty folder"):
+        export_store(store.layout.root, "webdataset", tmp_path / "out")
+    with pytest.raises(StoreError, match="lies in the store"):
+        export_store(store.layout.root, "webdataset", store.layout.root / "out")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StoreError, match="not an empty folder"):
+        export_store(store.layout.root, "webdataset", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_interrupted_export_declares_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "store", SQUARE)
+    out = tmp_path / "out"
+
+    def full(operation: str, path: Path) -> None:
+        if path.name.startswith("00000005"):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic, "hook", full)
+    with pytest.raises(StoreError, match="No space left"):
+        export_store(store.layout.root, "fast-dit", out)
+    assert not (out / DECLARATION).exists()
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_keys_never_leave_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests import made_stores
+
+    monkeypatch.setattr(made_stores, "LABELS", ("../../x", "/etc/y", "z"))
+    store = make_store(tmp_path / "store", SQUARE)
+    before = set(tmp_path.rglob("*"))
+    for name in FORMATS:
+        export_store(store.layout.root, name, tmp_path / "exports" / name)
+    new = {path for path in set(tmp_path.rglob("*")) - before if path.is_file()}
+    assert len(new) > 4 * 9 and all(path.is_relative_to(tmp_path / "exports") for path in new)
+    assert not Path("/etc/y").exists()
+
+
+def test_the_verb_says_what_it_wrote(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", SQUARE, has_flips=True)
+    root = str(store.layout.root)
+    done = CliRunner().invoke(cli, ["export", root, "--to", "kohya", "-o", str(tmp_path / "a")], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "9 records are in" in done.stdout and "sample, raw" in done.stdout and "latents_flipped" in done.stdout
+    assert "train with resolution = [64, 64]" in done.stderr
+    arguments = ["export", root, "--to", "repa", "-o", str(tmp_path / "b"), "--json", "-q"]
+    result = json.loads(CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout)
+    assert (result["value"], result["num_records"], result["output"]) == ("mean and std", 9, str(tmp_path / "b"))
+    again = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert again.exit_code == 1 and "not an empty folder" in again.stderr
+
+
+def test_the_verb_offers_the_formats_there_are() -> None:
+    (option,) = (param for param in cli.commands["export"].params if param.name == "name")
+    assert list(option.type.choices) == list(FORMATS)  # type: ignore[attr-defined]
