@@ -143,6 +143,14 @@ def test_what_fits_no_taesd_is_a_sentence(data_dir: Path, tmp_path: Path) -> Non
         load(sana)
 
 
+@pytest.mark.parametrize("key", ["9" * 5000 + ".weight", "0", "\u0663.weight", "0.weight.weight", "1.conv.0"])
+def test_hostile_names_are_a_sentence(key: str, tmp_path: Path) -> None:
+    save_file({key: torch.zeros(4)}, tmp_path / "a_encoder.safetensors")
+    save_file({key: torch.zeros(4)}, tmp_path / "a_decoder.safetensors")
+    with pytest.raises(WeightsError, match=r"is it another model\?$"):
+        load(tmp_path / "a_encoder.safetensors")
+
+
 def test_a_config_that_asks_for_another_network_is_refused(tmp_path: Path) -> None:
     encoder, _ = random_halves(tmp_path)
     load(encoder).save(tmp_path / "out")

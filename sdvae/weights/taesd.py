@@ -1,5 +1,6 @@
 """TAESD's files: one under diffusers' names, or its author's pair of halves, whose keys are the numbers of layers."""
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers
 from sdvae.weights.files import Entry
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+_LAYER = re.compile(r"[0-9]{1,2}\.")
 _HALVES = {"encoder": "decoder", "decoder": "encoder"}
 
 
@@ -19,7 +21,7 @@ def is_taesd(keys: Collection[str]) -> bool:
 
 def is_bare(keys: Collection[str]) -> bool:
     """Whether these are the keys of a file of TAESD's author: one half, its layers numbered and no more."""
-    return len(keys) > 0 and all(key.partition(".")[0].isdecimal() for key in keys)
+    return len(keys) > 0 and all(_LAYER.match(key) for key in keys)
 
 
 def by_name(entries: Mapping[str, Entry]) -> dict[str, Entry]:
