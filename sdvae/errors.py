@@ -45,3 +45,7 @@ class VerifyError(StoreError):
 
 class DeviceError(SdvaeError):
     """A device or dtype this machine cannot serve."""
+
+
+class BudgetError(SdvaeError):
+    """A memory budget that is no amount of memory, or that no plan can keep."""

@@ -3,7 +3,8 @@
 Architecture and weights: madebyollin/taesd, `taesd.py` (MIT). Parameters are named as in diffusers' AutoencoderTiny.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.config import VAEConfig
-from sdvae.errors import ConfigError
+from sdvae.errors import BudgetError, ConfigError
 from sdvae.latents import scale, unscale
 from sdvae.posterior import LOGVAR_MIN, DiagonalGaussian
 
@@ -175,24 +176,34 @@ class AutoencoderTiny(nn.Module):
 class TinyEngine:
     """What `Engine` is to a KL-VAE: runs a TAESD. It is small: its module runs as it is."""
 
-    def __init__(self, source: AutoencoderTiny) -> None:
+    def __init__(self, source: AutoencoderTiny, device: torch.device, dtype: torch.dtype) -> None:
         self.source = source
         self.calls = 0
+        # NHWC is 2x faster on CPUs, and loses on CUDA where GroupNorm is torch's own.
+        memory_format = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+        placed = copy.deepcopy(source).requires_grad_(False).eval().to(device, dtype)
+        self._module: AutoencoderTiny = placed.to(memory_format=memory_format)  # type: ignore[call-overload]
+        self._place = device, dtype, memory_format
 
-    def encode_moments(self, pixels: Tensor) -> Tensor:  # (N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8)
-        """Mean and logvar of raw latents."""
-        self.calls += 1
-        return self.source.encode_moments(pixels)
+    def encode_moments(self, pixels: Tensor, budget: int | str | None = None) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8): mean and logvar of raw latents."""
+        return self._run(self._module.encode_moments, pixels, budget)
 
-    def decode(self, latents: Tensor) -> Tensor:  # raw (N, C, h, w) -> (N, 3, 8h, 8w)
-        """Pixels of raw latents."""
-        self.calls += 1
-        return self.source.decode(latents)
+    def decode(self, latents: Tensor, budget: int | str | None = None) -> Tensor:
+        """Raw (N, C, h, w) -> pixels (N, 3, 8h, 8w)."""
+        return self._run(self._module.decode, latents, budget)
 
     def describe(self) -> str:
         """What runs, in words."""
-        parameter = next(self.source.parameters())
-        return f"sdvae's TAESD, {str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
+        device, dtype, _ = self._place
+        return f"sdvae's TAESD, {str(dtype).removeprefix('torch.')} on {device}"
+
+    def _run(self, run: Callable[[Tensor], Tensor], batch: Tensor, budget: int | str | None) -> Tensor:
+        if budget is not None:
+            raise BudgetError("a TAESD runs as a whole and keeps no memory budget; leave it out, or take a KL-VAE")
+        self.calls += 1
+        device, dtype, memory_format = self._place
+        return run(batch.to(device, dtype, memory_format=memory_format)).float()
 
 
 def named_as_diffusers(encoder: Mapping[str, T], decoder: Mapping[str, T]) -> dict[str, T]:

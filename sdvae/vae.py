@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,19 +17,21 @@ from torch import Tensor
 
 from sdvae import latents as latent_scaling
 from sdvae.config import VAEConfig
+from sdvae.engine.blend import blended_decode, blended_encode
 from sdvae.engine.precision import choose_device, choose_dtype
-from sdvae.engine.run import Engine
+from sdvae.engine.run import Budget, Engine
 from sdvae.errors import LatentsError, ShapeError
 from sdvae.images import from_pil
 from sdvae.pixels import pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.tiny import AutoencoderTiny, TinyEngine
 from sdvae.weights import identity
-from sdvae.weights.load import Network, build_model, empty_model, load_weights, save_folder
+from sdvae.weights.load import Network, build_model, load_weights, save_folder
 
 logger = logging.getLogger(__name__)
 
 AnyImage = Image.Image | NDArray[np.uint8]
+Tiling = Literal["exact", "blend"]
 
 
 @dataclass(frozen=True)
@@ -40,30 +43,26 @@ class Encoded:
 
 
 class VAE:
-    """A KL-VAE or TAESD ready to run; inference only (train through `vae.model`).
+    """A KL-VAE or TAESD ready to run; inference only (train through `vae.model`, the weights as loaded).
 
     Results are fp32 whatever the compute dtype. A reduced-precision result that is not finite is
     computed again in fp32, image by image, and said so in the log.
     """
 
-    def __init__(
-        self, model: Network, device: torch.device, dtype: torch.dtype, name: str, *, is_shared: bool = True
-    ) -> None:
-        """A model that is not shared with anyone is taken over and changed, which saves the memory of a copy."""
+    def __init__(self, model: Network, device: torch.device, dtype: torch.dtype, name: str) -> None:
+        """A model is neither copied nor changed: its weights are packed for `device` and `dtype` when they are used."""
         self.name = name
         self.config: VAEConfig = model.config
         self.device = device
         self.dtype = dtype
         self.fingerprint = identity.fingerprint(model.state_dict())
         self.latent_space = identity.latent_space(model.config, self.fingerprint)
-        # NHWC is 2x faster on CPUs; on CUDA it loses until GroupNorm is ours (docs/design.md, section 9).
-        self._memory_format = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-        self._is_shared = is_shared
-        self.model = self._placed(model if not is_shared and dtype == torch.float32 else self._copied(model))
-        self.engine = (
-            TinyEngine(self.model) if isinstance(self.model, AutoencoderTiny) else Engine(self.model, self.config)
+        self.model = model
+        self.engine: Engine | TinyEngine = (
+            TinyEngine(model, device, dtype)
+            if isinstance(model, AutoencoderTiny)
+            else Engine(model, self.config, device, dtype)
         )
-        self._original = self.model if dtype == torch.float32 else model  # what save() and in_float32() read
         self._in_float32: VAE | None = None
 
     @classmethod
@@ -85,29 +84,50 @@ class VAE:
         weights = load_weights(spec, family)
         model, name = build_model(weights), weights.name
         del weights  # whose tensors would outlive their move to the device
-        return cls(model, place, choice.dtype, name, is_shared=False)
+        return cls(model, place, choice.dtype, name)
 
     def save(self, folder: str | Path) -> None:
         """Write the weights as loaded, in fp32, as a folder that diffusers' `from_pretrained` reads."""
-        save_folder(Path(folder), self.config, self._original.state_dict())
+        save_folder(Path(folder), self.config, self.model.state_dict())
 
     def in_float32(self) -> "VAE":
         """This VAE computing in fp32 on the same device; itself if it does already."""
         if self.dtype == torch.float32:
             return self
         if self._in_float32 is None:
-            self._in_float32 = VAE(self._original, self.device, torch.float32, self.name, is_shared=self._is_shared)
+            self._in_float32 = VAE(self.model, self.device, torch.float32, self.name)
         return self._in_float32
 
-    def encode(self, pixels: Tensor) -> DiagonalGaussian:  # (N, 3, H, W) in [-1, 1] -> over raw (N, C, H/8, W/8)
-        """The posterior over raw latents. ShapeError for sizes that are no multiple of the downscale."""
-        self._check_pixels(pixels)
-        return DiagonalGaussian.from_moments(self._run(lambda vae: vae.engine.encode_moments, pixels))
+    def encode(self, pixels: Tensor, budget: Budget = None, tiling: Tiling = "exact") -> DiagonalGaussian:
+        """(N, 3, H, W) in [-1, 1] -> the posterior over raw latents (N, C, H/8, W/8).
 
-    def decode(self, latents: Tensor) -> Tensor:  # raw (N, C, h, w) -> (N, 3, 8h, 8w), about [-1, 1]
-        """Pixels of raw latents (`unscale` scaled ones first). LatentsError for other channels, NaN or infinity."""
+        `budget` is the memory it may take beside the weights, "6GiB" or bytes; by default, what the device has free.
+        However little that is, the result is that of the whole image at once. `tiling="blend"` gives what diffusers'
+        `enable_tiling` gives instead, seams and all, for comparison with it.
+        ShapeError for sizes that are no multiple of the downscale, BudgetError before anything is allocated.
+        """
+        self._check_pixels(pixels)
+
+        def run(vae: VAE, batch: Tensor) -> Tensor:
+            if tiling == "exact":
+                return vae.engine.encode_moments(batch, budget)
+            return blended_encode(partial(vae.engine.encode_moments, budget=budget), vae.config, batch)
+
+        return DiagonalGaussian.from_moments(self._run(run, pixels))
+
+    def decode(self, latents: Tensor, budget: Budget = None, tiling: Tiling = "exact") -> Tensor:
+        """Raw (N, C, h, w) -> pixels (N, 3, 8h, 8w), about [-1, 1]; `unscale` scaled latents first.
+
+        `budget` and `tiling` are those of `encode`. LatentsError for other channels, NaN or infinity.
+        """
         self._check_latents(latents)
-        return self._run(lambda vae: vae.engine.decode, latents)
+
+        def run(vae: VAE, batch: Tensor) -> Tensor:
+            if tiling == "exact":
+                return vae.engine.decode(batch, budget)
+            return blended_decode(partial(vae.engine.decode, budget=budget), vae.config, batch)
+
+        return self._run(run, latents)
 
     def encode_images(self, images: Sequence[AnyImage]) -> Encoded:
         """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.
@@ -177,29 +197,17 @@ class VAE:
         exact = self.in_float32().encode(pixels).mean
         return float((self.encode(pixels).mean - exact).norm() / exact.norm())
 
-    def _copied(self, model: Network) -> Network:
-        """A second model of the same weights, made tensor by tensor in this VAE's dtype: never two copies at once."""
-        copied = empty_model(self.config)
-        tensors = {
-            key: value.detach().to(self.device, self.dtype, copy=True) for key, value in model.state_dict().items()
-        }
-        copied.load_state_dict(tensors, assign=True)
-        return copied
-
-    def _placed(self, model: Network) -> Network:
-        model = model.requires_grad_(False).eval().to(self.device, self.dtype)
-        return model.to(memory_format=self._memory_format)  # type: ignore[call-overload, no-any-return]
-
-    def _run(self, choose: Callable[["VAE"], Callable[[Tensor], Tensor]], batch: Tensor) -> Tensor:
+    def _run(self, run: Callable[["VAE", Tensor], Tensor], batch: Tensor) -> Tensor:
         with torch.no_grad(), _tf32_off():
-            out = choose(self)(batch.to(self.device, self.dtype, memory_format=self._memory_format)).float()
+            out = run(self, batch)
         if self.dtype == torch.float32:
             return out
-        for index in (~out.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
-            logger.warning(
-                "%s overflowed in %s; image %d of the batch runs again in fp32", self.name, self.dtype, index
-            )
-            out[index] = self.in_float32()._run(choose, batch[index : index + 1])[0]
+        for index, image in enumerate(out):
+            if not image.isfinite().all():
+                logger.warning(
+                    "%s overflowed in %s; image %d of the batch runs again in fp32", self.name, self.dtype, index
+                )
+                out[index] = self.in_float32()._run(run, batch[index : index + 1])[0]
         return out
 
     def _check_pixels(self, pixels: Tensor) -> None:

@@ -448,7 +448,9 @@ def test_each_encode_and_decode_runs_on_the_engine(vae: AutoencoderKL) -> None:
         run()
         counts.append(vae.engine.calls)
     assert counts == [0, 1, 2, 4]
-    assert vae.engine.describe() == "sdvae's reference network, float32 on cpu"
+    assert vae.engine.describe() == "sdvae's reference network, float32 on cpu, because gradients are wanted"
+    with torch.no_grad():
+        assert vae.engine.describe().startswith("sdvae's engine, float32 on cpu")
 
 
 @pytest.mark.usefixtures("_no_blocks_of_diffusers")

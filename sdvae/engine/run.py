@@ -1,47 +1,160 @@
-"""Engine: runs the weights of a module that is alive, be it ours or diffusers', in our network."""
+"""Engine: encodes and decodes with the weights of a module that is alive, be it ours or diffusers'."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdvae.config import VAEConfig
+from sdvae.engine.execute import execute
+from sdvae.engine.memory import free_bytes, parse_bytes
+from sdvae.engine.plan import Plan, make_plan
+from sdvae.engine.program import Program, compile_program
+from sdvae.engine.stages import Direction, network
+from sdvae.errors import BudgetError
 from sdvae.model import AutoencoderKL
+
+Budget = int | str | None  # bytes, "6GiB", or what the device has free
+
+_PLAIN_LAYERS = (nn.Conv2d, nn.GroupNorm, nn.Linear)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Engine:
     """Encodes and decodes with the layers of `source`, whose names are those of `AutoencoderKL`.
 
-    The layers (convolutions, norms, linear maps) are borrowed whole, not copied: what happens to them (`.to()`, new
-    weights, gradients, offload hooks, adapters) happens here. Nothing is packed, so nothing can be stale.
+    For inference their weights are rewritten and packed into a program (`program.py`), which runs under a plan. Before
+    each run the weights are compared with what was packed, bit sum by bit sum, so that nothing packed is ever stale.
+    Where gradients are wanted, or a layer is more than its weights (adapters, offload hooks), the layers themselves are
+    borrowed and run in the reference network; `obstacle` says why.
+
     `calls` counts the runs of a network: one per encode and decode, one per tile where those are tiled.
+    One call at a time: the engine holds no lock.
     """
 
-    def __init__(self, source: nn.Module, config: VAEConfig) -> None:
+    def __init__(
+        self,
+        source: nn.Module,
+        config: VAEConfig,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """`device` and `dtype` are what it computes in; those of the weights where None."""
         self.source = source
+        self.config = config
         self.calls = 0
+        self._device, self._dtype = device, dtype
         with torch.device("meta"):
             self._model = AutoencoderKL(config)
         self.layer_names = frozenset(
             name for name, module in self._model.named_modules() if any(True for _ in module.parameters(recurse=False))
         )
         self._layers: dict[str, nn.Module] = {}
+        self._programs: dict[Direction, tuple[object, Program]] = {}
 
-    def encode_moments(self, pixels: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, 2C, H/8, W/8), sizes floored
-        """The encoder's output, after `quant_conv`; differentiable."""
-        return self._run().encode_moments(pixels)
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy starts with: packed weights cannot be copied, and are made again when they are needed."""
+        return vars(self) | {"_programs": {}}
 
-    def decode(self, latents: Tensor) -> Tensor:  # raw (N, C, h, w) -> (N, 3, 8h, 8w)
-        """Pixels of raw latents; differentiable."""
-        return self._run().decode(latents)
+    def encode_moments(self, pixels: Tensor, budget: Budget = None) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8), sizes floored: the encoder's output, after `quant_conv`."""
+        return self._run("encode", pixels, budget)
+
+    def decode(self, latents: Tensor, budget: Budget = None) -> Tensor:  # raw (N, C, h, w) -> (N, 3, 8h, 8w)
+        """Pixels of raw latents."""
+        return self._run("decode", latents, budget)
+
+    def plan(self, direction: Direction, height: int, width: int, num_images: int = 1, budget: Budget = None) -> Plan:
+        """The plan for inputs of this size; BudgetError where no plan keeps the budget."""
+        device, dtype = self._place()
+        budget_bytes = free_bytes(device) if budget is None else parse_bytes(budget)
+        line = network(self.config, direction)
+        return make_plan(line, height, width, dtype.itemsize, budget_bytes=budget_bytes, num_images=num_images)
+
+    def program(self, direction: Direction) -> Program:
+        """The packed weights of one direction, packed anew if the source's have changed."""
+        device, dtype = self._place()
+        weights = self._weights(direction)
+        state = (device, dtype, _bit_sums(weights))
+        known = self._programs.pop(direction, None)
+        if known is None or known[0] != state:
+            known = None  # before the new one is made
+            known = state, compile_program(self.config, direction, weights, dtype, device)
+        self._programs[direction] = known
+        return known[1]
+
+    def release(self) -> None:
+        """Forget what is packed; it will be packed again when it is needed."""
+        self._programs.clear()
+
+    def obstacle(self, batch: Tensor | None = None) -> str | None:
+        """Why the reference network would run (on `batch`), or None."""
+        parameters = list(self.source.parameters())
+        tensors = parameters if batch is None else [*parameters, batch]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return "gradients are wanted"
+        for name, layer in self._borrowed():
+            if type(layer) not in _PLAIN_LAYERS:
+                return f"{name} is a {type(layer).__name__}"
+            if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+                return f"{name} has a hook"
+        dtypes = {parameter.dtype for parameter in parameters}
+        if len(dtypes) > 1 or not dtypes <= set(_DTYPES) or any(parameter.is_meta for parameter in parameters):
+            return f"the weights are {', '.join(sorted(map(str, dtypes)))}, or not here"
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(self._place()[0].type):
+            return "torch.compile or autocast is at work"
+        return None
 
     def describe(self) -> str:
-        """What runs, in words."""
-        parameter = next(self.source.parameters())
-        return f"sdvae's reference network, {str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
+        """What runs, in words: stage by stage, with strips and memory, for 512x512 pixels."""
+        obstacle = self.obstacle()
+        device, dtype = self._place()
+        where = f"{str(dtype).removeprefix('torch.')} on {device}"
+        if obstacle is not None:
+            return f"sdvae's reference network, {where}, because {obstacle}"
+        return f"sdvae's engine, {where}"
 
-    def _run(self) -> AutoencoderKL:
+    def _run(self, direction: Direction, batch: Tensor, budget: Budget) -> Tensor:
         self.calls += 1
+        obstacle = self.obstacle(batch)
+        if obstacle is None and self._fits(direction, batch):
+            height, width = batch.shape[2:]
+            plan = self.plan(direction, height, width, len(batch), budget)
+            out = execute(self.program(direction), plan, batch)
+            return out if self._dtype is not None else out.to(batch.dtype)
+        if budget is not None:
+            raise BudgetError(f"no budget can be kept while the reference network runs, because {obstacle}")
+        model = self._reference()
+        return model.encode_moments(batch) if direction == "encode" else model.decode(batch)
+
+    def _fits(self, direction: Direction, batch: Tensor) -> bool:
+        """Whether the network takes such a batch; for one that it does not, torch's own layers find the words."""
+        device, dtype = self._place()
+        if self._dtype is None and (batch.dtype != dtype or batch.device != device):
+            return False
+        line = network(self.config, direction)
+        return (
+            batch.dim() == 4
+            and batch.shape[1] == line.in_channels
+            and batch.numel() > 0
+            and all(line.sizes(*batch.shape[2:])[-1])
+        )
+
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        parameter = next(self.source.parameters())
+        return self._device or parameter.device, self._dtype or parameter.dtype
+
+    def _weights(self, direction: Direction) -> dict[str, Tensor]:
+        halves = ("encoder.", "quant_conv.") if direction == "encode" else ("decoder.", "post_quant_conv.")
+        return {
+            f"{name}.{key}": values
+            for name, layer in self._borrowed()
+            if f"{name}.".startswith(halves)
+            for key, values in layer.state_dict().items()
+        }
+
+    def _reference(self) -> AutoencoderKL:
         layers = dict(self._borrowed())
         if layers != self._layers:  # modules compare by identity: an adapter or another module took a layer's place
             for name, layer in layers.items():
@@ -53,3 +166,21 @@ class Engine:
 
     def _borrowed(self) -> Iterator[tuple[str, nn.Module]]:
         return ((name, self.source.get_submodule(name)) for name in self.layer_names)
+
+
+def _bit_sums(weights: dict[str, Tensor]) -> tuple[int, ...]:
+    """A number for each tensor that any change of a value changes; at the speed of reading it.
+
+    `weight.data += x`, as LoRA merges do, changes neither its version nor its address.
+    """
+    return tuple(int(_bits(values).sum()) for _, values in sorted(weights.items()))
+
+
+def _bits(values: Tensor) -> Tensor:
+    """The values in the order of memory, as integers that torch adds fast: eight bytes each, where they fit."""
+    flat = values.permute(0, 2, 3, 1).reshape(-1) if values.dim() == 4 else values.reshape(-1)
+    if values.is_contiguous():
+        flat = values.reshape(-1)
+    if flat.nbytes % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0:
+        return flat.view(torch.int64)
+    return flat.view({2: torch.int16, 4: torch.int32}[flat.itemsize])

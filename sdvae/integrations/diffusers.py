@@ -7,7 +7,7 @@ Everything around the network (files, tiling, slicing, offload, output types) is
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,6 +91,11 @@ class AutoencoderKL(TheirAutoencoderKL):
         if engine is None or engine.source is not self:  # a shallow copy (torch's replicate) needs its own
             engine = vars(self)["_engine"] = DropInEngine(self, VAEConfig.from_diffusers(self.config))
         return engine
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoencoderKL":
+        if "_engine" in vars(self):
+            self.engine.release()  # what is packed must not stay on a device that the weights leave
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def _encode(self, x: Tensor) -> Tensor:
         moments: Tensor = TheirAutoencoderKL._encode(self._inside(), x)

@@ -1,0 +1,174 @@
+"""What a stage does to a strip, in torch: convolutions, normalisation, statistics, attention.
+
+A strip is `(1, C, rows, W)` in channels_last memory: rows lie one after the other, and so do strips.
+On a CPU, convolutions run in oneDNN with weights packed once; its results do not depend on the height of a strip.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_VECTOR_ELEMENTS = 64  # that torch's CPU loops take at a time: two AVX512 registers of bf16
+
+
+class Convolution:
+    """A convolution with fixed weights: torch's own, on any device."""
+
+    kernel = "torch"
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> None:
+        """`padding_px` is on the left and on the right; rows beyond the image are part of a strip."""
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.bias = bias
+        self._stride, self._padding = [stride, stride], [0, padding_px]
+
+    def __call__(self, strip: Tensor) -> Tensor:
+        """The convolution of a strip that has its neighbouring rows."""
+        if _is_emulated(strip):
+            exact = F.conv2d(strip.float(), self.weight.float(), self.bias.float(), self._stride, self._padding)
+            return exact.to(strip.dtype, memory_format=torch.channels_last)
+        return F.conv2d(strip, self.weight, self.bias, self._stride, self._padding)
+
+    def add_to(self, target: Tensor, strip: Tensor) -> None:
+        """Add the convolution of `strip` to `target`."""
+        target.add_(self(strip))
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the weights."""
+        return self.weight.nbytes + self.bias.nbytes
+
+
+class OneDnnConvolution(Convolution):
+    """The same in oneDNN, with weights in the order its kernel reads them, and the sum in the kernel."""
+
+    kernel = "oneDNN, packed"
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> None:
+        super().__init__(weight, bias, stride, padding_px)
+        self._num_bytes = super().num_bytes
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            self.weight, self._padding, self._stride, [1, 1], 1, None
+        )
+
+    def __call__(self, strip: Tensor) -> Tensor:
+        """The convolution of a strip that has its neighbouring rows."""
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            strip, self.weight, self.bias, self._padding, self._stride, [1, 1], 1, "none", [], ""
+        )
+        return out
+
+    def add_to(self, target: Tensor, strip: Tensor) -> None:
+        """Add the convolution of `strip` to `target`, rounded once."""
+        torch.ops.mkldnn._convolution_pointwise_.binary(
+            target, strip, self.weight, self.bias, self._padding, self._stride, [1, 1], 1, "add", 1.0, None, [], None
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the weights; torch cannot measure packed ones."""
+        return self._num_bytes
+
+
+def pack(weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> Convolution:
+    """The fastest convolution there is for the device and dtype of `weight`."""
+    is_onednn = weight.device.type == "cpu" and weight.dtype != torch.float16 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return (OneDnnConvolution if is_onednn else Convolution)(weight, bias, stride, padding_px)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The weights of a GroupNorm, in fp32, and how many groups share their statistics."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    num_groups: int
+
+
+class Statistics:
+    """Mean and variance of each group of channels, over all blocks of rows that were added, in the order they were.
+
+    Each block gives mean and squared distances from it, merged in fp64 (Chan, Golub, LeVeque 1979): never the mean of
+    squares minus the square of the mean, which cancels.
+    """
+
+    def __init__(self) -> None:
+        self._counts: list[int] = []
+        self._means: list[Tensor] = []
+        self._variances: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:  # (1, C, rows, W)
+        """Count a block of rows in."""
+        mean, variance = _mean_and_variance(rows)
+        self._counts.append(rows.shape[2] * rows.shape[3])
+        self._means.append(mean)
+        self._variances.append(variance)
+
+    def merge(self, num_groups: int) -> tuple[Tensor, Tensor]:  # both (C,) fp32, equal within a group
+        """Mean and variance of the group that each channel belongs to."""
+        counts = torch.tensor(self._counts, dtype=torch.float64, device=self._means[0].device)[:, None, None]
+        shape = (len(self._counts), num_groups, -1)
+        means = torch.stack(self._means).double().view(shape)
+        variances = torch.stack(self._variances).double().view(shape)
+        num_channels = means.shape[2]
+        total = counts.sum() * num_channels
+        mean = (counts * means).sum((0, 2), keepdim=True) / total
+        variance = (counts * (variances + (means - mean).square())).sum((0, 2)) / total
+        return mean.flatten().float().repeat_interleave(num_channels), variance.float().repeat_interleave(num_channels)
+
+
+def _mean_and_variance(rows: Tensor) -> tuple[Tensor, Tensor]:  # of each channel, fp32
+    if rows.device.type == "cpu" and not _is_emulated(rows):  # two passes in one call, without a copy in fp32
+        placeholder = torch.zeros(rows.shape[1])
+        return torch.batch_norm_update_stats(rows, placeholder, placeholder, 0.0)
+    variance, mean = torch.var_mean(rows.float(), (0, 2, 3), correction=0)
+    return mean, variance
+
+
+def normalise(rows: Tensor, out: Tensor, norm: Norm, mean: Tensor, variance: Tensor, *, has_silu: bool) -> None:
+    """GroupNorm from known statistics, then SiLU, into `out`: rounded once after each, as torch's own are."""
+    out.copy_(F.batch_norm(rows, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps))
+    if has_silu:
+        _silu(out)
+
+
+def _silu(strip: Tensor) -> None:
+    """SiLU in place, to the same bits wherever the strip was cut.
+
+    Torch leaves what does not fill a thread's last vectors to scalar code, whose exp differs in the last bit. Where
+    that could happen in the middle of a row, each row is a call of its own.
+    """
+    row_elements = strip.shape[1] * strip.shape[3]
+    if strip.device.type != "cpu" or row_elements % (_VECTOR_ELEMENTS * torch.get_num_threads()) == 0:
+        F.silu(strip, inplace=True)
+    else:
+        for row in torch.split(strip, 1, 2):
+            F.silu(row, inplace=True)
+
+
+def linear(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # (n, C) -> (n, C)
+    """A matrix product with a bias."""
+    if _is_emulated(tokens):
+        return F.linear(tokens.float(), weight.float(), bias.float()).to(tokens.dtype)
+    return F.linear(tokens, weight, bias)
+
+
+def attend(queries: Tensor, keys: Tensor) -> Tensor:  # (n, C), (m, C) -> (n, C)
+    """Each query's mean of the keys, weighted by their similarity; torch's kernels need memory linear in m."""
+    if _is_emulated(queries):
+        return attend(queries.float(), keys.float()).to(queries.dtype)
+    mixed = F.scaled_dot_product_attention(queries[None, None], keys[None, None], keys[None, None])
+    return mixed[0, 0]
+
+
+def strip_of(memory: Tensor, rows: int, width: int) -> Tensor:  # (rows * width * C,) -> (1, C, rows, width)
+    """A strip that lies in `memory`."""
+    return memory.view(1, rows, width, -1).permute(0, 3, 1, 2)
+
+
+def _is_emulated(values: Tensor) -> bool:
+    """CPUs have no fp16 arithmetic worth the name: there, sums are made in fp32 and rounded."""
+    return values.dtype == torch.float16 and values.device.type == "cpu"

@@ -1,0 +1,146 @@
+"""A network with its weights, rewritten once into what runs fastest; each rewrite is exact on paper."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdvae.config import VAEConfig
+from sdvae.engine.ops import Convolution, Norm, pack
+from sdvae.engine.stages import Direction, Network, Stage, network
+from sdvae.model import NORM_EPS
+
+Weights = Mapping[str, Tensor]  # a state dict of AutoencoderKL
+Pair = tuple[Tensor, Tensor]  # weight and bias
+
+
+@dataclass(frozen=True)
+class PackedStage:
+    """A stage and its weights on the device.
+
+    `convolutions` are one, but for "up" two (even rows, odd rows) and none for "attention", whose `projections` make
+    queries and output.
+    """
+
+    stage: Stage
+    convolutions: tuple[Convolution, ...] = ()
+    shortcut: Convolution | None = None
+    projections: tuple[Pair, ...] = ()
+    norm: Norm | None = None
+    has_ones: bool = False  # whether the input carries a channel of ones
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the weights."""
+        convolutions = [*self.convolutions, *filter(None, [self.shortcut])]
+        tensors = [tensor for pair in self.projections for tensor in pair]
+        return sum(each.num_bytes for each in convolutions) + sum(tensor.nbytes for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Program:
+    """One direction of a VAE, ready to run in one dtype on one device."""
+
+    network: Network
+    stages: tuple[PackedStage, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all weights."""
+        return sum(stage.num_bytes for stage in self.stages)
+
+
+def compile_program(
+    config: VAEConfig, direction: Direction, weights: Weights, dtype: torch.dtype, device: torch.device
+) -> Program:
+    """Rewrite and pack one direction of a VAE; sums of weights are made in fp32 and rounded once."""
+    compiler = _Compiler(weights, config.norm_num_groups, dtype, device)
+    line = network(config, direction)
+    return Program(line, tuple(compiler.stage(stage) for stage in line.stages), dtype, device)
+
+
+class _Compiler:
+    def __init__(self, weights: Weights, num_groups: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._weights, self._num_groups, self._dtype, self._device = weights, num_groups, dtype, device
+
+    def stage(self, stage: Stage) -> PackedStage:
+        norm = self._norm(stage.norm) if stage.norm else None
+        if stage.kind == "attention":
+            return PackedStage(stage, projections=self._attention(stage.name), norm=norm)
+        weight, bias = self._pair(stage.name)
+        if stage.kind == "up":
+            rows = fold_upsample(weight)
+            convolutions = tuple(self._pack(of_row, bias.repeat(2), padding_px=1) for of_row in rows)
+            return PackedStage(stage, convolutions)
+        if stage.kind == "down":
+            return PackedStage(stage, (self._pack(weight, bias, stride=2),))
+        has_ones = stage.name == "decoder.conv_in" and "post_quant_conv.weight" in self._weights
+        if has_ones:
+            weight = fold_before(weight, *self._pair("post_quant_conv"))
+        if stage.name == "encoder.conv_out" and "quant_conv.weight" in self._weights:
+            weight, bias = fold_after(weight, bias, *self._pair("quant_conv"))
+        shortcut = self._pack(*self._pair(stage.shortcut)) if stage.shortcut else None
+        return PackedStage(stage, (self._pack(weight, bias, padding_px=1),), shortcut, norm=norm, has_ones=has_ones)
+
+    def _pair(self, name: str) -> Pair:
+        return self._weights[f"{name}.weight"].float(), self._weights[f"{name}.bias"].float()
+
+    def _norm(self, name: str) -> Norm:
+        weight, bias = (values.to(self._device) for values in self._pair(name))
+        return Norm(weight, bias, NORM_EPS, self._num_groups)
+
+    def _attention(self, name: str) -> tuple[Pair, ...]:
+        q, k, v, out = (self._pair(f"{name}.{layer}") for layer in ("to_q", "to_k", "to_v", "to_out.0"))
+        pairs = fold_attention(q, k, v, out)
+        return tuple(
+            (weight.to(self._device, self._dtype), bias.to(self._device, self._dtype)) for weight, bias in pairs
+        )
+
+    def _pack(self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> Convolution:
+        weight, bias = weight.to(self._device, self._dtype), bias.to(self._device, self._dtype)
+        return pack(weight, bias, stride, padding_px)
+
+
+def fold_upsample(weight: Tensor) -> Tensor:  # (O, I, 3, 3) -> (2, 2 * O, I, 2, 2): for even and for odd rows
+    """Nearest-neighbour doubling and a 3x3 convolution as 2x2 convolutions of the small image: 4 taps for 9.
+
+    Two rows (and columns) of three fall on one small pixel, so their weights add up. The first O outputs are even
+    columns, made of a pixel and its left neighbour; the others are odd ones, of a pixel and its right neighbour.
+    """
+    top, middle, bottom = weight.unbind(2)
+    rows = [torch.stack([top, middle + bottom], 2), torch.stack([top + middle, bottom], 2)]
+    folded = []
+    for row in rows:
+        left, centre, right = row.unbind(3)
+        folded.append(torch.cat([torch.stack([left, centre + right], 3), torch.stack([left + centre, right], 3)]))
+    return torch.stack(folded)
+
+
+def fold_before(
+    weight: Tensor, before: Tensor, bias: Tensor
+) -> Tensor:  # (O, I, 3, 3), (I, J, 1, 1) -> (O, J + 1, 3, 3)
+    """A 1x1 convolution and the padded one after it as one, whose last input channel is 1 inside the image.
+
+    Beyond the border that channel is 0, like the bias that the padding of the second convolution never saw.
+    """
+    before = torch.cat([before.flatten(1), bias[:, None]], 1)
+    return torch.einsum("oihw,ij->ojhw", weight, before)
+
+
+def fold_after(weight: Tensor, bias: Tensor, after: Tensor, after_bias: Tensor) -> Pair:
+    """A convolution and the 1x1 convolution after it as one."""
+    after = after.flatten(1)
+    return torch.einsum("po,oihw->pihw", after, weight), after @ bias + after_bias
+
+
+def fold_attention(q: Pair, k: Pair, v: Pair, out: Pair) -> tuple[Pair, Pair]:
+    """Projections of queries and output such that the normalised tokens themselves are keys and values.
+
+    Scores q.k are h' Wq' Wk h and what is the same for every key, which softmax forgets; and since weights add up to
+    one, the values' projection commutes with their mean.
+    """
+    queries = k[0].T @ q[0], k[0].T @ q[1]
+    return queries, (out[0] @ v[0], out[0] @ v[1] + out[1])
