@@ -95,7 +95,7 @@ def test_the_layout_is_read_from_the_document(layout: tuple[list[str], set[str]]
     order, open_packages = layout
     assert order[:4] == ["sdvae.errors", "sdvae.atomic", "sdvae.config", "sdvae.posterior"]
     assert order.index("sdvae.weights.load") < order.index("sdvae.vae") < order.index("sdvae.data")
-    assert order.index("sdvae.data.preprocess") + 1 == order.index("sdvae.data.buckets"), "two files on one row"
+    assert order.index("sdvae.data.buckets") + 1 == order.index("sdvae.data.preprocess"), "two files on one row"
     assert order.index("sdvae.integrations.diffusers") < order.index("sdvae.cli")
     assert {"sdvae.report", "sdvae.cli"} <= open_packages
     assert not {"sdvae.data", "sdvae.engine", "sdvae.weights"} & open_packages

@@ -1,16 +1,15 @@
 """A folder of photos, listed in a fixed order and read without leaving it."""
 
+import errno
 import os
 import stat
-from collections.abc import Iterator
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
-from sdvae.data.entries import MAX_FILE_BYTES, Entry
+from sdvae.data.entries import MAX_FILE_BYTES, Entry, class_folder, is_photo, sorted_by_key, why_no_file
+from sdvae.data.pairing import MAX_TEXT_BYTES, is_text, pair
 from sdvae.errors import StoreError
-
-# What people and desktops keep beside photos. Every other file is a record, and is quarantined if it is no photo.
-NOT_PHOTOS = (b".caption", b".csv", b".db", b".ini", b".json", b".jsonl", b".md", b".tsv", b".txt")
 
 
 class FolderSource:
@@ -19,69 +18,101 @@ class FolderSource:
     Hidden names (a leading dot) and the suffixes of NOT_PHOTOS are no records. Links to files inside
     `root` are followed. Links that lead out of it or to folders, devices, pipes, sockets and names
     that are not UTF-8 are entries with a reason: counted, never opened.
+
+    `only` names the files and folders below `root` that count; what lies beside them still tells their captions.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, only: Iterable[str] = ("",)) -> None:
         if not root.exists():
             raise StoreError(f"there is no folder {root}")
         if not root.is_dir():
             raise StoreError(f"{root} is not a folder; give the folder that holds the photos")
         self.root = root.resolve()
         self.name = str(root)
+        self._only = frozenset(only)
 
     def entries(self) -> list[Entry]:
         """Every record of the folder, sorted by key; StoreError when a folder in it cannot be listed."""
-        entries = sorted(map(self._entry, self._names()), key=lambda entry: entry.key)
-        for before, entry in pairwise(entries):
-            if before.key == entry.key:
-                raise StoreError(f"two files in {self.root} are both called {entry.key!r} in UTF-8; rename one")
-        return entries
+        photos: list[Entry] = []
+        texts: list[str] = []
+        for name, child in self._children():
+            entry = self._entry(name, child)
+            if is_text(entry.key):
+                texts.append(entry.key)
+            elif is_photo(entry.key):
+                photos.append(replace(entry, label=class_folder(entry.key)))
+        paired = pair(photos, texts, self._read_text)
+        return sorted_by_key(filter(self._counts, paired), self.name)
 
     def read(self, key: str) -> bytes:
         """The bytes of one file, at most MAX_FILE_BYTES of them; OSError as the file system gives it."""
         with self._place(key.encode()).open("rb") as file:
             return file.read(MAX_FILE_BYTES)
 
-    def _names(self) -> Iterator[bytes]:
-        """Paths below `root` as the file system spells them: bytes."""
-        folders = [b""]
+    def _counts(self, entry: Entry) -> bool:
+        if "" in self._only or entry.key in self._only:
+            return True
+        return any(str(folder) in self._only for folder in PurePosixPath(entry.key).parents)
+
+    def _children(self) -> Iterator[tuple[bytes, "os.DirEntry[bytes]"]]:
+        """Every file to look at, with its path below `root` as the file system spells it: bytes."""
+        whole = [name for name in self._only if (self.root / name).is_dir()]
+        listed: set[bytes] = set()
+        for folder in sorted(os.fsencode(name) for name in whole):
+            yield from self._walk(folder, listed, is_deep=True)
+        for name in sorted(self._only.difference(whole)):
+            yield from self._walk(os.fsencode(name.rpartition("/")[0]), listed, is_deep=False)
+
+    def _walk(self, top: bytes, listed: set[bytes], *, is_deep: bool) -> Iterator[tuple[bytes, "os.DirEntry[bytes]"]]:
+        if self._place(top).resolve() != self._place(top):
+            raise StoreError(f"{self._place(top)} is reached by a link to a folder; links to folders are not followed")
+        folders = [top]
         while folders:
             folder = folders.pop()
+            if folder in listed:
+                continue
+            listed.add(folder)
             try:
-                children = list(os.scandir(os.fsencode(self.root) + b"/" + folder))
+                children = list(os.scandir(os.fsencode(self._place(folder))))
             except OSError as error:
                 raise StoreError(f"cannot list {self._place(folder)}: {error.strerror}") from error
             for child in children:
+                path = folder + b"/" + child.name if folder else child.name
                 if child.name.startswith(b"."):
                     continue
-                if child.is_dir(follow_symlinks=False):
-                    folders.append(folder + child.name + b"/")
-                elif not child.name.lower().endswith(NOT_PHOTOS):
-                    yield folder + child.name
+                if not child.is_dir(follow_symlinks=False):
+                    yield path, child
+                elif is_deep:
+                    folders.append(path)
 
-    def _entry(self, name: bytes) -> Entry:
+    def _entry(self, name: bytes, child: "os.DirEntry[bytes]") -> Entry:
         # Bytes that are no UTF-8 become \xff: a key to show, which JSON can hold and nobody will open.
         key = name.decode("utf-8", "backslashreplace")
         if key.encode() != name:
             return Entry(key, reason="the name is not UTF-8; rename the file")
-        place = self._place(name)
         try:
-            status = place.stat()
+            status = child.stat()
         except OSError as error:  # a link to nowhere, a loop of links, a file removed this moment
             return Entry(key, reason=f"cannot be opened: {error.strerror}")
+        reason = self._why_not_to_open(self._place(name), status) if child.is_symlink() else why_no_file(status)
+        if reason is not None:
+            return Entry(key, reason=reason)
+        return Entry(key, status.st_size, status.st_mtime_ns)
+
+    def _why_not_to_open(self, place: Path, status: os.stat_result) -> str | None:
         if place.is_symlink() and stat.S_ISDIR(status.st_mode):
-            return Entry(key, reason="a link to a folder; links to folders are not followed")
+            return "a link to a folder; links to folders are not followed"
         if not place.resolve().is_relative_to(self.root):
-            return Entry(key, reason="a link that leads out of the source folder")
-        if not stat.S_ISREG(status.st_mode):
-            return Entry(key, reason="not a file but a device, a pipe or a socket")
-        if status.st_size > MAX_FILE_BYTES:
-            return Entry(key, reason=f"larger than {MAX_FILE_BYTES:,} bytes")
-        return Entry(key, status.st_size, status.st_mtime_ns, label=_class_folder(key))
+            return "a link that leads out of the source folder"
+        return why_no_file(status)
+
+    def _read_text(self, key: str) -> bytes:
+        place = self._place(key.encode())
+        reason = self._why_not_to_open(place, place.stat())
+        if reason is not None:
+            raise OSError(errno.EINVAL, reason)
+        with place.open("rb") as file:
+            return file.read() if key.endswith((".csv", ".jsonl")) else file.read(MAX_TEXT_BYTES + 1)
 
     def _place(self, name: bytes) -> Path:
         return self.root / os.fsdecode(name)
-
-
-def _class_folder(key: str) -> str | None:
-    return key.rpartition("/")[0].rpartition("/")[2] or None
