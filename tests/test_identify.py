@@ -13,10 +13,11 @@ from sdvae.errors import ConfigError, WeightsError
 from sdvae.model import AutoencoderKL
 from sdvae.tiny import named_as_diffusers
 from sdvae.weights import identify as identify_module
+from sdvae.weights.find import find_file
 from sdvae.weights.identify import KNOWN_FILES, identify
 from sdvae.weights.identity import fingerprint, sign_sketch
 from sdvae.weights.keymap import ldm_names
-from sdvae.weights.load import find_file, load_weights
+from sdvae.weights.load import load_weights
 from tests.conftest import SMALL, random_model
 
 FILES = {"sd1": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1"}

@@ -23,8 +23,9 @@ from sdvae.metrics import psnr
 from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers, named_as_taesd
 from sdvae.vae import VAE
 from sdvae.weights.edit import convert, extract, swap
+from sdvae.weights.find import find_file
 from sdvae.weights.identity import fingerprint
-from sdvae.weights.load import find_file, load_weights, open_vae
+from sdvae.weights.load import load_weights, open_vae
 from tests.test_keymap import assert_equal, ldm_state_dict, narrow
 from tests.test_tiny import CROP_PSNR, CROPS, FILES, PSNR_TOLERANCE
 

@@ -19,8 +19,9 @@ from sdvae.errors import ConfigError, UnsafeFileError, WeightsError
 from sdvae.images import read_image
 from sdvae.pixels import to_pixels
 from sdvae.vae import VAE
+from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES
 from sdvae.weights.identity import fingerprint, latent_space
-from sdvae.weights.load import CONFIG_NAME, WEIGHTS_NAMES, build_model, empty_model, load_weights, save_folder
+from sdvae.weights.load import build_model, empty_model, load_weights, save_folder
 from tests.conftest import SMALL
 from tests.test_keymap import assert_equal, ldm_state_dict, narrow, to_diffusers
 from tests.test_weight_files import peak_rss

@@ -36,7 +36,7 @@ def convert(
     """
     from sdvae.engine.precision import DTYPES
     from sdvae.weights.edit import convert
-    from sdvae.weights.load import find_file
+    from sdvae.weights.find import find_file
 
     stored = None if dtype is None else DTYPES[dtype]
     written = convert(find_file(source), output, layout, stored, family, is_dry_run=dry_run)

@@ -20,8 +20,8 @@ def identify(file: str, console: Console) -> None:
 
     Its encoder is run on one image whose latents in each space are known: SD 1 and SDXL have equal names and shapes.
     """
+    from sdvae.weights.find import find_file
     from sdvae.weights.identify import identify as identify_file
-    from sdvae.weights.load import find_file
 
     path = find_file(file)
     found = identify_file(path)

@@ -21,8 +21,9 @@ def inspect(file: str, family: str | None, tensors: bool, console: Console) -> N
     Only the VAE's tensors are read, for their fingerprint.
     """
     from sdvae.weights.files import TensorFile, open_weights
+    from sdvae.weights.find import find_file
     from sdvae.weights.identity import fingerprint
-    from sdvae.weights.load import find_file, open_vae
+    from sdvae.weights.load import open_vae
 
     path = find_file(file)
     index: TensorFile = open_weights(path)

@@ -21,7 +21,7 @@ def swap(
     """Write the checkpoint CKPT to OUT.safetensors with another VAE in it; all else stays bit for bit."""
     from sdvae.engine.precision import DTYPES
     from sdvae.weights.edit import swap
-    from sdvae.weights.load import find_file
+    from sdvae.weights.find import find_file
 
     stored = None if dtype is None else DTYPES[dtype]
     written = swap(checkpoint, find_file(vae), output, stored, family, is_dry_run=dry_run)

@@ -19,8 +19,9 @@ from sdvae import __version__, atomic
 from sdvae.errors import WeightsError
 from sdvae.tiny import TinyConfig, named_as_taesd
 from sdvae.weights.files import DTYPES, Entry, TensorFile, as_bytes, dtype_name, opened
+from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES
 from sdvae.weights.keymap import Layout, fit_shape, ldm_names, some
-from sdvae.weights.load import CONFIG_NAME, FAMILY_KEY, WEIGHTS_NAMES, VAEFile, config_json, open_vae
+from sdvae.weights.load import FAMILY_KEY, VAEFile, config_json, open_vae
 from sdvae.weights.taesd import SUFFIXES
 
 logger = logging.getLogger(__name__)
