@@ -36,4 +36,4 @@ def export(path: Path, name: str, output: Path, seed: int, console: Console) -> 
         **done,
     )
     for setting, value in done["settings"].items():
-        console.note(f"train with {setting} = {value}")
+        console.note(f"for training, {setting}: {value}")
