@@ -1,6 +1,8 @@
 """LatentDataset: a store as a training loop wants it; what it gives depends on seed, key and epoch alone."""
 
+import bisect
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +74,7 @@ class LatentDataset(Dataset[Example]):
         self.sample, self.seed, self.preload = sample, seed, preload
         self.has_flips: bool = self.store.manifest["preprocess"].get("flip", False)
         self._shards = _written_shards(self.store)
-        self._starts = np.cumsum([0, *(shard.num_rows for shard in self._shards)])
+        self._starts = list(itertools.accumulate((shard.num_rows for shard in self._shards), initial=0))
         # In shared memory: `set_epoch` reaches workers that live on from epoch to epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._open: dict[int, _OpenShard] = {}
@@ -82,7 +84,7 @@ class LatentDataset(Dataset[Example]):
                 self._opened(position).preload(preload if preload == "cuda" else "cpu")
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     @property
     def buckets(self) -> dict[Size, NDArray[np.int64]]:
@@ -166,8 +168,8 @@ class LatentDataset(Dataset[Example]):
         return batch
 
     def _place(self, record: int) -> tuple[int, int]:  # (position in self._shards, row)
-        position = int(np.searchsorted(self._starts, record, "right")) - 1
-        return position, record - int(self._starts[position])
+        position = bisect.bisect(self._starts, record) - 1
+        return position, record - self._starts[position]
 
     def _opened(self, position: int) -> "_OpenShard":
         if position not in self._open:
@@ -236,8 +238,8 @@ class _OpenShard:
         """Copy the numbers to where no disk is asked for them."""
         self.tensors = {name: values.to(device, copy=True) for name, values in self.tensors.items()}
 
-    def _line(self, span: NDArray[np.int64]) -> bytes:
-        return self._text[span[0] : span[1]].tobytes()
+    def _line(self, span: NDArray[np.int64]) -> str:
+        return self._text[span[0] : span[1]].tobytes().decode()
 
 
 def _map_file(path: Path, num_bytes: int) -> Tensor:
