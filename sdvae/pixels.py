@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from sdvae.errors import ImageError, ShapeError
 
 if TYPE_CHECKING:  # processes that only decode files should not pay for torch
+    import torch
     from torch import Tensor
 
 _BAND_PIXELS = 2**20  # big images are converted in bands of rows, so that no second float copy is made
@@ -25,6 +26,25 @@ def to_pixels(images: NDArray[np.uint8]) -> "Tensor":  # (N, H, W, 3) uint8 -> (
     pixels *= 2  # not 2/255 at once: that rounds differently
     pixels -= 1
     return torch.from_numpy(pixels)
+
+
+def to_device(images: NDArray[np.uint8], device: "torch.device") -> "Tensor":  # as `to_pixels`, on `device`
+    """The pixels of images, bit for bit those of `to_pixels`; bytes are copied, floats are made on the device.
+
+    Rows of pixels lie in memory as in the images (channels_last). Needs no thread of torch's on a CPU.
+    """
+    import torch
+
+    if device.type == "cpu":
+        floats = np.empty(images.shape, np.float32)
+        np.divide(images, np.float32(255), out=floats)
+        floats *= 2
+        floats -= 1
+        return torch.from_numpy(floats).permute(0, 3, 1, 2)
+    levels = torch.from_numpy(images).to(device)
+    # CUDA divides by a number as it multiplies by the reciprocal, which rounds differently; by a tensor it divides.
+    pixels = levels.float().div_(torch.full((1,), 255.0, device=device)).mul_(2).sub_(1)
+    return pixels.permute(0, 3, 1, 2)
 
 
 def to_images(pixels: "Tensor") -> NDArray[np.uint8]:  # (N, 3, H, W) of any float dtype -> (N, H, W, 3) uint8

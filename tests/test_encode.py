@@ -2,6 +2,7 @@ import errno
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from sdvae import atomic
 from sdvae.config import VAEConfig
-from sdvae.data import encode
-from sdvae.data.encode import EncodeReport, EncodeSettings, encode_source
+from sdvae.data import encode, manifest
+from sdvae.data.encode import EncodeReport
+from sdvae.data.manifest import EncodeSettings, fixed_threads
 from sdvae.data.preprocess import Preprocess, apply, plan_geometry
 from sdvae.data.roster import Record, Task
 from sdvae.data.sources import FolderSource
 from sdvae.data.store import Store
+from sdvae.data.tasks import Work
 from sdvae.data.verify import verify
 from sdvae.errors import ConfigError, StoreError, VerifyError
 from sdvae.images import read_image
@@ -32,6 +35,9 @@ SETTINGS = EncodeSettings(Preprocess(size_px=32), shard_rows=4, batch_rows=2, nu
 WHOLE = EncodeSettings(Preprocess(size_px=None, crop="none"), shard_rows=4, batch_rows=2, num_threads=1)
 FEW = replace(SETTINGS, shard_rows=2)
 NUM_PHOTOS, NUM_BROKEN = 11, 3
+
+# Decoding on a thread; test_pipeline.py does it in processes, whose start would take the most of these tests' time.
+encode_source = partial(encode.encode_source, work=Work(num_workers=0))
 
 
 @pytest.fixture
@@ -95,7 +101,7 @@ def test_the_latents_are_those_of_the_vae_in_float16(photos: Path, tmp_path: Pat
         for key, (mean, logvar) in rows.items():
             image = read_image(photos / key)
             geometry = plan_geometry(*image.shape[:2], settings.preprocess, small_vae.config.downscale)
-            with encode._threads(1):
+            with fixed_threads(1):
                 posterior = small_vae.encode(to_pixels(apply(image, geometry)[None]))
             for stored, exact in ((mean, posterior.mean), (logvar, posterior.logvar)):
                 # A batch of one may sum in another order than a batch of two; fp16 has 11 bits.
@@ -151,13 +157,12 @@ def test_a_failed_record_changes_no_other_record(photos: Path, tmp_path: Path, s
 def test_batches_and_shards_of_large_photos_are_smaller(small_vae: VAE) -> None:
     records = tuple(Record(str(number)) for number in range(20))
     lengths = {
-        size: [len(batch) for batch in encode._batches(Task(0, (size, size), records), 8)]
-        for size in (64, 512, 1024, 4096)
+        size: [len(batch) for batch in Task(0, (size, size), records).batches(8)] for size in (64, 512, 1024, 4096)
     }
     assert lengths == {64: [8, 8, 4], 512: [8, 8, 4], 1024: [2] * 10, 4096: [1] * 20}
-    assert encode._max_rows(small_vae, EncodeSettings(), (512, 512)) == 1024
-    assert encode._max_rows(small_vae, EncodeSettings(), (4096, 4096)) == 2**27 // (4 * 512 * 512 * 2)
-    assert encode._max_rows(small_vae, EncodeSettings(), (2**16, 2**16)) == 1
+    assert manifest.max_rows(small_vae, EncodeSettings(), (512, 512)) == 1024
+    assert manifest.max_rows(small_vae, EncodeSettings(), (4096, 4096)) == 2**27 // (4 * 512 * 512 * 2)
+    assert manifest.max_rows(small_vae, EncodeSettings(), (2**16, 2**16)) == 1
 
 
 # --- Numbers that are no numbers ---
@@ -218,15 +223,13 @@ class MovingSource(FolderSource):
 
 
 def test_a_photo_that_changes_after_the_scan_is_quarantined_and_then_refused(
-    photos: Path, tmp_path: Path, small_vae: VAE, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, small_vae: VAE
 ) -> None:
-    monkeypatch.setattr(encode, "FolderSource", MovingSource)
-
     def move(phase: str, num_done: int, num_all: int) -> None:
         if phase == "encode":
             (photos / ".scanned").touch()
 
-    report = encode_source(photos, tmp_path / "out", small_vae, SETTINGS, progress=move)
+    report = encode_source(MovingSource(photos), tmp_path / "out", small_vae, SETTINGS, progress=move)
     assert report.num_written == NUM_PHOTOS - 2
     found = {line["key"]: (line["step"], line["reason"]) for line in Store.open(tmp_path / "out").quarantined()}
     assert found["00.png"] == ("read", "changed after the scan")
@@ -237,13 +240,70 @@ def test_a_photo_that_changes_after_the_scan_is_quarantined_and_then_refused(
     assert _files(tmp_path / "out") == before
 
 
-def test_a_grown_source_is_refused(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
-    encode_source(photos, tmp_path / "out", small_vae, SETTINGS)
-    Image.new("RGB", (32, 32)).save(photos / "new.png")
-    before = _files(tmp_path / "out")
-    with pytest.raises(StoreError, match=r"1 file \(new.png\) came to the source; encode the new ones into a store"):
-        encode_source(photos, tmp_path / "out", small_vae, SETTINGS)
-    assert _files(tmp_path / "out") == before
+def test_a_grown_source_makes_a_generation_of_shards(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
+    out = tmp_path / "out"
+    encode_source(photos, out, small_vae, SETTINGS)
+    before, num_shards = _files(out), Store.open(out).num_shards
+    for name in ("00-new.png", "zz-new.png"):
+        (photos / name).write_bytes((photos / "cats" / "03.png").read_bytes())
+    (photos / "zz-broken.png").write_bytes(b"no image")
+    report = encode_source(photos, out, small_vae, SETTINGS)
+    assert (report.num_seen, report.num_written) == (NUM_PHOTOS + NUM_BROKEN + 3, NUM_PHOTOS + 2)
+    assert sum(report.quarantined.values()) == NUM_BROKEN + 1
+
+    store = Store.open(out)
+    assert store.num_shards == num_shards + 2 and len(store.rosters) == 2
+    after = _files(out)
+    assert {name: after[name] for name in before if name != "quarantine.jsonl"} == {
+        name: data for name, data in before.items() if name != "quarantine.jsonl"
+    }
+    assert [line["key"] for line in store.records(num_shards)] == ["00-new.png", "zz-new.png"]
+    rows = _rows(store)
+    assert np.allclose(rows["00-new.png"][0], rows["cats/03.png"][0], rtol=2e-3, atol=2e-3)
+    assert verify(out).damages == []
+
+    encode_source(photos, out, small_vae, SETTINGS)
+    assert _files(out) == after
+    (photos / "00-new.png").unlink()
+    with pytest.raises(StoreError, match=r"1 file \(00-new.png\) vanished"):
+        encode_source(photos, out, small_vae, SETTINGS)
+    assert _files(out) == after
+
+
+def test_a_store_may_grow_before_it_is_finished(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(phase: str, num_done: int, num_all: int) -> None:
+        if phase == "encode" and num_done > 5:
+            raise StoppedError
+
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError):
+        encode_source(photos, out, small_vae, SETTINGS, progress=stop)
+    Image.new("RGB", (40, 40)).save(photos / "new.png")
+    encode_source(photos, out, small_vae, SETTINGS)
+    (photos / "new.png").rename(tmp_path / "new.png")
+    encode_source(photos, tmp_path / "expected", small_vae, SETTINGS)
+    (tmp_path / "new.png").rename(photos / "new.png")
+    encode_source(photos, tmp_path / "expected", small_vae, SETTINGS)
+    assert _files(out) == _files(tmp_path / "expected")
+
+
+def test_a_listing_that_did_not_change_is_not_scanned_again(photos: Path, begun: Path, small_vae: VAE) -> None:
+    phases: set[str] = set()
+    encode_source(photos, begun, small_vae, SETTINGS, progress=lambda phase, done, all_: phases.add(phase))
+    assert phases == {"encode"}
+    (begun / "journal" / "listing.json").unlink()
+    encode_source(photos, begun, small_vae, SETTINGS, progress=lambda phase, done, all_: phases.add(phase))
+    assert phases == {"encode", "scan"}
+
+
+def test_a_damaged_roster_is_said_so(photos: Path, begun: Path, small_vae: VAE) -> None:
+    roster = begun / "roster" / "00000.jsonl"
+    roster.write_bytes(roster.read_bytes().replace(b"cats", b"dogs"))
+    with pytest.raises(VerifyError, match=r"00000.jsonl is damaged or missing; sdvae verify --repair"):
+        encode_source(photos, begun, small_vae, SETTINGS)
 
 
 # --- Refusals ---
@@ -314,11 +374,11 @@ def test_what_was_chosen_once_is_not_chosen_again(
 
 
 def test_the_dtype_to_continue_with_is_told(begun: Path, tmp_path: Path) -> None:
-    assert encode.recorded_dtype(begun) == "fp32"
-    assert encode.recorded_dtype(tmp_path / "new") is None
+    assert manifest.recorded_dtype(begun) == "fp32"
+    assert manifest.recorded_dtype(tmp_path / "new") is None
     (begun / "manifest.json").write_text("{}")
     with pytest.raises(StoreError, match="not the manifest of a latent store"):
-        encode.recorded_dtype(begun)
+        manifest.recorded_dtype(begun)
 
 
 def test_a_lost_shard_is_encoded_again(photos: Path, begun: Path, small_vae: VAE) -> None:
@@ -379,7 +439,7 @@ def test_an_output_that_holds_something_else_is_left_untouched(
 def test_commits_without_their_manifest_are_not_continued(photos: Path, begun: Path, small_vae: VAE) -> None:
     before = _files(begun)
     (begun / "manifest.json").unlink()
-    with pytest.raises(StoreError, match=r"its manifest.json is gone; start again with --restart"):
+    with pytest.raises(StoreError, match=r"its manifest.json is gone; .* or start again with --restart"):
         encode_source(photos, begun, small_vae, SETTINGS)
     encode_source(photos, begun, small_vae, SETTINGS, restart=True)
     assert _files(begun) == before

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdvae.data.preprocess import Preprocess
-from sdvae.data.roster import Record, Size, Task, place, read_roster, require_same_records, roster_lines
+from sdvae.data.roster import Record, Roster, Size, Task, find_new, place, plan_records, read_roster, roster_lines
 from sdvae.errors import StoreError
 
 WHOLE = Preprocess(size_px=None, crop="none", max_pixels=10_000)
@@ -27,7 +27,7 @@ record_sets = st.dictionaries(st.text("ab/é", min_size=1), sizes, min_size=1, m
 
 
 def _place(records: list[Record], num_rows: int) -> list[Task]:
-    return place(records, WHOLE, 8, lambda bucket_px: num_rows)
+    return place(plan_records(records, WHOLE, 8), lambda bucket_px: num_rows)
 
 
 @given(record_sets, st.integers(1, 7), st.randoms(use_true_random=False))
@@ -65,7 +65,8 @@ def test_shards_are_full_and_in_order() -> None:
 
 
 def test_a_photo_without_a_geometry_is_quarantined_with_the_reason() -> None:
-    (task,) = place([_record("a", (1, 9000))], Preprocess(size_px=8, max_pixels=10_000), 8, lambda bucket_px: 1)
+    planned = plan_records([_record("a", (1, 9000))], Preprocess(size_px=8, max_pixels=10_000), 8)
+    (task,) = place(planned, lambda bucket_px: 1)
     (record,) = task.records
     assert task.bucket_px is None and record.step == "preprocess" and "too long and thin" in str(record.reason)
 
@@ -74,26 +75,68 @@ def test_a_photo_without_a_geometry_is_quarantined_with_the_reason() -> None:
 def test_the_roster_file_says_the_same_as_the_tasks(records: list[Record]) -> None:
     tasks = _place(records, 3)
     header, *lines = [json.loads(line) for line in b"".join(roster_lines(tasks)).splitlines()]
+    shards = header.pop("shards")
     assert header == {
         "generation": 0, "previous": None, "first_shard": 0, "num_shards": len(tasks), "num_records": len(records),
     }  # fmt: skip
     told = [(line["key"], line["shard"], line["bucket_px"] and tuple(line["bucket_px"])) for line in lines]
     assert told == [(record.key, task.number, task.bucket_px) for task in tasks for record in task.records]
+    assert [(shard["bucket_px"] and tuple(shard["bucket_px"]), shard["num_records"]) for shard in shards] == [
+        (task.bucket_px, len(task.records)) for task in tasks
+    ]
 
 
-def test_a_changed_source_is_refused_by_name(tmp_path: Path) -> None:
+def _write(path: Path, lines: list[bytes]) -> Path:
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+def _as_read(task: Task) -> Task:
+    """A record that was read names its uri, be it the key."""
+    return replace(task, records=tuple(replace(record, uri=record.uri or record.key) for record in task.records))
+
+
+def test_each_shard_is_found_in_the_roster_of_its_generation(tmp_path: Path) -> None:
+    first = _place([_record(key, size) for key, size in zip("abcde", [(8, 8), (8, 8), (8, 16), None, (8, 8)])], 2)  # noqa: B905
+    new = [_record("x", (8, 8)), replace(_record("y", (9, 20)), uri="tar/y", caption='a "shard":7\u2028', label="é")]
+    second = place(plan_records(new, WHOLE, 8), lambda bucket_px: 2, first_shard=len(first))
+    assert [task.number for task in second] == [len(first), len(first) + 1]
+    roster = Roster(
+        [
+            _write(tmp_path / "0", roster_lines(first)),
+            _write(tmp_path / "1", roster_lines(second, 1, SHA256)),
+        ]
+    )
+    tasks = [*first, *second]
+    assert [roster.task(task.number) for task in reversed(tasks)] == [_as_read(task) for task in reversed(tasks)]
+    assert [(shard.bucket_px, shard.num_records) for shard in roster.shards] == [
+        (task.bucket_px, len(task.records)) for task in tasks
+    ]
+
+
+def test_a_batch_of_large_photos_has_fewer_rows() -> None:
+    records = tuple(_record(str(number), (1024, 1024)) for number in range(5))
+    assert [len(batch) for batch in Task(0, (1024, 1024), records).batches(8)] == [2, 2, 1]
+    assert Task(0, None, records).batches(8) == []
+
+
+def test_a_changed_source_is_refused_by_name_and_new_records_are_found(tmp_path: Path) -> None:
     before = [_record(key) for key in "abcdefgh"]
-    path = tmp_path / "roster.jsonl"
-    path.write_bytes(b"".join(roster_lines(_place(before, 3))))
-    stored = read_roster(path)
-    require_same_records(stored, _place(before, 3))
+    path = _write(tmp_path / "roster.jsonl", roster_lines(_place(before, 3)))
+    assert [line["key"] for line in read_roster(path)] == list("abcdefgh")
 
+    def find(records: list[Record]) -> list[Record]:
+        return find_new([path], plan_records(records, WHOLE, 8))
+
+    assert find(before) == []
     changed = [replace(before[0], source_sha256="1" * 64), *before[1:]]
     with pytest.raises(StoreError, match=r"^since this store was begun, 1 file \(a\) changed in the source; put back"):
-        require_same_records(stored, _place(changed, 3))
+        find(changed)
     with pytest.raises(StoreError, match=r"1 file \(a\) changed and 1 file \(h\) vanished"):
-        require_same_records(stored, _place(changed[:-1], 3))
+        find(changed[:-1])
     with pytest.raises(StoreError, match=r"7 files \(b, c, d, e, f, \.\.\.\) vanished"):
-        require_same_records(stored, _place(before[:1], 3))
-    with pytest.raises(StoreError, match=r"2 files \(x, y\) came to the source; encode the new ones into a store"):
-        require_same_records(stored, _place([*before, _record("y"), _record("x")], 3))
+        find(before[:1])
+    with pytest.raises(StoreError, match=r"1 file \(a\) changed"):
+        find([replace(before[0], caption="another"), *before[1:]])
+    new = find([_record("y"), *before, _record("x", None)])
+    assert {record.key: record.step for record in new} == {"y": None, "x": "scan"}

@@ -1,34 +1,110 @@
-"""`sdvae encode`: a folder of photos into a latent store."""
+"""`sdvae encode`: photos into a latent store."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from sdvae.cli.shared import BATCH_SIZE, PATH, Console, with_console, with_vae
 
 if TYPE_CHECKING:
+    from sdvae.data.encode import EncodeReport
+    from sdvae.data.runners import Ranks, Runner
+    from sdvae.data.times import Times
     from sdvae.vae import VAE
+
+_STEPS = {
+    "read": "read files", "decode": "decode, resize", "copy": "copy to the device", "encode": "encode",
+    "write": "copy back, write", "waiting": "encoder waiting",
+}  # fmt: skip
+
+
+def _parse_share(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)%", value)
+    if match is None or float(match[1]) > 100:
+        raise click.BadParameter(f"{value!r} is no share from 0% to 100%.")
+    return float(match[1]) / 100
+
+
+def _parse_workers(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+    if value != "auto" and not value.isdecimal():
+        raise click.BadParameter(f"{value!r} is neither auto nor a number of processes.")
+    return None if value == "auto" else int(value)
+
+
+def _parse_buckets(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> str | tuple[tuple[int, int], ...] | None:
+    if value is None or value in ("sd1", "sdxl"):
+        return value
+    if not re.fullmatch(r"\d+x\d+(,\d+x\d+)*", value):
+        raise click.BadParameter(f"{value!r} is neither sd1 nor sdxl nor sizes like 512x768,768x512.")
+    sizes = (size.split("x") for size in value.split(","))
+    return tuple((int(height), int(width)) for width, height in sizes)
+
+
+_PREPROCESS = (
+    click.option(
+        "--size",
+        type=click.IntRange(min=1),
+        metavar="PX",
+        help="Pixels of the shorter side.  [default: 512; with --crop none the photo's own size]",
+    ),
+    click.option(
+        "--crop",
+        type=click.Choice(["center", "random", "none"]),
+        default="center",
+        show_default=True,
+        help="A square from the middle or from anywhere, or the whole photo.",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(min=0), metavar="N", default=0, show_default=True, help="Places random crops."
+    ),
+    click.option(
+        "--buckets",
+        metavar="sd1|sdxl|WxH,...",
+        callback=_parse_buckets,
+        help="Sizes of several aspect ratios instead of a square; a photo gets the nearest.",
+    ),
+    click.option("--flip", is_flag=True, help="Encode each photo mirrored, too."),
+    click.option(
+        "--max-upscale",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="X",
+        help="Quarantine photos that would be enlarged more.  [default: no limit; 1.0 with --buckets]",
+    ),
+    click.option("--min-size", type=click.IntRange(min=1), metavar="PX", help="Quarantine photos with a shorter side."),
+    click.option(
+        "--resample",
+        type=click.Choice(["lanczos", "bicubic"]),
+        default="lanczos",
+        show_default=True,
+        help="How photos are resized, antialiased both.",
+    ),
+    click.option(
+        "--decoder",
+        type=click.Choice(["pillow", "simplejpeg"]),
+        default="pillow",
+        show_default=True,
+        help="What decodes JPEG.",
+    ),
+    click.option("--jpeg-draft", is_flag=True, help="Decode large JPEGs at a half, a quarter or an eighth. Faster."),
+)
+
+
+def _with_preprocess(function: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_PREPROCESS):
+        function = option(function)
+    return function
 
 
 @click.command()
-@click.argument("source", metavar="SRC", type=PATH)
+@click.argument("source", metavar="SRC")
 @click.argument("out", type=PATH)
-@click.option(
-    "--size",
-    type=click.IntRange(min=1),
-    metavar="PX",
-    help="Pixels of the shorter side.  [default: 512; with --crop none the photo's own size]",
-)
-@click.option(
-    "--crop",
-    type=click.Choice(["center", "none"]),
-    default="center",
-    show_default=True,
-    help="A square from the middle, or the whole photo.",
-)
+@_with_preprocess
 @click.option(
     "--shard-rows",
     type=click.IntRange(min=1),
@@ -47,48 +123,151 @@ if TYPE_CHECKING:
 @click.option(
     "--resume/--restart", default=True, show_default=True, help="Continue what OUT holds, or throw it away first."
 )
+@click.option("--yes", is_flag=True, help="With --restart, do not ask.")
+@click.option(
+    "--workers",
+    metavar="auto|N",
+    default="auto",
+    show_default=True,
+    callback=_parse_workers,
+    help="Processes that read and decode.",
+)
+@click.option(
+    "--on-oom",
+    type=click.Choice(["stop", "degrade"]),
+    default="stop",
+    show_default=True,
+    help="Where memory is short: say what fits, or go on with less at once and mark the shards.",
+)
+@click.option(
+    "--audit", metavar="P%", default="0%", callback=_parse_share, help="Decode this share back, and say its PSNR."
+)
+@click.option(
+    "--runner", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Who encodes shards."
+)
+@click.option("--address", metavar="HOST:PORT", help="Of the Ray cluster.  [default: one on this machine]")
 @BATCH_SIZE
 @with_vae
 @with_console
 def encode(
-    source: Path,
+    source: str,
     out: Path,
     size: int | None,
-    crop: Literal["center", "none"],
+    min_size: int | None,
     shard_rows: int,
     store_dtype: Literal["fp16", "fp32"],
     resume: bool,
+    yes: bool,
+    workers: int | None,
+    on_oom: Literal["stop", "degrade"],
+    audit: float,
+    runner: Literal["local", "ray"],
+    address: str | None,
     batch_size: int | None,
     load_vae: "Callable[[str], VAE]",
     console: Console,
+    **preprocess: Any,
 ) -> None:
     """Encode the photos in SRC into the latent store OUT.
 
-    Run again after an interruption, it continues. Photos that cannot be read are quarantined with a reason; then the
-    exit code is 3.
+    Run again after an interruption, it continues; new photos in SRC are added. Photos that cannot be read are
+    quarantined with a reason; then the exit code is 3. Started by accelerate launch, torchrun or srun, each process
+    encodes its share.
     """
-    from sdvae.data.encode import EncodeSettings, encode_source, recorded_dtype
+    from sdvae.data.encode import encode_source
+    from sdvae.data.manifest import EncodeSettings, recorded_dtype
     from sdvae.data.preprocess import Preprocess
+    from sdvae.data.runners import Ranks
+    from sdvae.data.tasks import Work, encode_tasks
 
-    size_px = size or (512 if crop == "center" else None)
-    settings = EncodeSettings(Preprocess(size_px, crop), store_dtype, shard_rows, batch_size)
+    if not resume and not yes:
+        _ask_before_restart(out)
+    has_own_size = preprocess["crop"] == "none" or preprocess["buckets"] is not None
+    size_px = size or (None if has_own_size else 512)
+    settings = EncodeSettings(
+        Preprocess(size_px=size_px, min_size_px=min_size, **preprocess), store_dtype, shard_rows, batch_size
+    )
+    ranks = Ranks.of_environment()
+    _take_own_gpu(ranks)
     vae = load_vae((resume and recorded_dtype(out)) or "auto")
     with console.progress() as show:
-        report = encode_source(source, out, vae, settings, restart=not resume, progress=show)
-    num_quarantined = sum(report.quarantined.values())
+        report = encode_source(
+            source,
+            out,
+            vae,
+            settings,
+            restart=not resume,
+            work=Work(workers, on_oom, audit),
+            runner=encode_tasks if runner == "local" else _ray_runner(address),
+            ranks=ranks,
+            progress=show,
+        )
+    _tell(console, report, out, vae.name)
+    if report.quarantined:
+        click.get_current_context().exit(3)
+
+
+def _ask_before_restart(out: Path) -> None:
+    from sdvae.data.store import Layout
+
+    num_shards = len(list(Layout(out).done(0).parent.glob("*.json")))
+    if num_shards:
+        click.confirm(f"Throw away the {num_shards} shards in {out}?", abort=True, err=True)
+
+
+def _take_own_gpu(ranks: "Ranks") -> None:
+    """Of several processes on a machine, each takes a GPU of its own."""
+    import torch
+
+    if ranks.local_world_size > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+
+
+def _ray_runner(address: str | None) -> "Runner":
+    from sdvae.data.runners import RayRunner, VAESpec
+
+    given = click.get_current_context().params
+    return RayRunner(VAESpec(given["vae"], given["family"]), address)
+
+
+def _tell(console: Console, report: "EncodeReport", out: Path, vae_name: str) -> None:
     for reason, count in Counter(report.quarantined).most_common(10):
         console.note(f"{count} in quarantine: {reason}")
+    if report.num_degraded:
+        console.note(f"{report.num_degraded} shards are degraded: memory did not suffice for whole batches")
+    times = report.times
+    if times.num_images:
+        for line in _table(times):
+            console.note(line)
+    if times.psnr_db:
+        values = times.psnr_db
+        worst = min(values, key=values.__getitem__)
+        mean = sum(values.values()) / len(values)
+        console.note(f"{len(values)} decoded back: {mean:.2f} dB PSNR, the worst {values[worst]:.2f} dB ({worst})")
+    num_quarantined = sum(report.quarantined.values())
     in_quarantine = f", {num_quarantined} in {out / 'quarantine.jsonl'}" if num_quarantined else ""
+    unfinished = f", {report.num_shards_left} shards are left to others" if report.num_shards_left else ""
     speed = f"{report.images_per_s:.2f} images/s" if report.images_per_s else "nothing was left to do"
     console.result(
-        f"{report.num_written} of {report.num_seen} photos are in {out}{in_quarantine}; {speed}",
+        f"{report.num_written} of {report.num_seen} photos are in {out}{in_quarantine}{unfinished}; {speed}",
         output=str(out),
         num_seen=report.num_seen,
         num_written=report.num_written,
         quarantined=report.quarantined,
+        num_shards_left=report.num_shards_left,
+        num_degraded=report.num_degraded,
         seconds=report.seconds,
         images_per_s=report.images_per_s,
-        vae=vae.name,
+        steps_s=times.steps(),
+        slowest=times.slowest() if times.num_images else None,
+        psnr_db=times.psnr_db,
+        vae=vae_name,
     )
-    if num_quarantined:
-        click.get_current_context().exit(3)
+
+
+def _table(times: "Times") -> list[str]:
+    """Where the time went, and which step held up the others."""
+    shares = times.shares()
+    rows = [f"{_STEPS[step]:>18} {seconds:8.1f} s {shares[step]:5.0%}" for step, seconds in times.steps().items()]
+    who = f"{times.num_workers} processes" if times.num_workers > 1 else "one process"
+    return [*rows, f"held up by: {_STEPS[times.slowest()]} ({who} decoded)"]

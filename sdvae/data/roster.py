@@ -1,7 +1,7 @@
 """The roster: which record of a source goes to which shard and batch, fixed before anything is encoded."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from sdvae.data.preprocess import Geometry, Preprocess, plan_geometry
 from sdvae.errors import ImageError, StoreError
 
 Size = tuple[int, int]  # (height, width) in pixels
+REFERENCE_PX = 512 * 512  # a batch of larger photos has fewer rows, in proportion
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,23 @@ class Record:
             "reason": self.reason,
         }
 
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> "Record":
+        """The inverse of `to_json`."""
+        size, resized, crop = line["original_px"], line["resized_px"], line["crop_px"]
+        return cls(
+            key=line["key"],
+            source_bytes=line["source_bytes"],
+            source_sha256=line["source_sha256"],
+            original_px=size and (size[0], size[1]),
+            step=line["step"],
+            reason=line["reason"],
+            geometry=resized and Geometry((resized[0], resized[1]), (crop[0], crop[1], crop[2], crop[3])),
+            uri=line["uri"],
+            caption=line["caption"],
+            label=line["label"],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -63,78 +81,136 @@ class Task:
     bucket_px: Size | None
     records: tuple[Record, ...]
 
+    def batches(self, batch_rows: int) -> list[Sequence[Record]]:
+        """The records in batches; only the records decide which, so that no restart changes a batch."""
+        if self.bucket_px is None:
+            return []
+        num_rows = rows_in_batch(self.bucket_px, batch_rows)
+        return [self.records[start : start + num_rows] for start in range(0, len(self.records), num_rows)]
 
-def place(
-    records: Iterable[Record], preprocess: Preprocess, downscale: int, rows_of: Callable[[Size | None], int]
-) -> list[Task]:
-    """Cut the records into shards of one size each, of at most `rows_of(size)` rows.
+
+def rows_in_batch(bucket_px: Size, batch_rows: int) -> int:
+    """Records in a batch of this size, where `batch_rows` are meant for 512x512 pixels."""
+    return max(1, min(batch_rows, batch_rows * REFERENCE_PX // (bucket_px[0] * bucket_px[1])))
+
+
+def plan_records(records: Iterable[Record], preprocess: Preprocess, downscale: int) -> Iterator[Record]:
+    """The records with their geometry, or with the reason why they have none."""
+    return (_plan(record, preprocess, downscale) for record in records)
+
+
+def place(records: Iterable[Record], rows_of: Callable[[Size | None], int], first_shard: int = 0) -> list[Task]:
+    """Cut planned records into shards of one size each, of at most `rows_of(size)` rows.
 
     A pure function of the set of records: sizes in ascending order, in them keys in ascending order; the
     records without a size come last.
     """
     series: dict[Size | None, list[Record]] = {}
     for record in records:
-        planned = _plan(record, preprocess, downscale)
-        series.setdefault(planned.bucket_px, []).append(planned)
+        series.setdefault(record.bucket_px, []).append(record)
     tasks: list[Task] = []
     for bucket_px in sorted(series, key=lambda size: size or (float("inf"),)):
         members = sorted(series[bucket_px], key=lambda record: record.key)
         num_rows = rows_of(bucket_px)
         for start in range(0, len(members), num_rows):
-            tasks.append(Task(len(tasks), bucket_px, tuple(members[start : start + num_rows])))
+            tasks.append(Task(first_shard + len(tasks), bucket_px, tuple(members[start : start + num_rows])))
     return tasks
 
 
-def roster_lines(tasks: Sequence[Task]) -> Iterator[bytes]:
-    """The roster file: a header, then every record with its shard, in order of shards and batches."""
-    num_records = sum(len(task.records) for task in tasks)
-    yield canonical_json(
-        {"generation": 0, "previous": None, "first_shard": 0, "num_shards": len(tasks), "num_records": num_records}
-    )
-    for task in tasks:
-        yield b"".join(canonical_json(record.to_json() | {"shard": task.number}) for record in task.records)
+def roster_lines(tasks: Sequence[Task], generation: int = 0, previous: str | None = None) -> list[bytes]:
+    """The roster file: a header, then every record with its shard, in order of shards and batches.
+
+    `previous` is the sha256 of the roster of the generation before.
+    """
+    shards = [
+        b"".join(canonical_json(record.to_json() | {"shard": task.number}) for record in task.records) for task in tasks
+    ]
+    header = {
+        "generation": generation,
+        "previous": previous,
+        "first_shard": tasks[0].number,
+        "num_shards": len(tasks),
+        "num_records": sum(len(task.records) for task in tasks),
+        "shards": [
+            {"bucket_px": task.bucket_px, "num_records": len(task.records), "num_bytes": len(lines)}
+            for task, lines in zip(tasks, shards, strict=True)
+        ],
+    }
+    return [canonical_json(header), *shards]
 
 
-def read_roster(path: Path) -> list[dict[str, Any]]:
+class Roster:
+    """The roster files of a store, opened: what is in each shard, and its records where they are asked for."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.shards: list[Shard] = []
+        for path in paths:
+            with path.open("rb") as file:
+                header = json.loads(file.readline())
+                start = file.tell()
+            for shard in header["shards"]:
+                size = shard["bucket_px"]
+                bucket_px = size and (size[0], size[1])
+                self.shards.append(Shard(bucket_px, shard["num_records"], path, start, shard["num_bytes"]))
+                start += shard["num_bytes"]
+
+    def task(self, number: int) -> Task:
+        """Shard `number` and its records."""
+        shard = self.shards[number]
+        with shard.path.open("rb") as file:
+            file.seek(shard.start)
+            lines = file.read(shard.num_bytes).splitlines()
+        return Task(number, shard.bucket_px, tuple(Record.from_json(json.loads(line)) for line in lines))
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What a roster says of a shard, and where its records are."""
+
+    bucket_px: Size | None
+    num_records: int
+    path: Path
+    start: int
+    num_bytes: int
+
+
+def read_roster(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a roster file, without its header."""
     with path.open("rb") as lines:
         next(lines)
-        return [json.loads(line) for line in lines]
+        yield from map(json.loads, lines)
 
 
-def require_same_records(stored: Sequence[dict[str, Any]], tasks: Sequence[Task]) -> None:
-    """Raise StoreError, with names, unless the source still holds what a store's roster says."""
-    now = {record.key: json.loads(canonical_json(record.to_json())) for task in tasks for record in task.records}
-    before = {line["key"]: line for line in stored}
-    new = sorted(now.keys() - before.keys())
-    gone = sorted(before.keys() - now.keys())
-    changed = [key for key in sorted(now.keys() & before.keys()) if now[key] != _without_shard(before[key])]
+def find_new(paths: Sequence[Path], planned: Iterable[Record]) -> list[Record]:
+    """Those records that no roster of a store has; StoreError, with names, where others changed or vanished."""
+    unseen = {record.key: record for record in planned}
+    changed: list[str] = []
+    gone: list[str] = []
+    for line in (line for path in paths for line in read_roster(path)):
+        record = unseen.pop(line["key"], None)
+        if record is None:
+            gone.append(line["key"])
+        elif canonical_json(record.to_json() | {"shard": line["shard"]}) != canonical_json(line):
+            changed.append(line["key"])
     if gone or changed:
         found = [f"{_count(keys)} {verb}" for keys, verb in ((changed, "changed"), (gone, "vanished")) if keys]
         raise StoreError(
             f"since this store was begun, {' and '.join(found)} in the source; put back what was there, "
             "or start again with --restart"
         )
-    if new:
-        raise StoreError(
-            f"since this store was begun, {_count(new)} came to the source; encode the new ones into a store "
-            "of their own, or start again with --restart"
-        )
+    return list(unseen.values())
 
 
 def _plan(record: Record, preprocess: Preprocess, downscale: int) -> Record:
     if record.original_px is None:
         return record
     try:
-        return replace(record, geometry=plan_geometry(*record.original_px, preprocess, downscale))
+        return replace(record, geometry=plan_geometry(*record.original_px, preprocess, downscale, record.key))
     except ImageError as error:
         return replace(record, step="preprocess", reason=str(error))
 
 
-def _without_shard(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if name != "shard"}
-
-
 def _count(keys: Sequence[str]) -> str:
+    keys = sorted(keys)
     names = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
     return f"{len(keys)} file{'s' * (len(keys) != 1)} ({names})"

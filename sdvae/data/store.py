@@ -27,7 +27,7 @@ Moments = Mapping[str, NDArray[Any]]  # "mean" and "logvar" (and the mirrored "*
 _SAFETENSORS_CODES = {STORE_DTYPES["fp16"]: "F16", STORE_DTYPES["fp32"]: "F32"}
 _OWN_FOLDERS = ("roster", "shards", "index", "done", "journal")
 _OWN_FILE = re.compile(
-    r"manifest\.json|quarantine\.jsonl|roster/\d{5,}\.jsonl?|journal/(scan\.jsonl|timings\.jsonl|manifest\.json)"
+    r"manifest\.json|quarantine\.jsonl|roster/\d{5,}\.jsonl?|journal/(scan\.jsonl|timings\.jsonl|(manifest|listing)\.json|lock)"
     r"|shards/\d{5,}-\d+x\d+\.safetensors|index/\d{5,}\.jsonl|done/\d{5,}\.json"
 )
 
@@ -129,7 +129,7 @@ def shard_files(
 ) -> tuple[dict[Path, list[atomic.Buffer]], bytes]:
     """What the files of one shard hold, by path, and what its `done` says of them.
 
-    `degraded` says how few rows its batches had to have, where memory did not suffice for those of the manifest.
+    `degraded` says how few rows went through the network at once, where memory did not suffice for whole batches.
     """
     num_rows = len(moments["mean"]) if moments else 0
     text = b"".join(map(atomic.canonical_json, lines))
@@ -252,7 +252,7 @@ class Shard:
     num_rows: int
     num_quarantined: int
     shape: tuple[int, ...]  # of each tensor: (rows, C, h, w)
-    degraded: int | None  # rows per batch, where memory did not suffice for the manifest's
+    degraded: int | None  # rows at once, where memory did not suffice for whole batches
     tensors: CommittedFile | None
     index: CommittedFile
 
@@ -371,7 +371,7 @@ class Store:
 
     @property
     def _tensor_names(self) -> list[str]:
-        return tensor_names(self.manifest["preprocess"]["flip"])
+        return tensor_names(self.manifest["preprocess"].get("flip", False))
 
     def quarantined(self) -> list[dict[str, Any]]:
         """Key, step and reason of every record that was not encoded, sorted by key."""
