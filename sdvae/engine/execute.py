@@ -8,25 +8,35 @@ from torch import Tensor
 from sdvae.engine import ops
 from sdvae.engine.plan import ATTENTION_QUERIES, Level, Plan, input_rows
 from sdvae.engine.program import PackedStage, Program
-from sdvae.engine.stages import Stage
+
+Peaks = dict[str, float]  # the largest absolute value that each stage and shortcut left behind
 
 
-def execute(program: Program, plan: Plan, images: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', H', W') fp32
-    """All images through the network. The arena is allocated once, and given back at the end."""
+def execute(
+    program: Program, plan: Plan, images: Tensor, *, is_deterministic: bool = False, peaks: Peaks | None = None
+) -> Tensor:
+    """All images (N, C, H, W) through the network -> (N, C', H', W') fp32.
+
+    Deterministic, it gives the same bits under every plan, for convolutions then run on the same blocks of rows.
+    `peaks` are noted where a dict is given. The arena is allocated once, and given back at the end.
+    """
     last = plan.levels[program.stages[-1].stage.level]
     shape = (len(images), program.network.out_channels, last.height, last.width)
     out = torch.empty(shape, device=program.device)
     arena = torch.empty(plan.arena_elements, dtype=program.dtype, device=program.device)
     for image, target in zip(images, out, strict=True):
-        _Run(plan, arena, image, target).run(program)
+        _Run(plan, arena, image, target, is_deterministic, peaks).run(program)
     return out
 
 
 class _Run:
     """One image on its way: where its rows are, and the statistics of x and h."""
 
-    def __init__(self, plan: Plan, arena: Tensor, image: Tensor, out: Tensor) -> None:
+    def __init__(
+        self, plan: Plan, arena: Tensor, image: Tensor, out: Tensor, is_deterministic: bool, peaks: Peaks | None
+    ) -> None:
         self._plan, self._arena, self._image, self._out = plan, arena, image, out
+        self._is_deterministic, self._peaks = is_deterministic, peaks
         self._statistics: dict[str, ops.Statistics] = {}
 
     def run(self, program: Program) -> None:
@@ -41,24 +51,27 @@ class _Run:
     def _convolve(self, packed: PackedStage, statistics: ops.Statistics) -> None:
         stage = packed.stage
         level = self._plan.levels[stage.level]
+        block = level.row_block if self._is_deterministic else None
         window = self._window(packed)
         for start, end in level.strips:
             rows = window.read(*input_rows(stage, start, end))
             if stage.target == "output":
-                self._out[:, start:end].copy_(packed.convolutions[0](rows)[0])
+                self._out[:, start:end].copy_(packed.convolutions[0](rows, block)[0])
                 continue
             target = self._strip(level, start, end, stage.target, stage.out_channels)
             if stage.kind == "up":
-                _upsample(packed, rows, target)
+                _upsample(packed, rows, target, block)
             elif stage.adds:
-                packed.convolutions[0].add_to(target, rows)
+                packed.convolutions[0].add_to(target, rows, block)
             else:
-                made = packed.convolutions[0](rows)
+                made = packed.convolutions[0](rows, block)
                 if packed.shortcut is not None:  # its result takes the place of x, and so does h: both are made first
                     x = self._strip(level, start, end, "x", stage.in_channels)
-                    projected = packed.shortcut(x)
+                    projected = packed.shortcut(x, block)
+                    self._note(packed.stage.shortcut, projected)
                     self._strip(level, start, end, "x", stage.out_channels).copy_(projected)
                 target.copy_(made)
+            self._note(stage.name, target)
             if stage.has_statistics:
                 for first, last in level.row_blocks(start, end):
                     statistics.add(target[:, :, first - start : last - start])
@@ -81,11 +94,16 @@ class _Run:
             added = ops.strip_of(mixed.flatten(), end - start, level.width)
             for first, last, x in self._segments(level, "x", channels, start, end):
                 x.add_(added[:, :, first - start : last - start])
+                self._note(stage.name, x)
         if stage.has_statistics:
             for start, end in level.strips:
                 x = self._strip(level, start, end, "x", channels)
                 for first, last in level.row_blocks(start, end):
                     statistics.add(x[:, :, first - start : last - start])
+
+    def _note(self, name: str | None, values: Tensor) -> None:
+        if self._peaks is not None and name is not None:
+            self._peaks[name] = max(self._peaks.get(name, 0.0), float(values.abs().amax()))
 
     def _window(self, packed: PackedStage) -> "_Window":
         stage = packed.stage
@@ -161,12 +179,11 @@ class _Window:
         return self._rows[:, :, : end - start]
 
 
-def _upsample(packed: PackedStage, rows: Tensor, target: Tensor) -> None:
+def _upsample(packed: PackedStage, rows: Tensor, target: Tensor, block: int | None) -> None:
     """Even and odd rows and columns of the target, each from its own 2x2 neighbourhoods of the small image."""
-    stage: Stage = packed.stage
     num_rows, width = target.shape[2] // 2, target.shape[3] // 2
     for parity, convolution in enumerate(packed.convolutions):
-        made = convolution(rows[:, :, parity : parity + num_rows + 1])
-        even, odd = torch.split(made, stage.out_channels, 1)
+        made = convolution(rows[:, :, parity : parity + num_rows + 1], block and block // 2)
+        even, odd = torch.split(made, packed.stage.out_channels, 1)
         target[:, :, parity::2, 0::2].copy_(even[..., :width])
         target[:, :, parity::2, 1::2].copy_(odd[..., 1:])

@@ -4,6 +4,7 @@ A strip is `(1, C, rows, W)` in channels_last memory: rows lie one after the oth
 On a CPU, convolutions run in oneDNN with weights packed once; its results do not depend on the height of a strip.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,11 @@ _VECTOR_ELEMENTS = 64  # that torch's CPU loops take at a time: two AVX512 regis
 
 
 class Convolution:
-    """A convolution with fixed weights: torch's own, on any device."""
+    """A convolution with fixed weights: torch's own, on any device.
+
+    Given a `block`, it runs on so many output rows at a time: the library may choose another order of summation for
+    another number of rows, and the last bits with it.
+    """
 
     kernel = "torch"
 
@@ -22,23 +27,47 @@ class Convolution:
         """`padding_px` is on the left and on the right; rows beyond the image are part of a strip."""
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias = bias
+        self.num_bytes = weight.nbytes + bias.nbytes
+        self._kernel_px = weight.shape[2]
         self._stride, self._padding = [stride, stride], [0, padding_px]
 
-    def __call__(self, strip: Tensor) -> Tensor:
+    def __call__(self, strip: Tensor, block: int | None = None) -> Tensor:
         """The convolution of a strip that has its neighbouring rows."""
+        if block is None:
+            return self._apply(strip)
+        parts = list(self._parts(strip, block))
+        first, last, part = parts[0]
+        made = self._apply(part)
+        if len(parts) == 1:
+            return made
+        shape = (1, made.shape[1], parts[-1][1], made.shape[3])
+        out = torch.empty(shape, dtype=made.dtype, device=made.device, memory_format=torch.channels_last)
+        out[:, :, first:last].copy_(made)
+        for first, last, part in parts[1:]:
+            out[:, :, first:last].copy_(self._apply(part))
+        return out
+
+    def add_to(self, target: Tensor, strip: Tensor, block: int | None = None) -> None:
+        """Add the convolution of `strip` to `target`."""
+        for first, last, part in self._parts(strip, block or target.shape[2]):
+            self._add(target[:, :, first:last], part)
+
+    def _parts(self, strip: Tensor, block: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Blocks of output rows, and the rows of the strip that they are made of."""
+        stride = self._stride[0]
+        num_rows = (strip.shape[2] - self._kernel_px) // stride + 1
+        for first in range(0, num_rows, block):
+            last = min(first + block, num_rows)
+            yield first, last, strip[:, :, first * stride : (last - 1) * stride + self._kernel_px]
+
+    def _apply(self, strip: Tensor) -> Tensor:
         if _is_emulated(strip):
             exact = F.conv2d(strip.float(), self.weight.float(), self.bias.float(), self._stride, self._padding)
             return exact.to(strip.dtype, memory_format=torch.channels_last)
         return F.conv2d(strip, self.weight, self.bias, self._stride, self._padding)
 
-    def add_to(self, target: Tensor, strip: Tensor) -> None:
-        """Add the convolution of `strip` to `target`."""
-        target.add_(self(strip))
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the weights."""
-        return self.weight.nbytes + self.bias.nbytes
+    def _add(self, target: Tensor, strip: Tensor) -> None:
+        target.add_(self._apply(strip))
 
 
 class OneDnnConvolution(Convolution):
@@ -48,28 +77,20 @@ class OneDnnConvolution(Convolution):
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> None:
         super().__init__(weight, bias, stride, padding_px)
-        self._num_bytes = super().num_bytes
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(
             self.weight, self._padding, self._stride, [1, 1], 1, None
         )
 
-    def __call__(self, strip: Tensor) -> Tensor:
-        """The convolution of a strip that has its neighbouring rows."""
+    def _apply(self, strip: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._convolution_pointwise(
             strip, self.weight, self.bias, self._padding, self._stride, [1, 1], 1, "none", [], ""
         )
         return out
 
-    def add_to(self, target: Tensor, strip: Tensor) -> None:
-        """Add the convolution of `strip` to `target`, rounded once."""
+    def _add(self, target: Tensor, strip: Tensor) -> None:
         torch.ops.mkldnn._convolution_pointwise_.binary(
             target, strip, self.weight, self.bias, self._padding, self._stride, [1, 1], 1, "add", 1.0, None, [], None
         )
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the weights; torch cannot measure packed ones."""
-        return self._num_bytes
 
 
 def pack(weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> Convolution:
@@ -157,10 +178,10 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # (n, C) ->
 
 
 def attend(queries: Tensor, keys: Tensor) -> Tensor:  # (n, C), (m, C) -> (n, C)
-    """Each query's mean of the keys, weighted by their similarity; torch's kernels need memory linear in m."""
+    """Each query's mean of the keys, weighted by softmax(query . key); torch's kernels need memory linear in m."""
     if _is_emulated(queries):
         return attend(queries.float(), keys.float()).to(queries.dtype)
-    mixed = F.scaled_dot_product_attention(queries[None, None], keys[None, None], keys[None, None])
+    mixed = F.scaled_dot_product_attention(queries[None, None], keys[None, None], keys[None, None], scale=1.0)
     return mixed[0, 0]
 
 

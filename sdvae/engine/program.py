@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from sdvae.config import VAEConfig
 from sdvae.engine.ops import Convolution, Norm, pack
+from sdvae.engine.scaling import Exponents, Scale, plan_scales
 from sdvae.engine.stages import Direction, Network, Stage, network
 from sdvae.model import NORM_EPS
 
@@ -46,6 +48,7 @@ class Program:
     stages: tuple[PackedStage, ...]
     dtype: torch.dtype
     device: torch.device
+    exponents: Exponents  # of its range scaling
 
     @property
     def num_bytes(self) -> int:
@@ -54,54 +57,66 @@ class Program:
 
 
 def compile_program(
-    config: VAEConfig, direction: Direction, weights: Weights, dtype: torch.dtype, device: torch.device
+    config: VAEConfig,
+    direction: Direction,
+    weights: Weights,
+    dtype: torch.dtype,
+    device: torch.device,
+    exponents: Exponents = MappingProxyType({}),
 ) -> Program:
-    """Rewrite and pack one direction of a VAE; sums of weights are made in fp32 and rounded once."""
+    """Rewrite and pack one direction of a VAE; weights are added up and scaled in fp32 and rounded once."""
     compiler = _Compiler(weights, config.norm_num_groups, dtype, device)
     line = network(config, direction)
-    return Program(line, tuple(compiler.stage(stage) for stage in line.stages), dtype, device)
+    scales = plan_scales(line, exponents)
+    stages = tuple(compiler.stage(stage, scale) for stage, scale in zip(line.stages, scales, strict=True))
+    return Program(line, stages, dtype, device, exponents)
 
 
 class _Compiler:
     def __init__(self, weights: Weights, num_groups: int, dtype: torch.dtype, device: torch.device) -> None:
         self._weights, self._num_groups, self._dtype, self._device = weights, num_groups, dtype, device
 
-    def stage(self, stage: Stage) -> PackedStage:
-        norm = self._norm(stage.norm) if stage.norm else None
+    def stage(self, stage: Stage, scale: Scale) -> PackedStage:
+        norm = self._norm(stage.norm, scale.eps) if stage.norm else None
         if stage.kind == "attention":
-            return PackedStage(stage, projections=self._attention(stage.name), norm=norm)
+            queries, out = self._attention(stage.name)
+            projections = self._place(*queries), self._place(out[0] * scale.weight, out[1] * scale.bias)
+            return PackedStage(stage, projections=projections, norm=norm)
         weight, bias = self._pair(stage.name)
-        if stage.kind == "up":
-            rows = fold_upsample(weight)
-            convolutions = tuple(self._pack(of_row, bias.repeat(2), padding_px=1) for of_row in rows)
-            return PackedStage(stage, convolutions)
-        if stage.kind == "down":
-            return PackedStage(stage, (self._pack(weight, bias, stride=2),))
         has_ones = stage.name == "decoder.conv_in" and "post_quant_conv.weight" in self._weights
         if has_ones:
             weight = fold_before(weight, *self._pair("post_quant_conv"))
         if stage.name == "encoder.conv_out" and "quant_conv.weight" in self._weights:
             weight, bias = fold_after(weight, bias, *self._pair("quant_conv"))
-        shortcut = self._pack(*self._pair(stage.shortcut)) if stage.shortcut else None
+        weight, bias = weight * scale.weight, bias * scale.bias
+        if stage.kind == "up":
+            even, odd = fold_upsample(weight)
+            both = bias.repeat(2)
+            return PackedStage(stage, (self._pack(even, both, padding_px=1), self._pack(odd, both, padding_px=1)))
+        if stage.kind == "down":
+            return PackedStage(stage, (self._pack(weight, bias, stride=2),))
+        shortcut = None
+        if stage.shortcut:
+            projection, offset = self._pair(stage.shortcut)
+            shortcut = self._pack(projection * scale.shortcut_weight, offset * scale.shortcut_bias)
         return PackedStage(stage, (self._pack(weight, bias, padding_px=1),), shortcut, norm=norm, has_ones=has_ones)
 
     def _pair(self, name: str) -> Pair:
-        return self._weights[f"{name}.weight"].float(), self._weights[f"{name}.bias"].float()
+        return self._weights[f"{name}.weight"].detach().float(), self._weights[f"{name}.bias"].detach().float()
 
-    def _norm(self, name: str) -> Norm:
+    def _norm(self, name: str, eps_scale: float) -> Norm:
         weight, bias = (values.to(self._device) for values in self._pair(name))
-        return Norm(weight, bias, NORM_EPS, self._num_groups)
+        return Norm(weight, bias, NORM_EPS * eps_scale, self._num_groups)
 
-    def _attention(self, name: str) -> tuple[Pair, ...]:
+    def _attention(self, name: str) -> tuple[Pair, Pair]:
         q, k, v, out = (self._pair(f"{name}.{layer}") for layer in ("to_q", "to_k", "to_v", "to_out.0"))
-        pairs = fold_attention(q, k, v, out)
-        return tuple(
-            (weight.to(self._device, self._dtype), bias.to(self._device, self._dtype)) for weight, bias in pairs
-        )
+        return fold_attention(q, k, v, out)
 
     def _pack(self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> Convolution:
-        weight, bias = weight.to(self._device, self._dtype), bias.to(self._device, self._dtype)
-        return pack(weight, bias, stride, padding_px)
+        return pack(*self._place(weight, bias), stride, padding_px)
+
+    def _place(self, weight: Tensor, bias: Tensor) -> Pair:
+        return weight.to(self._device, self._dtype), bias.to(self._device, self._dtype)
 
 
 def fold_upsample(weight: Tensor) -> Tensor:  # (O, I, 3, 3) -> (2, 2 * O, I, 2, 2): for even and for odd rows
@@ -139,8 +154,9 @@ def fold_after(weight: Tensor, bias: Tensor, after: Tensor, after_bias: Tensor) 
 def fold_attention(q: Pair, k: Pair, v: Pair, out: Pair) -> tuple[Pair, Pair]:
     """Projections of queries and output such that the normalised tokens themselves are keys and values.
 
-    Scores q.k are h' Wq' Wk h and what is the same for every key, which softmax forgets; and since weights add up to
-    one, the values' projection commutes with their mean.
+    Scores q.k are h' Wq' Wk h and what is the same for every key, which softmax forgets; and since its weights add up
+    to one, the values' projection commutes with their mean. The usual 1 / sqrt(C) of the scores is in the queries.
     """
-    queries = k[0].T @ q[0], k[0].T @ q[1]
+    scale = len(q[1]) ** -0.5
+    queries = scale * (k[0].T @ q[0]), scale * (k[0].T @ q[1])
     return queries, (out[0] @ v[0], out[0] @ v[1] + out[1])
