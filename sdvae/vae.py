@@ -129,29 +129,31 @@ class VAE:
 
         return self._run(run, latents)
 
-    def encode_images(self, images: Sequence[AnyImage]) -> Encoded:
+    def encode_images(self, images: Sequence[AnyImage], budget: Budget = None) -> Encoded:
         """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.
 
         Takes PIL images of any mode and uint8 arrays (H, W, 3); one at a time, so memory follows the largest.
         """
         arrays = [_as_image(image) for image in images]
         padded = (pad_to_multiple(image, self.config.downscale) for image in arrays)
-        latents = [self.encode(to_pixels(image[None])).mode() for image in padded]
+        latents = [self.encode(to_pixels(image[None]), budget).mode() for image in padded]
         return Encoded(latents, [(image.shape[0], image.shape[1]) for image in arrays])
 
-    def decode_images(self, encoded: Encoded) -> list[Image.Image]:
+    def decode_images(self, encoded: Encoded, budget: Budget = None) -> list[Image.Image]:
         """Images of `encode_images`' latents (or edited ones of the same sizes), cropped back to their sizes."""
         images = []
         for latents, (height, width) in zip(encoded.latents, encoded.sizes, strict=True):
-            image = to_images(self.decode(latents))[0]
+            image = to_images(self.decode(latents, budget))[0]
             images.append(Image.fromarray(image[:height, :width]))
         return images
 
-    def roundtrip(self, images: Sequence[AnyImage]) -> list[Image.Image]:
+    def roundtrip(self, images: Sequence[AnyImage], budget: Budget = None) -> list[Image.Image]:
         """What the images look like after this VAE: encoded and decoded, same sizes."""
-        return self.decode_images(self.encode_images(images))
+        return self.decode_images(self.encode_images(images, budget), budget)
 
-    def sample(self, num_images: int, height: int = 512, width: int = 512, seed: int = 0) -> list[Image.Image]:
+    def sample(
+        self, num_images: int, height: int = 512, width: int = 512, seed: int = 0, budget: Budget = None
+    ) -> list[Image.Image]:
         """Images decoded from the prior, N(0, I) over scaled latents, one after the other.
 
         The prior knows nothing of space: expect the texture of this VAE's decoder. Pictures need the
@@ -165,20 +167,25 @@ class VAE:
         images = []
         for _ in range(num_images):
             latents = self.unscale(torch.randn(shape, generator=generator))
-            images.append(Image.fromarray(to_images(self.decode(latents))[0]))
+            images.append(Image.fromarray(to_images(self.decode(latents, budget))[0]))
         return images
 
     def interpolate(
-        self, start: AnyImage, end: AnyImage, steps: int = 8, mode: Literal["lerp", "slerp"] = "slerp"
+        self,
+        start: AnyImage,
+        end: AnyImage,
+        steps: int = 8,
+        mode: Literal["lerp", "slerp"] = "slerp",
+        budget: Budget = None,
     ) -> list[Image.Image]:
         """`steps` images from `start` to `end` through the latent space; both must have one size."""
-        encoded = self.encode_images([start, end])
+        encoded = self.encode_images([start, end], budget)
         if encoded.sizes[0] != encoded.sizes[1]:
             raise ShapeError(f"cannot interpolate between sizes {encoded.sizes[0]} and {encoded.sizes[1]}; resize one")
         blend = {"lerp": latent_scaling.lerp, "slerp": latent_scaling.slerp}[mode]
         positions = torch.linspace(0.0, 1.0, steps).tolist()
         frames = [blend(encoded.latents[0], encoded.latents[1], position) for position in positions]
-        return self.decode_images(Encoded(frames, [encoded.sizes[0]] * steps))
+        return self.decode_images(Encoded(frames, [encoded.sizes[0]] * steps), budget)
 
     def scale(self, latents: Tensor) -> Tensor:  # raw -> scaled
         """Raw latents to the scaled ones a diffusion model is trained on."""

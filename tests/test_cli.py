@@ -24,8 +24,8 @@ from sdvae.cli.shared import Console
 
 Run = Callable[..., Result]
 VERBS = [
-    "encode", "decode", "verify", "roundtrip", "sample", "interpolate", "inspect", "identify", "convert", "extract", "swap",
-    "doctor",
+    "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "inspect", "identify",
+    "convert", "extract", "swap", "plan", "doctor",
 ]  # fmt: skip
 
 
@@ -99,17 +99,22 @@ def test_options_are_the_documented_ones() -> None:
     shared = f"--vae --family --device --dtype {console}"
     rewriting = f"{console} -o --output --family --dry-run"
     own = {
-        "encode": f"{shared} --size --crop --shard-rows --store-dtype --resume --restart --batch-size",
-        "decode": f"{shared} --format --latents --batch-size",
-        "verify": console,
-        "roundtrip": f"{shared} -o --output --size",
-        "sample": f"{shared} -n --num -o --output --size --seed",
-        "interpolate": f"{shared} -o --output --steps --mode --size",
+        "encode": f"{shared} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
+        "--jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit --runner --address "
+        "--batch-size",
+        "decode": f"{shared} --format --latents --batch-size --budget --tiling",
+        "verify": f"{shared} --repair --source",
+        "stats": console,
+        "export": f"{console} --to -o --output --seed",
+        "roundtrip": f"{shared} -o --output --size --budget",
+        "sample": f"{shared} -n --num -o --output --size --seed --budget",
+        "interpolate": f"{shared} -o --output --steps --mode --size --budget",
         "inspect": f"{console} --family --tensors",
         "identify": console,
         "convert": f"{rewriting} --layout --dtype",
         "extract": rewriting,
         "swap": f"{rewriting} --vae --dtype",
+        "plan": f"{console} --size --budget --dtype --vae --family",
         "doctor": "--json",
     }
     expected = {name: set(options.split()) for name, options in own.items()}
@@ -163,7 +168,8 @@ def test_json_is_one_object_on_stdout_and_quiet_is_quiet(
     assert encoded.stderr == ""
     values = json.loads(encoded.stdout)
     assert values.keys() == {
-        "command", "output", "num_seen", "num_written", "quarantined", "seconds", "images_per_s", "vae",
+        "command", "output", "num_seen", "num_written", "quarantined", "num_shards_left",
+        "num_degraded", "seconds", "images_per_s", "steps_s", "slowest", "psnr_db", "vae",
     }  # fmt: skip
     assert (values["command"], values["num_seen"], values["num_written"]) == ("encode", 3, 3)
     assert values["quarantined"] == {}
@@ -185,7 +191,9 @@ def test_quarantined_photos_are_told_and_give_exit_code_3(run: Run, photos: Path
     assert result.exit_code == 3
     assert result.stdout.startswith("1 of 3 photos are in ")
     assert f"2 in {tmp_path / 'store' / 'quarantine.jsonl'}" in result.stdout
-    assert re.fullmatch(r"sdvae: 2 in quarantine: [^\n]+\n", result.stderr)
+    first, *table = result.stderr.splitlines()
+    assert first.startswith("sdvae: 2 in quarantine: ")
+    assert table[-1].startswith("sdvae: held up by: ") and len(table) == 7
     again = run("encode", source, tmp_path / "store", "--size", 32, "--json")
     assert again.exit_code == 3
     assert sum(json.loads(again.stdout)["quarantined"].values()) == 2
@@ -200,7 +208,9 @@ def test_encode_resumes_by_default_and_restarts_when_told(run: Run, photos: Path
     assert refused.exit_code == 1
     assert "preprocess.size_px was 32, now 16" in refused.stderr
     assert (out / "manifest.json").read_bytes() == manifest
-    assert run("encode", photos, out, "--size", 16, "--restart").exit_code == 0
+    asked = run("encode", photos, out, "--size", 16, "--restart")  # nobody is there who could say yes
+    assert asked.exit_code == 1 and "Throw away the 1 shards" in asked.stderr and "nothing was touched" in asked.stderr
+    assert run("encode", photos, out, "--size", 16, "--restart", "--yes").exit_code == 0
     assert (out / "manifest.json").read_bytes() != manifest
 
 

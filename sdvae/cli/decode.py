@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from sdvae.cli.shared import BATCH_SIZE, PATH, Console, with_console, with_vae
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     help="What files hold that do not say it: raw latents of a VAE, or a diffusion model's scaled ones.",
 )
 @BATCH_SIZE
+@BUDGET
+@click.option(
+    "--tiling",
+    type=click.Choice(["exact", "blend"]),
+    default="exact",
+    show_default=True,
+    help="blend: the seams of diffusers' tiled decode, for comparison with it.",
+)
 @with_vae
 @with_console
 def decode(
@@ -30,6 +38,8 @@ def decode(
     format: Literal["png", "jpeg", "webp"],
     latents: Literal["raw", "scaled"] | None,
     batch_size: int | None,
+    budget: int | None,
+    tiling: Literal["exact", "blend"],
     load_vae: "Callable[[], VAE]",
     console: Console,
 ) -> None:
@@ -41,7 +51,7 @@ def decode(
     from sdvae.data.decode import DecodeSettings, decode_source
 
     vae = load_vae()
-    settings = DecodeSettings(format, latents, batch_size)
+    settings = DecodeSettings(format, latents, batch_size, budget, tiling)
     with console.progress() as show:
         report = decode_source(source, out, vae, settings, show)
     console.result(

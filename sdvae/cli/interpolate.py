@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from sdvae.cli.pictures import check_output, grid, write_gif, write_picture
-from sdvae.cli.shared import OUTPUT, PATH, Console, with_console, with_vae
+from sdvae.cli.shared import BUDGET, OUTPUT, PATH, Console, with_console, with_vae
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--size", type=click.IntRange(min=1), metavar="PX", default=512, show_default=True, help="Pixels along each side."
 )
+@BUDGET
 @with_vae
 @with_console
 def interpolate(
@@ -41,6 +42,7 @@ def interpolate(
     steps: int,
     mode: Literal["slerp", "lerp"],
     size: int,
+    budget: int | None,
     load_vae: "Callable[[], VAE]",
     console: Console,
 ) -> None:
@@ -57,7 +59,7 @@ def interpolate(
         return apply(photo, plan_geometry(height, width, Preprocess(size, "center"), downscale=1))
 
     start, end = read_square(a), read_square(b)
-    frames = [np.asarray(frame) for frame in load_vae().interpolate(start, end, steps, mode)]
+    frames = [np.asarray(frame) for frame in load_vae().interpolate(start, end, steps, mode, budget)]
     if output.suffix.lower() == ".gif":
         write_gif(output, frames)
     else:

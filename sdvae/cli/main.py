@@ -18,6 +18,7 @@ from sdvae.cli.extract import extract
 from sdvae.cli.identify import identify
 from sdvae.cli.inspect import inspect
 from sdvae.cli.interpolate import interpolate
+from sdvae.cli.plan import plan
 from sdvae.cli.roundtrip import roundtrip
 from sdvae.cli.sample import sample
 from sdvae.cli.stats import stats
@@ -66,7 +67,8 @@ def cli() -> None:
 
 _PICTURES = (encode, decode, verify, stats, export, roundtrip, sample, interpolate)
 _WEIGHTS = (inspect, identify, convert, extract, swap)
-for _verb in (*_PICTURES, *_WEIGHTS, doctor):
+_ENGINE = (plan,)
+for _verb in (*_PICTURES, *_WEIGHTS, *_ENGINE, doctor):
     _verb.context_settings["auto_envvar_prefix"] = "SDVAE"  # one name for an option, whatever the verb
     cli.add_command(_verb)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sdvae.cli.pictures import check_output, grid, write_picture
-from sdvae.cli.shared import OUTPUT, PATH, Console, with_console, with_vae
+from sdvae.cli.shared import BUDGET, OUTPUT, PATH, Console, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE
@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Shrink a photo whose shorter side has more pixels than this; 0 keeps every photo as it is.",
 )
+@BUDGET
 @with_vae
 @with_console
-def roundtrip(image: Path, output: Path, size: int, load_vae: "Callable[[], VAE]", console: Console) -> None:
+def roundtrip(
+    image: Path, output: Path, size: int, budget: int | None, load_vae: "Callable[[], VAE]", console: Console
+) -> None:
     """Encode and decode a photo, and put before and after side by side."""
     check_output(output, image)
     import numpy as np
@@ -44,7 +47,7 @@ def roundtrip(image: Path, output: Path, size: int, load_vae: "Callable[[], VAE]
         height, width, _ = photo.shape
     vae = load_vae()
     start = time.perf_counter()
-    after = np.asarray(vae.roundtrip([photo])[0])
+    after = np.asarray(vae.roundtrip([photo], budget)[0])
     seconds = time.perf_counter() - start
 
     value = psnr(after, photo)

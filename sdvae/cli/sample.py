@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sdvae.cli.pictures import check_output, grid, write_picture
-from sdvae.cli.shared import OUTPUT, Console, with_console, with_vae
+from sdvae.cli.shared import BUDGET, OUTPUT, Console, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE
@@ -30,9 +30,18 @@ if TYPE_CHECKING:
     show_default=True,
     help="The same seed, the same sheet.",
 )
+@BUDGET
 @with_vae
 @with_console
-def sample(num: int, output: Path, size: int, seed: int, load_vae: "Callable[[], VAE]", console: Console) -> None:
+def sample(
+    num: int,
+    output: Path,
+    size: int,
+    seed: int,
+    budget: int | None,
+    load_vae: "Callable[[], VAE]",
+    console: Console,
+) -> None:
     """Decode latents drawn from the prior N(0, I) to a contact sheet.
 
     The VAE of a diffusion model is held to its prior by a thread: expect textures. The photos are the diffusion
@@ -41,6 +50,6 @@ def sample(num: int, output: Path, size: int, seed: int, load_vae: "Callable[[],
     check_output(output)
     import numpy as np
 
-    images = [np.asarray(image) for image in load_vae().sample(num, size, size, seed)]
+    images = [np.asarray(image) for image in load_vae().sample(num, size, size, seed, budget)]
     write_picture(output, grid(images, columns=math.ceil(math.sqrt(num))))
     console.result(f"{num} samples are in {output}", output=str(output), num=num, size=size, seed=seed)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sdvae.config import FAMILIES
-from sdvae.errors import SdvaeError
+from sdvae.errors import BudgetError, SdvaeError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -110,6 +110,28 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: str) ->
     return int(value)
 
 
+def _parse_budget(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    from sdvae.engine.memory import parse_bytes
+
+    try:
+        return parse_bytes(value)
+    except BudgetError as error:
+        raise click.BadParameter(f"{error}.") from error
+
+
+def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(_parse_size(value) for value in values)
+
+
+def _parse_size(value: str) -> tuple[int, int]:  # "1024x768" -> (768, 1024)
+    sides = value.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise click.BadParameter(f"{value!r} is no size; write 512, or 1024x768 for width and height.")
+    return int(sides[-1]), int(sides[0])
+
+
 FAMILY = click.option(
     "--family", type=click.Choice(list(FAMILIES)), help="Which VAE it is, where its file leaves that open."
 )
@@ -143,6 +165,22 @@ BATCH_SIZE = click.option(
     show_default=True,
     callback=_parse_batch_size,
     help="Images that go through the network at once.",
+)
+BUDGET = click.option(
+    "--budget",
+    metavar="BYTES",
+    callback=_parse_budget,
+    help="Memory that may be taken beside the weights: 6GiB, 800MiB.  [default: what is free]",
+)
+SIZES = click.option(
+    "--size",
+    "sizes",
+    metavar="PX|WxH",
+    multiple=True,
+    default=("512",),
+    show_default=True,
+    callback=_parse_sizes,
+    help="Pixels along each side, or width and height; may be given again.",
 )
 _CONSOLE_OPTIONS = (
     click.option("--json", is_flag=True, help="Print the result as one JSON object."),

@@ -25,7 +25,7 @@ from sdvae.data.store import Size, Store
 from sdvae.errors import LatentsError, StoreError
 from sdvae.images import encode_image
 from sdvae.pixels import to_images
-from sdvae.vae import VAE
+from sdvae.vae import VAE, Tiling
 
 Format = Literal["png", "jpeg", "webp"]
 Progress = Callable[[Literal["decode"], int, int], None]  # (phase, images written, images in all)
@@ -43,6 +43,8 @@ class DecodeSettings:
     format: Format = "png"
     latents: Scaling | None = None
     batch_size: int | None = None  # None: chosen for the device
+    budget_bytes: int | None = None  # None: what the device has free
+    tiling: Tiling = "exact"
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def decode_source(
     progress("decode", 0, len(keys))
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # to compress a PNG takes longer than a GPU's decode
         pending: list[Future[None]] = []
-        for batch in _decode(series, vae, settings.batch_size):
+        for batch in _decode(series, vae, settings):
             num_written += _finish(pending)
             pending = [pool.submit(write, key, image) for key, image in batch]
             progress("decode", num_written, len(keys))
@@ -109,14 +111,14 @@ def decode_source(
 
 
 def _decode(
-    series: list[_Series], vae: VAE, batch_size: int | None
+    series: list[_Series], vae: VAE, settings: DecodeSettings
 ) -> Iterator[list[tuple[str, NDArray[np.uint8]]]]:  # batches of (key, image)
     for one in series:
         image_pixels = math.prod(one.latents_px) * vae.config.downscale**2
-        num_rows = batch_size or max(1, _AUTO_PIXELS.get(vae.device.type, 512**2) // image_pixels)
+        num_rows = settings.batch_size or max(1, _AUTO_PIXELS.get(vae.device.type, 512**2) // image_pixels)
         for first in range(0, len(one.keys), num_rows):
             rows = slice(first, first + num_rows)
-            images = to_images(vae.decode(one.read(rows)))
+            images = to_images(vae.decode(one.read(rows), settings.budget_bytes, settings.tiling))
             cropped = [image[: size[0], : size[1]] for image, size in zip(images, one.sizes_px[rows], strict=True)]
             yield list(zip(one.keys[rows], cropped, strict=True))
 

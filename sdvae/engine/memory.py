@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from sdvae.errors import BudgetError
+
+if TYPE_CHECKING:
+    import torch
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _CGROUP = Path("/sys/fs/cgroup")
@@ -19,9 +21,11 @@ def parse_bytes(amount: int | str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: "torch.device") -> int | None:
     """Memory that a run could take on a device now; None where the system does not say."""
     if device.type == "cuda":
+        import torch
+
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     meminfo = Path("/proc/meminfo")

@@ -16,6 +16,7 @@ from sdvae.errors import BudgetError, ShapeError
 
 STRIP_BYTES = 2**21  # of one strip's input: it should stay in the last-level cache from the norm to the convolution
 ATTENTION_QUERIES = 4096  # at a time; fixed, so that no plan changes a sum
+_INPUT = {"encode": "pixels", "decode": "latents"}
 PIXEL_BYTES = 4  # images and latents enter and leave in fp32
 
 
@@ -108,8 +109,9 @@ def make_plan(
             return plan
         if max(rows) == 1:
             raise BudgetError(
-                f"{network.direction}s of {num_images} x {width}x{height} need {plan.predict_bytes(num_images):,} "
-                f"bytes at least, and the budget is {budget_bytes:,}; raise it or give fewer or smaller images"
+                f"{network.direction}s of {num_images} x {width}x{height} {_INPUT[network.direction]} need "
+                f"{plan.predict_bytes(num_images):,} bytes at least, and the budget is {budget_bytes:,}; raise it or "
+                "give fewer or smaller images"
             )
         strip_bytes //= 2
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.config import VAEConfig
+from sdvae.engine.describe import describe_plan
 from sdvae.engine.execute import execute
 from sdvae.engine.memory import free_bytes, parse_bytes
 from sdvae.engine.plan import Plan, make_plan
@@ -17,6 +18,7 @@ from sdvae.model import AutoencoderKL
 
 Budget = int | str | None  # bytes, "6GiB", or what the device has free
 
+_DESCRIBED_PX = 512
 _PLAIN_LAYERS = (nn.Conv2d, nn.GroupNorm, nn.Linear)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -107,13 +109,19 @@ class Engine:
         return None
 
     def describe(self) -> str:
-        """What runs, in words: stage by stage, with strips and memory, for 512x512 pixels."""
-        obstacle = self.obstacle()
+        """What runs, in words: stage by stage, with strips, kernels and memory, for one image of 512x512 pixels."""
+        # Who asks for a dtype of its own is a VAE, which runs nothing but inference.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._dtype is None):
+            obstacle = self.obstacle()
         device, dtype = self._place()
         where = f"{str(dtype).removeprefix('torch.')} on {device}"
         if obstacle is not None:
             return f"sdvae's reference network, {where}, because {obstacle}"
-        return f"sdvae's engine, {where}"
+        lines = [f"sdvae's engine, {where}"]
+        sides: dict[Direction, int] = {"encode": _DESCRIBED_PX, "decode": _DESCRIBED_PX // self.config.downscale}
+        for direction, side in sides.items():
+            lines.append(describe_plan(self.plan(direction, side, side), self.program(direction)))
+        return "\n".join(lines)
 
     def _run(self, direction: Direction, batch: Tensor, budget: Budget) -> Tensor:
         self.calls += 1

@@ -1,0 +1,104 @@
+"""What a plan does, in words and numbers: every stage with its strips, and where the memory goes. No torch."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sdvae.engine.plan import Plan
+from sdvae.engine.stages import Stage
+
+if TYPE_CHECKING:
+    from sdvae.engine.program import PackedStage, Program
+
+_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+
+
+def describe_plan(plan: Plan, program: "Program | None" = None, num_images: int = 1) -> str:
+    """A table of a plan's stages and a line on its memory; with a program, the kernel that runs each stage, too."""
+    return "\n".join(_lines(plan, program, num_images))
+
+
+def plan_values(plan: Plan, num_images: int = 1) -> dict[str, object]:
+    """The same as plain values: sizes are (height, width), `predicted_bytes` is the peak beside the weights."""
+    height, width = _input_px(plan)
+    return {
+        "direction": plan.network.direction,
+        "gflop": plan.network.flops(height, width) / 1e9,
+        "arena_bytes": plan.arena_elements * plan.element_bytes,
+        "scratch_bytes": plan.scratch_bytes,
+        "images_bytes": num_images * plan.image_bytes,
+        "predicted_bytes": plan.predict_bytes(num_images),
+        "stages": [
+            {
+                "name": stage.name,
+                "kind": stage.kind,
+                "in_channels": stage.in_channels,
+                "out_channels": stage.out_channels,
+                "size": list(_size(plan, stage)),
+                "num_strips": plan.num_strips(stage),
+                "gflop": _gflop(plan, stage),
+            }
+            for stage in plan.network.stages
+        ],
+    }
+
+
+def as_bytes(amount: int) -> str:
+    """An amount of memory with three digits: 1.07 GB."""
+    size, unit = next(((size, unit) for size, unit in _UNITS if amount >= size), (1, "bytes"))
+    return f"{amount / size:.3g} {unit}" if amount < 999.5 * size else f"{amount / size:.0f} {unit}"
+
+
+def _lines(plan: Plan, program: "Program | None", num_images: int) -> Iterator[str]:
+    network = plan.network
+    height, width = _input_px(plan)
+    yield (
+        f"{network.direction}: {width}x{height}x{network.in_channels} to "
+        f"{_by(plan, network.stages[-1])}x{network.out_channels}, {plan.element_bytes} bytes an element"
+    )
+    name_width = max(len(stage.name) for stage in network.stages)
+    kernels = [""] * len(network.stages) if program is None else [_kernel(packed) for packed in program.stages]
+    yield _row(
+        "stage", name_width, "kind", "channels", "width x height", "strips", "GFLOP", "kernel" if program else ""
+    )
+    for stage, kernel in zip(network.stages, kernels, strict=True):
+        channels = f"{stage.in_channels} > {stage.out_channels}"
+        strips, gflop = str(plan.num_strips(stage)), f"{_gflop(plan, stage):.2f}"
+        yield _row(stage.name, name_width, stage.kind, channels, _by(plan, stage), strips, gflop, kernel)
+    arena = plan.arena_elements * plan.element_bytes
+    yield f"{network.flops(height, width) / 1e9:.1f} GFLOP an image"
+    yield (
+        f"memory beside the weights: arena {as_bytes(arena)} + a strip {as_bytes(plan.scratch_bytes)} + {num_images} "
+        f"image(s) in and out {as_bytes(num_images * plan.image_bytes)} = {as_bytes(plan.predict_bytes(num_images))}"
+    )
+    if program is not None:
+        yield f"weights: {as_bytes(program.num_bytes)}, packed"
+
+
+def _row(name: str, name_width: int, kind: str, channels: str, size: str, strips: str, gflop: str, kernel: str) -> str:
+    return f"{name:<{name_width}}  {kind:<9}{channels:>11}{size:>15}{strips:>8}{gflop:>13}  {kernel}".rstrip()
+
+
+def _kernel(packed: "PackedStage") -> str:
+    """What runs a stage; the two convolutions of an upsampling are of one kind."""
+    if packed.stage.kind == "attention":
+        return "torch's scaled_dot_product_attention"
+    return packed.convolutions[0].kernel
+
+
+def _input_px(plan: Plan) -> tuple[int, int]:
+    level = plan.levels[-1 if plan.network.direction == "decode" else 0]
+    return level.height, level.width
+
+
+def _size(plan: Plan, stage: Stage) -> tuple[int, int]:
+    level = plan.levels[stage.level]
+    return level.height, level.width
+
+
+def _by(plan: Plan, stage: Stage) -> str:
+    height, width = _size(plan, stage)
+    return f"{width}x{height}"
+
+
+def _gflop(plan: Plan, stage: Stage) -> float:
+    return stage.flops(*_size(plan, stage)) / 1e9
