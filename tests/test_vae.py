@@ -102,11 +102,10 @@ def test_bf16_is_close_to_fp32_and_says_how_close() -> None:
 
 def test_an_overflow_is_computed_again_in_fp32_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     model = random_model(SMALL)
-    # Sums beyond fp16's 65504 from weights within it; the GroupNorm behind does not mind.
-    model.encoder.conv_in.weight.data.mul_(2e5).clamp_(-6e4, 6e4)
+    model.encoder.conv_in.weight.data.mul_(2e3)
     vae = VAE(model, CPU, torch.float16, "huge")
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
-    pixels[0] = 0.0  # this one does not overflow: only the bias is left
+    pixels[1] *= 100  # far beyond what range scaling was calibrated for
     with caplog.at_level(logging.WARNING):
         mean = vae.encode(pixels).mean
     exact = vae.in_float32().encode(pixels).mean

@@ -22,9 +22,8 @@ def calibrate(config: VAEConfig, direction: Direction, weights: Weights, device:
     program = compile_program(config, direction, weights, torch.float32, device)
     images = calibration_images(config, direction)
     peaks: Peaks = {}
-    execute(
-        program, make_plan(program.network, images.shape[2], images.shape[3], element_bytes=4), images.to(device), peaks
-    )
+    plan = make_plan(program.network, images.shape[2], images.shape[3], element_bytes=4)
+    execute(program, plan, images.to(device), peaks=peaks)
     exponents = choose_exponents(program.network, peaks)
     _require_precise(program.network, exponents, weights)
     return exponents
