@@ -363,7 +363,7 @@ _REASONS = {  # a phrase of Pillow's -> ours
 def _pillow_failures(image: Image.Image | None) -> Iterator[None]:
     """Run Pillow without its warnings, and turn what it raises on a bad file into ImageError."""
     try:
-        with _muted_pillow():
+        with muted_pillow():
             yield
     except _FAILURES as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -410,7 +410,7 @@ _num_muting = 0
 
 
 @contextmanager
-def _muted_pillow() -> Iterator[None]:
+def muted_pillow() -> Iterator[None]:
     """Ignore Pillow's warnings (odd EXIF, large images) for as long as any thread reads an image.
 
     Not `warnings.catch_warnings`: of two threads that overlap, the first to leave would bring the warnings back

@@ -1,12 +1,18 @@
 import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from sdvae.data import scan as scans
+from sdvae.data.entries import Entry
 from sdvae.data.folders import FolderSource
 from sdvae.data.roster import Record
 from sdvae.data.scan import scan
+from sdvae.images import encode_image
 
 
 class CountingSource(FolderSource):
@@ -65,7 +71,10 @@ def test_another_time_of_the_file_or_another_limit_reads_again(photos: Path, tmp
     assert len(source.reads) == 5
 
 
-def test_a_scan_torn_anywhere_is_continued_to_the_same_records(photos: Path, tmp_path: Path) -> None:
+def test_a_scan_torn_anywhere_is_continued_to_the_same_records(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scans, "_CHUNK", 1)
     source, journal = CountingSource(photos), tmp_path / "scan.jsonl"
     first = source.scan(journal)
     whole = journal.read_bytes()
@@ -84,3 +93,75 @@ def test_a_failing_disk_is_asked_again_next_time(photos: Path, tmp_path: Path) -
     source.failing = set()
     assert source.scan(journal)[0].original_px == (10, 20)
     assert source.reads == ["a.png"]
+
+
+class SlowSource:
+    """Photos that take their time, and come in another order than they were asked for."""
+
+    name, root = "slow photos", None
+
+    def __init__(self, delays_s: Sequence[float]) -> None:
+        self.delays_s = delays_s
+        self.num_reads = 0
+
+    def entries(self) -> list[Entry]:
+        return [Entry(f"{number:03d}", 1, 1) for number in range(len(self.delays_s))]
+
+    def read(self, key: str) -> bytes:
+        self.num_reads += 1
+        time.sleep(self.delays_s[int(key)])
+        return b"P5 %d 3 255\n" % (int(key) + 1) + bytes(3 * int(key) + 3)
+
+
+def test_the_records_and_the_journal_are_the_same_with_any_number_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scans, "_CHUNK", 3)
+    delays_s = np.random.default_rng(0).uniform(0, 0.01, 100).tolist()
+
+    def scanned(num_threads: int) -> tuple[list[Record], bytes, list[tuple[int, int]], float]:
+        source, journal = SlowSource(delays_s), tmp_path / f"{num_threads}.jsonl"
+        done: list[tuple[int, int]] = []
+        begun = time.monotonic()
+        records = scan(source, source.entries(), 10**6, journal, lambda *counts: done.append(counts), num_threads)
+        return records, journal.read_bytes(), done, time.monotonic() - begun
+
+    records, journal, done, serial_s = scanned(1)
+    assert [record.original_px for record in records] == [(3, number + 1) for number in range(100)]
+    assert done[0] == (0, 100) and done[-1] == (100, 100) and done == sorted(done)
+    for num_threads in (3, 16):
+        *same, parallel_s = scanned(num_threads)
+        assert same == [records, journal, done]
+        assert parallel_s < serial_s * 0.7  # a third or less, but for what a busy machine takes
+
+
+def test_an_interrupted_scan_stops_at_once_and_keeps_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scans, "_CHUNK", 1)
+    source, journal = SlowSource([0.005] * 400), tmp_path / "scan.jsonl"
+
+    def interrupt(num_done: int, num_all: int) -> None:
+        if num_done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan(source, source.entries(), 10**6, journal, interrupt, num_threads=2)
+    assert source.num_reads < 100
+    again = SlowSource([0.0] * 400)
+    assert len(scan(again, again.entries(), 10**6, journal, lambda *counts: None)) == 400
+    assert again.num_reads == 390
+
+
+def test_what_a_listing_tells_is_never_taken_from_an_earlier_scan(tmp_path: Path) -> None:
+    image = encode_image(np.zeros((4, 4, 3), np.uint8), "png")
+    journal = tmp_path / "scan.jsonl"
+    for caption in ("a cat", "a dog"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos/a.png").write_bytes(image)
+        os.utime(tmp_path / "photos/a.png", ns=(1, 1))
+        (tmp_path / "photos/a.txt").write_text(caption)
+        source = CountingSource(tmp_path / "photos")
+        (record,) = source.scan(journal)
+        assert (record.caption, record.original_px) == (caption, (4, 4))
+    assert source.reads == []

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from sdvae.data.entries import Entry, sorted_by_key, why_no_file
@@ -15,6 +16,7 @@ from sdvae.errors import StoreError
 
 SUFFIXES = (".parquet", ".arrow")
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")  # columns of binaries that hold image files
+_NUM_GROUPS = 4
 _CAPTIONS = ("caption", "text")
 
 
@@ -88,14 +90,15 @@ def _open(path: Path, version: tuple[int, ...]) -> "_Table":
 
 
 class _Table:
-    """One file; of a Parquet file the images of one group of rows are in memory at a time."""
+    """One file; of a Parquet file a few groups of rows are in memory, for threads that read neighbours."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.path = path
-        self._group: tuple[int, Any] | None = None
+        self._read_group = lru_cache(maxsize=_NUM_GROUPS)(self._read_group_now)
+        self._lock = Lock()
         try:
             if path.suffix == ".parquet":
                 self._file = pq.ParquetFile(path)
@@ -114,10 +117,12 @@ class _Table:
         if self.path.suffix != ".parquet":
             return self._table.column(self._image_column)[row].as_py()
         number = bisect_right(self._starts, row) - 1
-        if self._group is None or self._group[0] != number:
-            group = self._file.read_row_group(number, columns=[self._image_column], use_threads=False)
-            self._group = (number, group.column(0))
-        return self._group[1][row - self._starts[number]].as_py()
+        with self._lock:
+            group = self._read_group(number)
+        return group[row - self._starts[number]].as_py()
+
+    def _read_group_now(self, number: int) -> Any:
+        return self._file.read_row_group(number, columns=[self._image_column], use_threads=False).column(0)
 
     def texts(self, names: Sequence[str]) -> list[str | None]:
         """The column that has one of `names`, as texts; None for every row where there is no such column."""
