@@ -42,7 +42,7 @@ def main() -> None:
     for name in PHOTOS:
         atomic.write_bytes(photos / f"{name}.png", encode_image(getattr(data, name)(), "png"))
 
-    encoding = sdvae("encode", str(photos), str(latents), "--crop", "none", "--restart")
+    encoding = sdvae("encode", str(photos), str(latents), "--crop", "none", "--restart", "--yes")
     decoding = sdvae("decode", str(latents), str(decoded))
 
     befores = [read_image(photos / f"{name}.png") for name in PHOTOS]

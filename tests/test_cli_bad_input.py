@@ -113,7 +113,7 @@ def replaced(command: list[str], old: str, new: str) -> list[str]:
 @pytest.mark.parametrize(
     ("verb", "source", "says"),
     [
-        ("encode", "photos", "there is no folder gone"),
+        ("encode", "photos", "there is no gone"),
         ("decode", "latents", "gone does not exist"),
         ("roundtrip", "photos/a.png", "gone: cannot be read: No such file"),
         ("interpolate", "photos/a.png", "gone: cannot be read: No such file"),
@@ -135,7 +135,7 @@ def test_an_empty_folder(place: Place, verb: str, source: str, says: str) -> Non
 @pytest.mark.parametrize(
     ("verb", "source", "says"),
     [
-        ("encode", "photos", "notes.txt is not a folder"),
+        ("encode", "photos", "notes.txt is neither a folder"),
         ("decode", "latents", "notes.txt is not a latents file"),
         ("roundtrip", "photos/a.png", "notes.txt: not an image"),
         ("interpolate", "photos/b.png", "notes.txt: not an image"),
@@ -291,7 +291,7 @@ def test_an_output_folder_that_is_a_file(place: Place, verb: str) -> None:
 def test_restart_removes_a_store_and_nothing_else(place: Place) -> None:
     (place / "store" / "thesis.txt").write_text("years of work")
     command = replaced(place.command("encode"), "out", "store")
-    place.refuses(*command, "--restart", says="thesis.txt")
+    place.refuses(*command, "--restart", "--yes", says="thesis.txt")
 
 
 @pytest.mark.parametrize("verb", TO_PICTURES)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from sdvae.cli.shared import BATCH_SIZE, PATH, Console, with_console, with_vae
+from sdvae.errors import StoreError
 
 if TYPE_CHECKING:
     from sdvae.data.encode import EncodeReport
@@ -203,7 +204,7 @@ def encode(
             progress=show,
         )
     _tell(console, report, out, vae.name)
-    if report.quarantined:
+    if report.quarantined and ranks.world_size == 1:  # a launcher ends all ranks when one does not exit with 0
         click.get_current_context().exit(3)
 
 
@@ -211,8 +212,12 @@ def _ask_before_restart(out: Path) -> None:
     from sdvae.data.store import Layout
 
     num_shards = len(list(Layout(out).done(0).parent.glob("*.json")))
-    if num_shards:
-        click.confirm(f"Throw away the {num_shards} shards in {out}?", abort=True, err=True)
+    try:
+        is_sure = not num_shards or click.confirm(f"Throw away the {num_shards} shards in {out}?", err=True)
+    except click.Abort:  # nobody is there to ask
+        is_sure = False
+    if not is_sure:
+        raise StoreError(f"{out} holds {num_shards} shards, nothing was touched; --yes throws them away unasked")
 
 
 def _take_own_gpu(ranks: "Ranks") -> None:

@@ -178,35 +178,39 @@ class Decoders(Generic[Staged]):
     def _replace(self, dead: "_Worker") -> "_Worker":
         """A process for a dead one, with the record it died of, should that be to blame, and no other."""
         exit_code = dead.wait()
-        job, *others = dead.jobs or [None]
-        self._todo.extendleft(reversed([other for other in others if other is not None]))
-        key = job.record.key if job else "no photo"
-        if exit_code >= 0:
-            raise StoreError(
-                f"a decoding process of {self._source.name} ended with exit code {exit_code} at {key}, "
-                "its message is above; to decode without processes, give 0 workers"
-            )
-        worker = self._start_worker()
-        if job is None:
-            return worker
+        if exit_code >= 0 or not dead.jobs:
+            self._require_killed(exit_code, dead.jobs[0].record.key if dead.jobs else "its start")
+            return self._start_worker()
+        job = dead.jobs.popleft()
+        self._todo.extendleft(reversed(dead.jobs))
         died_of = signal.Signals(-exit_code)
         if died_of in _CRASHES and dead.is_ready:
-            job.num_crashes += 1
-        else:
-            job.num_kills += 1
+            return self._retry_alone(job, died_of)
+        job.num_kills += 1
         if job.num_kills == _MAX_KILLS:
             raise StoreError(
-                f"decoding processes were killed {_MAX_KILLS} times by {died_of.name}, at last at {key}; "
+                f"decoding processes were killed {_MAX_KILLS} times by {died_of.name}, at last at {job.record.key}; "
                 "should memory be short, give fewer workers; run the same command again to go on"
             )
+        self._todo.appendleft(job)
+        return self._start_worker()
+
+    def _require_killed(self, exit_code: int, place: str) -> None:
+        if exit_code >= 0:
+            raise StoreError(
+                f"a decoding process of {self._source.name} ended with exit code {exit_code} at {place}, its message "
+                "is above; to decode without processes, give 0 workers"
+            )
+
+    def _retry_alone(self, job: "_Job", died_of: signal.Signals) -> "_Worker":
+        job.num_crashes += 1
         if job.num_crashes == _MAX_CRASHES:
             job.image[...] = 0
             job.finish(Failure("decode", f"its decoder crashed, and again in a process of its own ({died_of.name})"))
-        elif job.num_crashes:
-            worker.give(job, self._memory)
-            worker.is_alone = True
-        else:
-            self._todo.appendleft(job)
+            return self._start_worker()
+        worker = self._start_worker()
+        worker.give(job, self._memory)
+        worker.is_alone = True
         return worker
 
 
