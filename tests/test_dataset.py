@@ -18,6 +18,7 @@ from sdvae.errors import ConfigError, DeviceError, ShapeError, StoreError, Verif
 from sdvae.latents import scale
 from sdvae.tiny import TinyConfig
 from sdvae.vae import VAE
+from tests import made_stores
 from tests.made_stores import LABELS, make_store
 
 SIZE = (32, 48)
@@ -193,6 +194,19 @@ def test_no_caption_is_an_empty_one_and_no_label_minus_one(tmp_path: Path) -> No
     assert (dataset[0]["caption"], dataset[0]["label"].item(), dataset.classes) == ("", -1, [])
 
 
+def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(made_stores, "LABELS", ("10", "9", "7"))
+    whole = made_stores._lines
+    monkeypatch.setattr(
+        made_stores,
+        "_lines",
+        lambda *arguments: [line | {"label": int(line["label"])} for line in whole(*arguments)],
+    )
+    dataset = LatentDataset(make_store(tmp_path / "store", {SIZE: 3}).layout.root)
+    assert dataset.classes == [7, 9, 10]
+    assert dataset[[0, 1, 2]]["label"].tolist() == [2, 1, 0]
+
+
 def test_whitened_latents_are_whitened_per_channel(tmp_path: Path) -> None:
     config = replace(FAMILIES["sd1"], latents_mean=(1.0, 2.0, 3.0, 4.0), latents_std=(1.0, 2.0, 4.0, 8.0))
     store = make_store(tmp_path / "store", {SIZE: 1}, config=config)
@@ -298,6 +312,14 @@ def test_preloaded_numbers_come_from_memory(store: Store) -> None:
             file.write(bytes(shard.tensors.num_bytes))
     assert values_of(dataset[list(range(10))]) == expected
     assert Counter(expected["label"]) == {0: 4, 1: 3, 2: 3}
+
+
+def test_the_mean_alone_is_preloaded_where_nothing_is_sampled(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", {SIZE: 3}, has_flips=True)
+    dataset = LatentDataset(store.layout.root, sample=False, preload="ram")
+    assert sorted(dataset._opened(0).tensors) == ["mean", "mean_flip"]
+    mapped = LatentDataset(store.layout.root, sample=False)
+    assert values_of(dataset[[0, 1, 2]]) == values_of(mapped[[0, 1, 2]])
 
 
 def test_philox_is_numpys_own() -> None:

@@ -80,8 +80,9 @@ class LatentDataset(Dataset[Example]):
         self._open: dict[int, _OpenShard] = {}
         self._classes: dict[Any, int] | None = None
         if preload:
+            device, needed = ("cuda" if preload == "cuda" else "cpu"), (["mean", "logvar"] if sample else ["mean"])
             for position in range(len(self._shards)):
-                self._opened(position).preload(preload if preload == "cuda" else "cpu")
+                self._opened(position).preload(device, needed)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -234,9 +235,10 @@ class _OpenShard:
             raise VerifyError(f"{self._index_path} is damaged: its lines do not count its rows")
         return record
 
-    def preload(self, device: str) -> None:
-        """Copy the numbers to where no disk is asked for them."""
-        self.tensors = {name: values.to(device, copy=True) for name, values in self.tensors.items()}
+    def preload(self, device: str, needed: list[str]) -> None:
+        """Copy the numbers to where no disk is asked for them: those named, and the same of mirrored photos."""
+        names = [name for name in self.tensors if name.removesuffix("_flip") in needed]
+        self.tensors = {name: self.tensors[name].to(device, copy=True) for name in names}
 
     def _line(self, span: NDArray[np.int64]) -> str:
         return self._text[span[0] : span[1]].tobytes().decode()
