@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -63,7 +64,7 @@ def read_image(
     """
     with _opened(source, max_pixels) as image:
         if image.format in ("JPEG", "MPO"):
-            with _pillow_failures(image):
+            with _PillowFailures(image):
                 orientation = _orientation(image)
                 is_turned, _, _ = _ORIENTATIONS[orientation]
                 stored_px = at_least_px[::-1] if at_least_px and is_turned else at_least_px
@@ -80,7 +81,7 @@ def read_image(
 def read_size(source: Path | bytes | BinaryIO, *, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
     """(height, width) of what `read_image` would return, from the header; raises ImageError for a bad header."""
     with _opened(source, max_pixels) as image:
-        with _pillow_failures(image):
+        with _PillowFailures(image):
             if image.format == "PNG" and _has_late_metadata(image.fp):
                 image.load()  # the one way to the orientation of a PNG that tells it after the picture
             is_turned, _, _ = _ORIENTATIONS[_orientation(image)]
@@ -92,7 +93,7 @@ def from_pil(image: Image.Image, *, background: tuple[int, int, int] = BACKGROUN
     """Convert a Pillow image of any mode to an upright sRGB array, (H, W, 3) uint8; loads it if need be."""
     if 0 in image.size:
         raise ImageError("the image has no pixels")
-    with _pillow_failures(image):
+    with _PillowFailures(image):
         transparent = _transparent_samples(image)  # before loading: it depends on the file's bit depth
         image.load()
         width, height = image.size
@@ -110,7 +111,7 @@ def _opened(source: Path | bytes | BinaryIO, max_pixels: int) -> Iterator[Any]:
     """The image of a file, identified and small enough, not yet decoded."""
     try:
         with _stream(source) as stream:
-            with _pillow_failures(None):
+            with _PillowFailures(None):
                 image = _identify(stream, max_pixels)
             with image:
                 yield image
@@ -359,17 +360,29 @@ _REASONS = {  # a phrase of Pillow's -> ours
 }
 
 
-@contextmanager
-def _pillow_failures(image: Image.Image | None) -> Iterator[None]:
-    """Run Pillow without its warnings, and turn what it raises on a bad file into ImageError."""
-    try:
-        with muted_pillow():
-            yield
-    except _FAILURES as error:
+class _PillowFailures:
+    """Run Pillow without its warnings, and turn what it raises on a bad file into ImageError.
+
+    A class, for a scan enters it twice a photo: generators of contextlib would cost as much as a header.
+    """
+
+    def __init__(self, image: Image.Image | None) -> None:
+        self._image = image
+        self._muted = muted_pillow()
+
+    def __enter__(self) -> None:
+        self._muted.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._muted.__exit__(kind, error, trace)
+        if not isinstance(error, _FAILURES):
+            return
         if isinstance(error, OSError) and error.errno is not None:
             raise ImageError(f"cannot be read: {error.strerror}") from error
         # Pillow's own words may hold addresses, and change with its version: they stay in the traceback.
-        name = _spelled(image.format) if image and image.format else "image"
+        name = _spelled(self._image.format) if self._image and self._image.format else "image"
         reason = next(
             (ours for phrase, ours in _REASONS.items() if phrase in str(error)), f"the {name} data are corrupt"
         )
@@ -409,26 +422,28 @@ _muting = threading.Lock()
 _num_muting = 0
 
 
-@contextmanager
-def muted_pillow() -> Iterator[None]:
+class muted_pillow:  # noqa: N801 - it is used like a function, as contextlib's are
     """Ignore Pillow's warnings (odd EXIF, large images) for as long as any thread reads an image.
 
     Not `warnings.catch_warnings`: of two threads that overlap, the first to leave would bring the warnings back
     for the other, and the second would leave them ignored for good.
     """
-    global _num_muting
-    with _muting:
-        if _num_muting == 0:
-            warnings.filterwarnings("ignore", module=_PILLOW)
-        _num_muting += 1
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        global _num_muting
+        with _muting:
+            if _num_muting == 0:
+                warnings.filterwarnings("ignore", module=_PILLOW)
+            _num_muting += 1
+
+    def __exit__(self, *failure: object) -> None:
+        global _num_muting
         with _muting:
             _num_muting -= 1
-            rule = ("ignore", None, Warning, re.compile(_PILLOW), 0)  # as filterwarnings put it into the list
-            if _num_muting == 0 and rule in warnings.filters:
-                warnings.filters.remove(rule)  # type: ignore[attr-defined]
+            if _num_muting == 0:
+                rule = ("ignore", None, Warning, re.compile(_PILLOW), 0)  # as filterwarnings put it into the list
+                if rule in warnings.filters:
+                    warnings.filters.remove(rule)  # type: ignore[attr-defined]
 
 
 # --- Images to files ---

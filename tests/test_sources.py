@@ -414,6 +414,39 @@ def test_a_damaged_archive_is_refused_and_a_damaged_member_is_one_photo(name: st
         open_source(tmp_path / "b.tar").entries()
 
 
+@pytest.mark.parametrize("form", ["zip", "tar", "csv", "parquet"])
+def test_what_vanishes_after_the_listing_is_one_photo_that_cannot_be_read(form: str, tmp_path: Path) -> None:
+    place = FORMS[form](tmp_path)
+    source, key = open_source(place), open_source(place).entries()[-1].key
+    place.unlink()
+    with pytest.raises(OSError) as failure:
+        source.read(key)
+    assert failure.value.strerror and str(tmp_path) not in failure.value.strerror
+    fewer = {name: data for name, data in FILES.items() if name < "dogs/c"}
+    if form == "csv":
+        place.write_text("path\nphotos/cats/a.png\n")
+    elif form == "parquet":
+        pq.write_table(_table()[:1], place)
+    else:
+        (zipped if form == "zip" else tar)(place, fewer)
+    with pytest.raises(FileNotFoundError, match="it is no longer in the file that held it"):
+        open_source(place).read(key)
+
+
+def test_a_damaged_column_is_photos_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    photos = [np.random.default_rng(number).integers(0, 4, 1000, np.uint8).tobytes() for number in range(20)]
+    pq.write_table(pa.table({"jpg": photos}), path, compression="zstd", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    data[1000:2000] = bytes(1000)
+    path.write_bytes(data)
+    source = open_source(path)
+    key = source.entries()[3].key
+    with pytest.raises(OSError) as failure:
+        source.read(key)
+    assert failure.value.strerror == "the file that holds it is damaged or gone"
+
+
 # --- Lists ---
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from sdvae.data.entries import Entry, sorted_by_key, why_no_file
+from sdvae.data.entries import Entry, failing_as_one_photo, sorted_by_key, why_no_file
 from sdvae.errors import StoreError
 
 SUFFIXES = (".parquet", ".arrow")
@@ -44,8 +44,9 @@ class ArrowSource:
         """The image file of one row; OSError where the table cannot be read, or the row holds none."""
         folder, _, number = key.rpartition("/")
         prefix, row = folder + "/" if folder else "", int(number)
-        place = bisect_right(self._starts[prefix], row) - 1
-        image = self._open(self._tables[prefix][place]).image(row - self._starts[prefix][place])
+        with failing_as_one_photo():
+            place = bisect_right(self._starts[prefix], row) - 1
+            image = self._open(self._tables[prefix][place]).image(row - self._starts[prefix][place])
         data, path = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (image, None)
         if data is None and path and self._is_local:
             if reason := why_no_file(Path(path).stat()):
@@ -112,6 +113,7 @@ class _Table:
             raise StoreError(f"{path} is damaged or no table ({error}); fetch it again") from error
         except OSError as error:
             raise StoreError(f"cannot read {path}: {error.strerror}") from error
+        self._image_column = self._find_image_column()
 
     def image(self, row: int) -> Any:
         if self.path.suffix != ".parquet":
@@ -122,7 +124,10 @@ class _Table:
         return group[row - self._starts[number]].as_py()
 
     def _read_group_now(self, number: int) -> Any:
-        return self._file.read_row_group(number, columns=[self._image_column], use_threads=False).column(0)
+        try:
+            return self._file.read_row_group(number, columns=[self._image_column], use_threads=False).column(0)
+        except OSError as error:  # pyarrow's own, for bytes that do not decompress
+            raise StoreError(f"{self.path} is damaged ({error}); fetch it again") from error
 
     def texts(self, names: Sequence[str]) -> list[str | None]:
         """The column that has one of `names`, as texts; None for every row where there is no such column."""
@@ -156,8 +161,7 @@ class _Table:
         features: Mapping[str, Any] = json.loads(metadata).get("info", {}).get("features", {})
         return features
 
-    @cached_property
-    def _image_column(self) -> str:
+    def _find_image_column(self) -> str:
         import pyarrow as pa
 
         declared = [name for name, feature in self._features.items() if feature.get("_type") == "Image"]

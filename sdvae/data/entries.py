@@ -1,8 +1,10 @@
 """What a source of photos is: entries, listed in a fixed order, and the bytes of each."""
 
+import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
@@ -46,7 +48,7 @@ class Source(Protocol):
         """Every photo, sorted by key, each key once; StoreError where they cannot be listed."""
 
     def read(self, key: str) -> bytes:
-        """The bytes of one photo, at most MAX_FILE_BYTES; OSError, with a `strerror`, where this one cannot be read."""
+        """The bytes of one photo, at most MAX_FILE_BYTES; nothing but OSError, with a `strerror`, where that fails."""
 
 
 def sorted_by_key(entries: Iterable[Entry], name: str) -> list[Entry]:
@@ -66,6 +68,20 @@ def why_unsafe(name: str) -> str | None:
     if ".." in name.split("/"):
         return "a path that leads out of the source"
     return None
+
+
+@contextmanager
+def failing_as_one_photo() -> Iterator[None]:
+    """Let what is wrong with the file that holds many photos be said of the one that is read.
+
+    A reason goes into the store, so it names no path of this machine.
+    """
+    try:
+        yield
+    except StoreError as error:
+        raise OSError(errno.EIO, "the file that holds it is damaged or gone") from error
+    except LookupError as error:
+        raise FileNotFoundError(errno.ENOENT, "it is no longer in the file that held it") from error
 
 
 def why_no_file(status: os.stat_result) -> str | None:
