@@ -100,8 +100,8 @@ def test_options_are_the_documented_ones() -> None:
     rewriting = f"{console} -o --output --family --dry-run"
     own = {
         "encode": f"{shared} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
-        "--jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit --runner --address "
-        "--batch-size",
+        "--jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit --runner "
+        "--address --batch-size",
         "decode": f"{shared} --format --latents --batch-size --budget --tiling",
         "verify": f"{shared} --repair --source",
         "stats": console,

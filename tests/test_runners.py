@@ -1,0 +1,182 @@
+"""One process, the ranks of a launcher, Ray workers: the same bytes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from skimage import data as skimage_data
+
+from sdvae.data.encode import encode_source
+from sdvae.data.manifest import EncodeSettings
+from sdvae.data.preprocess import Preprocess
+from sdvae.data.runners import Ranks, RayRunner, VAESpec
+from sdvae.data.store import Store
+from sdvae.data.tasks import Work
+from sdvae.data.verify import verify
+from sdvae.errors import ConfigError, StoreError
+from sdvae.vae import VAE
+
+NUM_PHOTOS = 96
+BUCKETS = ((64, 64), (48, 80), (80, 48))
+OPTIONS = ["--buckets", "64x64,80x48,48x80", "--flip", "--max-upscale", "2", "--shard-rows", "10", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 cuttings of real photos, of all shapes, in class folders; one of them broken."""
+    folder = tmp_path_factory.mktemp("photos")
+    originals = [Image.fromarray(getattr(skimage_data, name)()) for name in ("astronaut", "coffee", "chelsea")]
+    for number in range(NUM_PHOTOS):
+        width, height = 60 + number * 7 % 50, 60 + number * 11 % 50
+        left, top = number * 13 % 200, number * 17 % 150
+        path = folder / f"class{number % 3}" / f"{number:02d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        originals[number % 3].crop((left, top, left + width, top + height)).save(path, quality=92)
+    (folder / "broken.jpg").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae_folder(small_vae: VAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vae")
+    small_vae.save(folder)
+    return folder
+
+
+SETTINGS = EncodeSettings(
+    Preprocess(size_px=None, buckets=BUCKETS, flip=True, max_upscale=2.0), shard_rows=10, batch_rows=4, num_threads=1
+)
+
+
+def files(root: Path) -> dict[str, bytes]:
+    paths = [path for path in sorted(root.rglob("*")) if path.is_file() and path.parent.name != "journal"]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def expected(photos: Path, small_vae: VAE, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process writes that decodes on a thread of its own."""
+    out = tmp_path_factory.mktemp("expected") / "out"
+    report = encode_source(photos, out, small_vae, SETTINGS, work=Work(num_workers=0))
+    assert (report.num_written, report.num_shards_left) == (NUM_PHOTOS, 0)
+    store = Store.open(out)
+    assert store.num_shards > 8 and {shard.bucket_px for shard in store.shards()} == {*BUCKETS, None}
+    assert len(store.moments(0, flipped=True)[0]) == 10
+    assert verify(out).damages == []
+    return files(out)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_the_number_of_decoding_processes_changes_no_byte(
+    photos: Path, small_vae: VAE, tmp_path: Path, expected: dict[str, bytes], num_workers: int
+) -> None:
+    report = encode_source(photos, tmp_path / "out", small_vae, SETTINGS, work=Work(num_workers))
+    assert files(tmp_path / "out") == expected
+    assert report.times.num_workers == num_workers and report.times.decode > 0
+
+
+def launch(*arguments: object, launcher: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+
+
+def encode_arguments(photos: Path, out: Path, vae_folder: Path) -> list[object]:
+    return ["encode", photos, out, *OPTIONS, "--vae", vae_folder, "--dtype", "fp32", "--device", "cpu", "--json", "-q"]
+
+
+def test_two_ranks_of_accelerate_write_what_one_process_writes(
+    photos: Path, vae_folder: Path, tmp_path: Path, small_vae: VAE
+) -> None:
+    out = tmp_path / "out"
+    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "sdvae"]
+    done = launch(*encode_arguments(photos, out, vae_folder), launcher=accelerate, environment={})
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == 2, done.stderr
+    assert {result["num_seen"] for result in results} == {NUM_PHOTOS + 1}
+    assert min(result["num_shards_left"] for result in results) == 0  # who came last finished it
+    assert all(result["steps_s"]["encode"] > 0 for result in results)  # both had work
+    compute = Store.open(out).manifest["compute"]
+    one = replace(SETTINGS, num_threads=compute["num_threads"])
+    encode_source(photos, tmp_path / "one", small_vae, one, work=Work(num_workers=2))
+    assert files(out) == files(tmp_path / "one")
+
+
+def test_ranks_one_after_the_other_finish_each_others_store(
+    photos: Path, small_vae: VAE, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    encode = partial(encode_source, photos, tmp_path / "out", small_vae, SETTINGS, work=Work(num_workers=0))
+    num_shards = len([name for name in expected if name.startswith("done/")])
+    last = encode(ranks=Ranks(2, 3))
+    assert last.num_shards_left == num_shards - num_shards // 3
+    assert not (tmp_path / "out" / "quarantine.jsonl").exists()
+    assert encode(ranks=Ranks(0, 3)).num_shards_left == len(range(1, num_shards, 3))
+    assert encode(ranks=Ranks(1, 3)).num_shards_left == 0
+    assert files(tmp_path / "out") == expected
+
+
+def test_ranks_cannot_restart(photos: Path, small_vae: VAE, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="2 processes cannot all throw away"):
+        encode_source(photos, tmp_path / "out", small_vae, SETTINGS, ranks=Ranks(0, 2), restart=True)
+    assert not (tmp_path / "out").exists()
+
+
+SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"}
+ARRAY = {
+    "SLURM_ARRAY_TASK_ID": "6",
+    "SLURM_ARRAY_TASK_MIN": "2",
+    "SLURM_ARRAY_TASK_MAX": "8",
+    "SLURM_ARRAY_TASK_STEP": "2",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        ({}, Ranks()),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Ranks(1, 2)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, Ranks(5, 8, 1, 4)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Ranks(1, 2)),
+        (SRUN, Ranks(5, 8)),
+        (SRUN | {"SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, Ranks(5, 8, 1, 4)),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Ranks()),  # a batch script, without srun
+        (ARRAY | {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Ranks(2, 4)),
+        (ARRAY | SRUN, Ranks(2 * 8 + 5, 4 * 8)),
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "3", "SLURM_ARRAY_TASK_STEP": "1"}, Ranks()),
+    ],
+)  # fmt: skip
+def test_launchers_tell_the_rank(environment: dict[str, str], ranks: Ranks) -> None:
+    assert Ranks.of_environment(environment) == ranks
+
+
+@pytest.mark.parametrize(
+    "environment", [{"RANK": "0"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "one", "WORLD_SIZE": "2"}]
+)
+def test_a_rank_that_makes_no_sense_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="launcher"):
+        Ranks.of_environment(environment)
+
+
+def test_every_shard_belongs_to_one_rank() -> None:
+    for world_size in (1, 2, 5):
+        shares = [number for rank in range(world_size) for number in Ranks(rank, world_size).share(range(11))]
+        assert sorted(shares) == list(range(11))
+
+
+# --- Ray ---
+
+
+@pytest.fixture
+def two_workers() -> Iterator[str]:
+    ray = pytest.importorskip("ray")
+    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    address = context.address_info["address"]
+    ray.shutdown()
+    yield address
