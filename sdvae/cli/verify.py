@@ -1,38 +1,54 @@
-"""`sdvae verify`: whether a store still holds every byte that was committed."""
+"""`sdvae verify`: whether a store still holds every byte that was committed, and what can bring back the others."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from sdvae.cli.shared import PATH, Console, with_console
+from sdvae.cli.shared import PATH, Console, with_console, with_vae
 from sdvae.errors import VerifyError
 
 if TYPE_CHECKING:
+    from sdvae.data.repair import Repair
     from sdvae.data.verify import Verdict
+    from sdvae.vae import VAE
 
 _NUM_NAMES = 20  # of lost records that a person is shown; --json has them all
 
 
 @click.command()
 @click.argument("store", type=PATH)
+@click.option("--repair", is_flag=True, help="Restore what is damaged, as far as the rest of the store tells it.")
+@click.option("--source", metavar="SRC", help="With --repair: the photos, to encode lost numbers again.")
+@with_vae
 @with_console
-def verify(store: Path, console: Console) -> None:
+def verify(store: Path, repair: bool, source: str | None, load_vae: "Callable[[str], VAE]", console: Console) -> None:
     """Check every byte of the latent store STORE against its digest.
 
-    Exit code 5 where a file is damaged or missing; the records that are lost are named.
+    Where a file is damaged or missing, the exit code is 5, and the records that are lost are named.
     """
-    from sdvae.data.verify import verify as examine
-
+    if source is not None and not repair:
+        raise click.UsageError("--source is for --repair.")
     with console.progress() as show:
-        verdict = examine(store, lambda num_done, num_all: show("verify", num_done, num_all))
+        if repair:
+            found = _repair(store, source, load_vae, partial(show, "verify"))
+            restored, verdict = found.restored, found.verdict
+        else:
+            from sdvae.data.verify import verify as examine
+
+            restored, verdict = [], examine(store, partial(show, "verify"))
+    for path in restored:
+        console.note(f"restored {path}")
     console.result(
-        _describe(store, verdict),
+        _describe(store, verdict, is_repaired=repair),
         store=str(store),
         is_whole=not verdict.damages,
         num_files=verdict.num_files,
         num_bytes=verdict.num_bytes,
         num_records=verdict.num_records,
+        restored=[path.relative_to(store).as_posix() for path in restored],
         damages=[
             {
                 "path": damage.path.relative_to(store).as_posix(),
@@ -47,7 +63,16 @@ def verify(store: Path, console: Console) -> None:
         click.get_current_context().exit(1 if verdict.is_unfinished else VerifyError.exit_code)
 
 
-def _describe(store: Path, verdict: "Verdict") -> str:
+def _repair(
+    store: Path, source: str | None, load_vae: "Callable[[str], VAE]", progress: "Callable[[int, int], None]"
+) -> "Repair":
+    from sdvae.data.repair import Photos, repair
+    from sdvae.data.sources import open_source
+
+    return repair(store, Photos(open_source(source), load_vae) if source else None, progress)
+
+
+def _describe(store: Path, verdict: "Verdict", is_repaired: bool) -> str:
     if not verdict.damages:
         return (
             f"{store} is whole: {verdict.num_records:,} records in {verdict.num_files:,} files, "
@@ -69,6 +94,15 @@ def _describe(store: Path, verdict: "Verdict") -> str:
         lines.append(f"  not encoded yet: {_count(len(verdict.damages) - len(broken), 'shard')}")
     if verdict.lost:
         lines.append("lost: " + ", ".join(verdict.lost[:_NUM_NAMES]) + ", ..." * (len(verdict.lost) > _NUM_NAMES))
+    if not is_repaired:
+        lines.append(f"next: sdvae verify {store} --repair, with --source SRC --vae VAE where numbers are lost")
+        return "\n".join(lines)
+    from sdvae.data.repair import remedy
+
+    files: dict[str, list[str]] = {}
+    for name, damage in zip(names, broken, strict=True):
+        files.setdefault(remedy(damage), []).append(name)
+    lines += [f"{', '.join(group[:3])}{', ...' * (len(group) > 3)}: {text}" for text, group in files.items()]
     return "\n".join(lines)
 
 

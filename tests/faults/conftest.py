@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdvae.data.encode import EncodeSettings, encode_source
+from sdvae.data.encode import encode_source
+from sdvae.data.manifest import EncodeSettings
 from sdvae.data.preprocess import Preprocess
+from sdvae.data.tasks import Work
 from sdvae.vae import VAE
 
 SETTINGS = EncodeSettings(Preprocess(size_px=32), shard_rows=3, batch_rows=2, num_threads=1)
@@ -29,7 +31,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pristine(photos: Path, small_vae: VAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pristine") / "out"
-    encode_source(photos, out, small_vae, SETTINGS)
+    encode(photos, out, small_vae)
     return out
 
 
@@ -55,7 +57,7 @@ def read_store(root: Path) -> dict[str, bytes]:
 
 def encode(photos: Path, out: Path, vae: VAE) -> None:
     """The job of these tests: four shards."""
-    encode_source(photos, out, vae, SETTINGS)
+    encode_source(photos, out, vae, SETTINGS, work=Work(num_workers=0))
 
 
 @pytest.fixture(scope="session")

@@ -1,30 +1,43 @@
-"""SIGKILL at any moment, then the same command again: the bytes of an undisturbed run."""
+"""SIGKILL at any moment, to all processes or to one, then the same command again: the bytes of an undisturbed run."""
 
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from sdvae import atomic
-from sdvae.data.encode import EncodeSettings, encode_source
+from sdvae.data.encode import encode_source
+from sdvae.data.manifest import EncodeSettings
 from sdvae.data.preprocess import Preprocess
 from sdvae.data.store import Store
+from sdvae.data.tasks import Work
 from sdvae.data.verify import verify
+from sdvae.posterior import DiagonalGaussian
 from sdvae.vae import VAE
 from tests.conftest import SMALL, random_model
+from tests.faults.conftest import read_store
 
 SETTINGS = EncodeSettings(Preprocess(size_px=32), shard_rows=4, batch_rows=2, num_threads=1)
-NUM_PHOTOS = 30
+NUM_PHOTOS = 18
+NUM_SHARDS, BATCHES_IN_SHARD = 6, 2
+NUM_KILLS = int(os.environ.get("SDVAE_KILLS", "60"))  # of the slow test; scripts/soak asks for more
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +49,9 @@ def context() -> ForkServerContext:
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eighteen photos and a broken one."""
+    folder = tmp_path_factory.mktemp("many")
     noise = np.random.default_rng(0)
     for number in range(NUM_PHOTOS):
         Image.fromarray(noise.integers(0, 256, (40, 48, 3), np.uint8)).save(folder / f"{number:02d}.png")
@@ -45,19 +59,53 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def expected(context: ForkServerContext, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The bytes of a run that nobody disturbed."""
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    _finish(context, photos, out)
-    store = Store.open(out)
-    assert verify(store.layout.root).damages == [] and len(store.shards()) == 9
-    assert sum(shard.num_rows for shard in store.shards()) == NUM_PHOTOS
-    return _files(out)
+@dataclass(frozen=True)
+class Victim:
+    """Encodes in a process of its own, and leaves traces of how far it came that no SIGKILL takes."""
+
+    context: ForkServerContext
+    photos: Path
+    folder: Path
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that went through the network, of all runs so far."""
+        path = self.folder / "batches"
+        return path.stat().st_size if path.exists() else 0
+
+    @property
+    def num_operations(self) -> int:
+        """Operations of atomic.py in the last run that was not killed."""
+        return int(json.loads((self.folder / "num_operations").read_text()))
+
+    @property
+    def num_committed(self) -> int:
+        return len(list(self.out.glob("done/*.json")))
+
+    def start(self, num_workers: int = 0, kill_at: int | None = None) -> BaseProcess:
+        """`kill_at` is the operation of atomic.py that it does not live to see."""
+        self.folder.mkdir(exist_ok=True)
+        arguments = (self.photos, self.folder, num_workers, kill_at)
+        process = self.context.Process(target=_encode, args=arguments, daemon=True)
+        process.start()
+        return process
+
+    def finish(self, num_workers: int = 0) -> None:
+        process = self.start(num_workers)
+        process.join(120)
+        assert process.exitcode == 0
+
+    def check_left_behind(self, expected: dict[str, bytes]) -> None:
+        """Whatever has its final name is complete."""
+        for name, data in read_store(self.out).items():
+            assert atomic.is_temporary(Path(name).name) or data == expected[name], name
 
 
-def _encode(photos: Path, out: Path, kill_at: int | None) -> None:
-    """What the victim does; `kill_at` is the operation of atomic.py that it does not live to see."""
+def _encode(photos: Path, folder: Path, num_workers: int, kill_at: int | None) -> None:
     num_operations = 0
 
     def count(operation: str, path: Path) -> None:
@@ -67,96 +115,183 @@ def _encode(photos: Path, out: Path, kill_at: int | None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     atomic.hook = count
-    vae = VAE(random_model(SMALL), torch.device("cpu"), torch.float32, name="small random VAE")
-    encode_source(photos, out, vae, SETTINGS)
-    (out.parent / "num_operations").write_text(json.dumps(num_operations))
+    with (folder / "batches").open("ab", buffering=0) as batches:
+
+        class Slow(VAE):
+            """Encoding takes longer than writing, as it does in earnest: most kills meet a shard in flight."""
+
+            def encode(self, pixels: Tensor, budget: str | int | None = None) -> DiagonalGaussian:
+                time.sleep(0.02)
+                batches.write(b"\n")
+                return super().encode(pixels)
+
+        vae = Slow(random_model(SMALL), torch.device("cpu"), torch.float32, name="small random VAE")
+        batches.truncate(os.fstat(batches.fileno()).st_size)
+        encode_source(photos, folder / "out", vae, SETTINGS, work=Work(num_workers=num_workers))
+    (folder / "num_operations").write_text(json.dumps(num_operations))
 
 
-def _start(context: ForkServerContext, photos: Path, out: Path, kill_at: int | None = None) -> BaseProcess:
-    process = context.Process(target=_encode, args=(photos, out, kill_at), daemon=True)
-    process.start()
-    return process
+@pytest.fixture(scope="module")
+def undisturbed(context: ForkServerContext, many: Path, tmp_path_factory: pytest.TempPathFactory) -> Victim:
+    victim = Victim(context, many, tmp_path_factory.mktemp("undisturbed"))
+    victim.finish()
+    assert verify(victim.out).damages == []
+    store = Store.open(victim.out)
+    assert (store.num_shards, sum(shard.num_rows for shard in store.shards())) == (NUM_SHARDS, NUM_PHOTOS)
+    return victim
 
 
-def _finish(context: ForkServerContext, photos: Path, out: Path) -> None:
-    process = _start(context, photos, out)
+@pytest.fixture
+def victim(context: ForkServerContext, many: Path, tmp_path: Path) -> Iterator[Victim]:
+    yield Victim(context, many, tmp_path / "victim")
+
+
+def _tree(process: BaseProcess) -> list[psutil.Process]:
+    """The process and all it started."""
+    assert process.pid is not None
+    try:
+        parent = psutil.Process(process.pid)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _wait_until(is_so: Callable[[], bool], process: BaseProcess) -> None:
+    while not is_so() and process.exitcode is None:
+        time.sleep(0.001)
+
+
+def _time_encoding(victim: Victim, num_workers: int) -> float:
+    """Seconds from the first batch of a run to its end."""
+    process = victim.start(num_workers)
+    _wait_until(lambda: victim.num_batches > 0, process)
+    begun = time.monotonic()
     process.join(120)
     assert process.exitcode == 0
+    return time.monotonic() - begun
 
 
-def _files(root: Path) -> dict[str, bytes]:
-    """All of the store, and whatever else lies there, but the journals."""
-    paths = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "journal"]
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(paths)}
+def _kill_after(victim: Victim, num_workers: int, is_so: Callable[[], bool], delay_s: float) -> bool:
+    """Kill all processes of a run so long after something is so; False where it was done before."""
+    process = victim.start(num_workers)
+    _wait_until(is_so, process)
+    time.sleep(delay_s)
+    processes = _tree(process)
+    _kill(processes)
+    process.join()
+    assert psutil.wait_procs(processes, 10)[1] == [], "orphans"
+    return process.exitcode == -signal.SIGKILL
 
 
-def _check_left_behind(out: Path, expected: dict[str, bytes]) -> None:
-    """Whatever has its final name is complete."""
-    for name, data in _files(out).items():
-        assert atomic.is_temporary(Path(name).name) or data == expected[name], name
-
-
+@pytest.mark.parametrize(
+    ("num_kills", "num_workers"),
+    [(12, 0), pytest.param(NUM_KILLS, 2, marks=[pytest.mark.slow, pytest.mark.timeout(0)])],
+)
 def test_killed_at_a_random_moment_then_finished(
-    context: ForkServerContext, photos: Path, tmp_path: Path, expected: dict[str, bytes]
+    victim: Victim, undisturbed: Victim, num_kills: int, num_workers: int
 ) -> None:
+    """The tree of processes dies; what was committed is not done again, and at most one shard is repeated."""
+    encoding_s = _time_encoding(victim, num_workers)
+    expected = read_store(undisturbed.out)
     moments = random.Random(0)
-    num_kills = num_in_flight = 0
-    while num_kills < 12:
-        out = tmp_path / str(num_kills) / "out"
-        out.parent.mkdir(exist_ok=True)
-        process = _start(context, photos, out)
-        # The run begins with its folder; kills before that prove nothing.
-        while not out.exists() and process.exitcode is None:
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0.0, 0.3))
-        process.kill()
-        process.join()
-        if process.exitcode == 0:  # it was faster than the kill: not one of the twelve
-            for path in sorted(out.parent.rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
+    stages: Counter[str] = Counter()
+    repeated: Counter[int] = Counter()
+    while stages.total() < num_kills:
+        shutil.rmtree(victim.folder)
+        is_early = stages.total() % 6 == 0  # one in six kills may come before the work
+        is_so = victim.out.exists if is_early else lambda: victim.num_batches > 0
+        if not _kill_after(victim, num_workers, is_so, moments.uniform(0.0, encoding_s)):
             continue
-        assert process.exitcode == -signal.SIGKILL
-        num_kills += 1
-        num_in_flight += (out / "manifest.json").exists() and len(list(out.glob("done/*.json"))) < 9
-        _check_left_behind(out, expected)
-        _finish(context, photos, out)
-        assert _files(out) == expected
-    assert num_in_flight >= 3, "the kills missed the work"
+        num_committed = victim.num_committed
+        if not (victim.out / "manifest.json").exists():
+            stages["before the first shard"] += 1
+        elif num_committed < NUM_SHARDS:
+            stages[f"{num_committed} of {NUM_SHARDS} shards"] += 1
+        else:
+            stages["after the last shard"] += 1
+        victim.check_left_behind(expected)
+        times = {path: path.stat().st_mtime_ns for path in victim.out.glob("done/*.json")}
+        victim.finish(num_workers)
+        assert read_store(victim.out) == expected
+        assert times.items() <= {path: path.stat().st_mtime_ns for path in victim.out.glob("done/*.json")}.items()
+        repeated[victim.num_batches - undisturbed.num_batches] += 1
+    in_flight = sum(count for stage, count in stages.items() if "of" in stage)
+    print(f"\n{num_kills} kills, {in_flight} with a shard in flight")
+    for stage, count in sorted(stages.items()):
+        print(f"  {stage:24} {count:4} {'#' * count}")
+    print(f"batches repeated after a kill: {dict(sorted(repeated.items()))}; a shard has {BATCHES_IN_SHARD}")
+    assert in_flight >= num_kills * 2 / 3, "the kills missed the work"
+    assert max(repeated) <= BATCHES_IN_SHARD + 1, "more than the shard in flight, and a batch beyond it"
 
 
-def test_killed_again_and_again_in_one_store(
-    context: ForkServerContext, photos: Path, tmp_path: Path, expected: dict[str, bytes]
-) -> None:
-    """Each run gets eleven operations further than the last one's death, or starts where its shard began."""
-    out = tmp_path / "out"
+def test_killed_again_and_again_in_one_store(victim: Victim, undisturbed: Victim) -> None:
+    """Each run gets some operations further than the last one's death, or starts where its shard began."""
+    expected = read_store(undisturbed.out)
     num_kills = 0
     while True:
-        process = _start(context, photos, out, kill_at=25 + num_kills)
+        process = victim.start(kill_at=25 + num_kills)
         process.join(120)
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
         num_kills += 1
-        _check_left_behind(out, expected)
+        victim.check_left_behind(expected)
     assert num_kills >= 5
-    assert _files(out) == expected
+    assert read_store(victim.out) == expected
+    assert victim.num_batches - undisturbed.num_batches <= num_kills * (BATCHES_IN_SHARD + 1)
 
 
 @pytest.mark.slow
-def test_killed_at_every_operation_then_finished(
-    context: ForkServerContext, photos: Path, tmp_path: Path, expected: dict[str, bytes]
-) -> None:
+def test_killed_at_every_operation_then_finished(victim: Victim, undisturbed: Victim) -> None:
+    expected = read_store(undisturbed.out)
     kill_at = 0
     while True:
         kill_at += 1
-        out = tmp_path / str(kill_at) / "out"
-        out.parent.mkdir()
-        process = _start(context, photos, out, kill_at)
+        process = victim.start(kill_at=kill_at)
         process.join(120)
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
-        _check_left_behind(out, expected)
-        _finish(context, photos, out)
-        assert _files(out) == expected, kill_at
-    assert kill_at == json.loads((out.parent / "num_operations").read_text()) + 1 > 100
+        victim.check_left_behind(expected)
+        victim.finish()
+        assert read_store(victim.out) == expected, kill_at
+        shutil.rmtree(victim.folder)
+    print(f"\nkilled at each of {kill_at - 1} operations, each resumed to the same bytes")
+    assert kill_at - 1 == victim.num_operations > 80
+
+
+# --- One process of several ---
+
+
+def test_no_orphan_outlives_the_encoder(victim: Victim, undisturbed: Victim) -> None:
+    """Only the encoder is killed; the processes that decode for it find out."""
+    process = victim.start(num_workers=2)
+    while victim.num_committed == 0:
+        assert process.exitcode is None
+        time.sleep(0.001)
+    encoder, *workers = _tree(process)
+    assert len(workers) == 2
+    _kill([encoder])
+    process.join()
+    assert psutil.wait_procs(workers, 10)[1] == []
+    victim.finish(num_workers=1)
+    assert read_store(victim.out) == read_store(undisturbed.out)
+
+
+def test_a_killed_worker_is_replaced_and_no_photo_is_blamed(victim: Victim, undisturbed: Victim) -> None:
+    process = victim.start(num_workers=2)
+    while victim.num_committed == 0:
+        assert process.exitcode is None
+        time.sleep(0.001)
+    _, *workers = _tree(process)
+    assert len(workers) == 2
+    _kill(workers[:1])
+    process.join(120)
+    assert process.exitcode == 0
+    assert read_store(victim.out) == read_store(undisturbed.out)
