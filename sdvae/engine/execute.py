@@ -162,14 +162,14 @@ class _Window:
 
     def __init__(self, rows: Tensor, height: int, width: int, read: Callable[[int, int, Tensor], None]) -> None:
         self._rows, self._height, self._width, self._read = rows, height, width, read
-        self._start = self._end = 0
+        self._start = self._end = -1  # no strip begins above the row that pads the border
 
     def read(self, start: int, end: int) -> Tensor:
         """Rows start..end, zeros beyond the border."""
-        kept = self._rows[:, :, start - self._start : self._end - self._start] if self._end > start else None
-        num_kept = 0 if kept is None else kept.shape[2]
-        if kept is not None:
-            self._rows[:, :, :num_kept].copy_(kept.clone())
+        shift, num_kept = start - self._start, max(0, self._end - start)
+        if num_kept:
+            kept = self._rows[:, :, shift : shift + num_kept]
+            self._rows[:, :, :num_kept].copy_(kept if shift >= num_kept else kept.clone())
         self._start, self._end = start, end
         first, last = max(start + num_kept, 0), min(end, self._height)
         self._rows[:, :, num_kept : first - start].zero_()

@@ -151,7 +151,10 @@ def _mean_and_variance(rows: Tensor) -> tuple[Tensor, Tensor]:  # of each channe
 
 def normalise(rows: Tensor, out: Tensor, norm: Norm, mean: Tensor, variance: Tensor, *, has_silu: bool) -> None:
     """GroupNorm from known statistics, then SiLU, into `out`: rounded once after each, as torch's own are."""
-    out.copy_(F.batch_norm(rows, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps))
+    unused = torch.empty(0, device=rows.device)
+    torch.native_batch_norm(
+        rows, norm.weight, norm.bias, mean, variance, False, 0.0, norm.eps, out=(out, unused, unused)
+    )
     if has_silu:
         _silu(out)
 
