@@ -40,6 +40,29 @@ def root(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "out"))
 
 
+@pytest.fixture(scope="session")
+def first_photos(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the source held before it grew to `photos`."""
+    folder = tmp_path_factory.mktemp("first")
+    for name in ("0.png", "1.png", "2.png", "3.png", "broken.jpg"):
+        shutil.copy(photos / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def grown(first_photos: Path, photos: Path, small_vae: VAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of two generations."""
+    out = tmp_path_factory.mktemp("grown") / "out"
+    encode(first_photos, out, small_vae)
+    encode(photos, out, small_vae)
+    return out
+
+
+@pytest.fixture
+def grown_root(grown: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(grown, tmp_path / "grown"))
+
+
 def store_files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file() and path.parent.name != "journal")
 

@@ -88,6 +88,13 @@ class Disk:
             else:
                 self.synced_contents[inode] = path.read_bytes()
 
+    def sync_everything(self) -> None:
+        """What was there long before is on the disk."""
+        for path in [self.root, *self.root.rglob("*")]:
+            descriptor = os.open(path, os.O_RDONLY)
+            self.after_sync(descriptor)
+            os.close(descriptor)
+
     def close(self) -> None:
         for descriptor in self._held:
             os.close(descriptor)
@@ -108,6 +115,7 @@ def _file_inode(path: Path) -> int | None:
 
 def _record(monkeypatch: pytest.MonkeyPatch, root: Path, job: Callable[[], None], sync: Callable[[int], None]) -> Disk:
     disk = Disk(root)
+    disk.sync_everything()
 
     def watched(descriptor: int) -> None:
         sync(descriptor)
@@ -162,16 +170,10 @@ def _distrust(out: Path) -> None:
         assert not list(out.glob("done/*.json"))
 
 
-@pytest.mark.parametrize("share", [12, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_power_goes_then_the_run_is_finished(
-    photos: Path, tmp_path: Path, small_vae: VAE, expected: Tree, monkeypatch: pytest.MonkeyPatch, share: int
-) -> None:
-    watched = tmp_path / "watched"
-    watched.mkdir()
-    disk = _record(monkeypatch, watched, lambda: encode(photos, watched / "out", small_vae), os.fsync)
+def _check_all(disk: Disk, share: int, finish: Callable[[Path], None], expected: Tree, tmp_path: Path) -> int:
+    """Look at every state, and let one in `share` be finished; their number."""
     trees = _trees(disk)
-    print(f"\n{len(disk.moments)} moments, {len(trees)} states of the disk, 1 in {share} resumed")
-    assert len(disk.moments) > 90 and len(trees) > 150
+    print(f"\n{len(disk.moments)} moments, {len(trees)} states of the disk, 1 in {share} finished")
     for number, (tree, where) in enumerate(trees.items()):
         root = tmp_path / str(number)
         root.mkdir()
@@ -179,10 +181,40 @@ def test_the_power_goes_then_the_run_is_finished(
         try:
             _distrust(root / "out")
             if number % share == 0:
-                encode(photos, root / "out", small_vae)
+                finish(root / "out")
                 assert read_store(root / "out") == expected
-        except Exception as error:
+        except (AssertionError, StoreError) as error:
             raise AssertionError(where) from error
+    return len(trees)
+
+
+@pytest.mark.parametrize("share", [12, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_power_goes_then_the_run_is_finished(
+    photos: Path, tmp_path: Path, small_vae: VAE, expected: Tree, monkeypatch: pytest.MonkeyPatch, share: int
+) -> None:
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    disk = _record(monkeypatch, watched, lambda: encode(photos, watched / "out", small_vae), os.fsync)
+    num_trees = _check_all(disk, share, lambda out: encode(photos, out, small_vae), expected, tmp_path)
+    assert len(disk.moments) > 90 and num_trees > 150
+
+
+@pytest.mark.parametrize("share", [24, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_power_goes_while_a_store_grows(
+    first_photos: Path,
+    photos: Path,
+    grown: Path,
+    tmp_path: Path,
+    small_vae: VAE,
+    monkeypatch: pytest.MonkeyPatch,
+    share: int,
+) -> None:
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    encode(first_photos, watched / "out", small_vae)
+    disk = _record(monkeypatch, watched, lambda: encode(photos, watched / "out", small_vae), os.fsync)
+    num_trees = _check_all(disk, share, lambda out: encode(photos, out, small_vae), read_store(grown), tmp_path)
+    assert len(disk.moments) > 50 and num_trees > 50
 
 
 @pytest.mark.parametrize("skipped", ["files", "folders"])

@@ -40,10 +40,14 @@ SPOILS = [flip_one, cut, zero, Path.unlink]
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_each_file_but_the_numbers_follows_from_the_others(root: Path, spoil: Spoil) -> None:
+@pytest.mark.parametrize(("kind", "num_files"), [("root", 11), ("grown_root", 15)])
+def test_each_file_but_the_numbers_follows_from_the_others(
+    kind: str, num_files: int, spoil: Spoil, request: pytest.FixtureRequest
+) -> None:
+    root = request.getfixturevalue(kind)
     before = read_store(root)
     files = [path for path in store_files(root) if path.parent.name != "shards" and path.stat().st_size]
-    assert len(files) == 2 + 4 + 4 + 1
+    assert len(files) == num_files
     for path in files:
         spoil(path)
         assert verify(root).damages

@@ -57,6 +57,21 @@ def test_every_truncation_and_every_missing_file_is_found(root: Path) -> None:
     assert verify(root).damages == []
 
 
+def test_a_grown_store_has_more_to_lose(grown_root: Path) -> None:
+    assert verify(grown_root).damages == []
+    files = store_files(grown_root)
+    assert verify(grown_root).num_files == len(files)
+    for path in files:
+        data = path.read_bytes()
+        for byte in range(0, len(data), 97):
+            flip(path, 8 * byte)
+            assert [(damage.path, damage.state) for damage in verify(grown_root).damages] == [(path, "damaged")], byte
+            flip(path, 8 * byte)
+        path.unlink()
+        assert [(damage.path, damage.state) for damage in verify(grown_root).damages] == [(path, "missing")]
+        path.write_bytes(data)
+
+
 def test_the_records_that_are_lost_are_named(root: Path) -> None:
     store = Store.open(root)
     shard = store.shard(1)
