@@ -1,19 +1,22 @@
 """A store written in the format of another trainer, as far as that format can tell the truth about it."""
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 from sdvae import atomic
 from sdvae.data.dataset import LatentDataset
-from sdvae.data.formats import FORMATS, Row
+from sdvae.data.formats import FORMATS, File, Row
 from sdvae.data.names import plan_names
 from sdvae.errors import StoreError
 
 Progress = Callable[[Literal["export"], int, int], None]  # (phase, records done, records in all)
 
 DECLARATION = "sdvae-export.json"
+_NUM_WRITERS = 16
 
 
 def export_store(
@@ -49,7 +52,7 @@ def export_store(
         "vae": manifest["vae"],
     }
     _claim(out, path)
-    form.write(out, dataset, _rows(dataset, progress))
+    _write(out, form.files(dataset, _rows(dataset, progress)))
     atomic.write_bytes(out / DECLARATION, json.dumps(declaration, indent=2, ensure_ascii=False).encode() + b"\n")
     return declaration
 
@@ -60,6 +63,25 @@ def _claim(out: Path, store: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreError(f"{out} exists, and is not an empty folder; give a new one")
     atomic.make_folder(out)
+
+
+def _write(out: Path, files: Iterator[File]) -> None:
+    def write(name: str, content: bytes) -> None:
+        atomic.make_folder((out / name).parent)
+        atomic.write_bytes(out / name, content)
+
+    # A small file takes as long as its sync, and syncs that wait beside each other are done in one.
+    with ThreadPoolExecutor(_NUM_WRITERS) as pool:
+        pending: deque[Future[None]] = deque()
+        for name, content in files:
+            if isinstance(content, bytes):
+                pending.append(pool.submit(write, name, content))
+            else:  # made while it is written, and large
+                atomic.write_stream(out / name, content)
+            if len(pending) > 2 * _NUM_WRITERS:
+                pending.popleft().result()
+        for future in pending:
+            future.result()
 
 
 def _rows(dataset: LatentDataset, progress: Progress) -> Iterator[Row]:

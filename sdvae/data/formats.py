@@ -1,4 +1,4 @@
-"""The latent formats of other trainers: what each holds, and how a record is written in it.
+"""The latent formats of other trainers: what each holds, and the files that records become in it.
 
 None of them says itself what it holds; FORMATS does.
 """
@@ -9,7 +9,6 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +25,7 @@ from sdvae.latents import scale
 from sdvae.posterior import DiagonalGaussian
 
 Settings = dict[str, Any]
+File = tuple[str, bytes | Iterator[bytes]]  # path below the folder of the export, content
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Format:
     flips: str
     latent_spaces: tuple[str, ...] | None  # None: any
     settings: Callable[[LatentDataset], Settings]  # what to tell the trainer; StoreError for a store it would misread
-    write: Callable[[Path, LatentDataset, Iterator[Row]], None]
+    files: Callable[[LatentDataset, Iterator[Row]], Iterator[File]]
 
 
 # --- kohya-ss/sd-scripts ---
@@ -100,7 +100,7 @@ def _kohya_settings(dataset: LatentDataset) -> Settings:
     )
 
 
-def _write_kohya(out: Path, dataset: LatentDataset, rows: Iterator[Row]) -> None:
+def _kohya_files(dataset: LatentDataset, rows: Iterator[Row]) -> Iterator[File]:
     ending = _KOHYA_ENDINGS[dataset.store.manifest["vae"]["latent_space"]]
     metadata = {}
     for row in rows:
@@ -112,9 +112,9 @@ def _write_kohya(out: Path, dataset: LatentDataset, rows: Iterator[Row]) -> None
         np.savez(file, allow_pickle=False, **arrays)
         # sd-scripts picks the bucket that is nearest to the size in the name. It would write the photo's own there;
         # ours makes it pick the bucket that this record was resized for.
-        _write(out / f"{row.name}_{width:04d}x{height:04d}{ending}", file.getvalue())
+        yield f"{row.name}_{width:04d}x{height:04d}{ending}", file.getvalue()
         metadata[f"{row.name}.png"] = {"caption": row.record["caption"] or "", "image_size": [width, height]}
-    _write(out / "metadata.json", json.dumps(metadata, ensure_ascii=False, indent=1).encode())
+    yield "metadata.json", json.dumps(metadata, ensure_ascii=False, indent=1).encode()
 
 
 def _kohya_crop(bucket: Size, photo: Size) -> tuple[float, float, float, float]:  # both (width, height)
@@ -152,33 +152,33 @@ def _repa_settings(dataset: LatentDataset) -> Settings:
     return settings | {"images": photos}
 
 
-def _write_repa(out: Path, dataset: LatentDataset, rows: Iterator[Row]) -> None:
+def _repa_files(dataset: LatentDataset, rows: Iterator[Row]) -> Iterator[File]:
     labels = []
     for row in rows:
         posterior = row.posterior()
-        _write(out / "vae-sd" / f"{row.name}.npy", _npy(torch.cat([posterior.mean, posterior.std])))
+        yield f"vae-sd/{row.name}.npy", _npy(torch.cat([posterior.mean, posterior.std]))
         labels.append([f"{row.name}.npy", row.label])
-    _write(out / "vae-sd" / "dataset.json", json.dumps({"labels": labels}, ensure_ascii=False).encode())
+    yield "vae-sd/dataset.json", json.dumps({"labels": labels}, ensure_ascii=False).encode()
 
 
 # --- chuanyangjin/fast-DiT ---
 
 
-def _write_fast_dit(out: Path, dataset: LatentDataset, rows: Iterator[Row]) -> None:
+def _fast_dit_files(dataset: LatentDataset, rows: Iterator[Row]) -> Iterator[File]:
     for row in rows:
         # Zero-padded: the reader sorts the names of both folders as text, and pairs them by place.
         name = f"{row.number:08d}.npy"
         scaled_latents = scale(row.samples()[""][None], dataset.config)
-        _write(out / "imagenet256_features" / name, _npy(scaled_latents))
-        _write(out / "imagenet256_labels" / name, _npy(torch.tensor([row.label])))
+        yield f"imagenet256_features/{name}", _npy(scaled_latents)
+        yield f"imagenet256_labels/{name}", _npy(torch.tensor([row.label]))
 
 
 # --- WebDataset ---
 
 
-def _write_webdataset(out: Path, dataset: LatentDataset, rows: Iterator[Row]) -> None:
+def _webdataset_files(dataset: LatentDataset, rows: Iterator[Row]) -> Iterator[File]:
     for number, of_shard in itertools.groupby(rows, key=lambda row: row.shard.number):
-        atomic.write_stream(out / f"{number:05d}.tar", _tar(of_shard))
+        yield f"{number:05d}.tar", _tar(of_shard)
 
 
 def _tar(rows: Iterator[Row]) -> Iterator[bytes]:
@@ -211,11 +211,6 @@ def _npy(values: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _write(path: Path, data: bytes) -> None:
-    atomic.make_folder(path.parent)
-    atomic.write_bytes(path, data)
-
-
 FORMATS = {
     "kohya": Format(
         reader="kohya-ss/sd-scripts, --cache_latents_to_disk",
@@ -224,7 +219,7 @@ FORMATS = {
         flips="latents_flipped, drawn from the posterior of the mirrored photo",
         latent_spaces=tuple(_KOHYA_ENDINGS),
         settings=_kohya_settings,
-        write=_write_kohya,
+        files=_kohya_files,
     ),
     "repa": Format(
         reader="sihyun-yu/REPA",
@@ -233,7 +228,7 @@ FORMATS = {
         flips="left out",
         latent_spaces=("sd1",),
         settings=_repa_settings,
-        write=_write_repa,
+        files=_repa_files,
     ),
     "fast-dit": Format(
         reader="chuanyangjin/fast-DiT",
@@ -242,7 +237,7 @@ FORMATS = {
         flips="left out",
         latent_spaces=("sd1",),
         settings=_class_settings,
-        write=_write_fast_dit,
+        files=_fast_dit_files,
     ),
     "webdataset": Format(
         reader="webdataset",
@@ -251,6 +246,6 @@ FORMATS = {
         flips="mean_flip.npy and logvar_flip.npy, from the mirrored photo",
         latent_spaces=None,
         settings=lambda dataset: {},
-        write=_write_webdataset,
+        files=_webdataset_files,
     ),
 }
