@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # processes that only decode files should not pay for torch
     import torch
     from torch import Tensor
 
+_CACHED_VALUES = 2**16  # that stay in a core's cache from one operation to the next
 _BAND_PIXELS = 2**20  # big images are converted in bands of rows, so that no second float copy is made
 
 
@@ -37,9 +38,13 @@ def to_device(images: NDArray[np.uint8], device: "torch.device") -> "Tensor":  #
 
     if device.type == "cpu":
         floats = np.empty(images.shape, np.float32)
-        np.divide(images, np.float32(255), out=floats)
-        floats *= 2
-        floats -= 1
+        num_rows = max(1, _CACHED_VALUES // max(1, images.shape[2] * 3))
+        for image, out in zip(images, floats, strict=True):
+            for top in range(0, len(image), num_rows):
+                band = out[top : top + num_rows]
+                np.divide(image[top : top + num_rows], np.float32(255), out=band)
+                band *= 2
+                band -= 1
         return torch.from_numpy(floats).permute(0, 3, 1, 2)
     levels = torch.from_numpy(images).to(device)
     # CUDA divides by a number as it multiplies by the reciprocal, which rounds differently; by a tensor it divides.

@@ -189,7 +189,9 @@ class _Run:
             parts = []
         if not parts and self.vae.device.type == "cuda":  # here the traceback no longer holds tensors
             torch.cuda.empty_cache()
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else None
+        if len(parts) > 1:
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return parts[0] if parts else None
 
     def _forward(self, pixels: Tensor) -> Moments:
         posterior = self.vae.encode(pixels)

@@ -1,0 +1,245 @@
+"""What `sdvae encode` adds to the network: how fast photos come in, how long the encoder waits, how soon it resumes."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import numpy as np
+from common import test_data, write_result
+
+from sdvae.data.entries import Entry
+
+BATCH_ROWS = 4  # what `sdvae encode` takes on a CPU
+
+
+class NoCost:
+    """A VAE whose network is nothing: what is left is everything else."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
+
+    def encode(self, pixels: Any) -> Any:
+        """Zeros, made once."""
+        num_images, _, height, width = pixels.shape
+        return _zeros(num_images, 4, height // 8, width // 8)
+
+
+@cache
+def _zeros(*shape: int) -> Any:
+    import torch
+
+    from sdvae.posterior import DiagonalGaussian
+
+    return DiagonalGaussian(torch.zeros(shape), torch.zeros(shape))
+
+
+class Some:
+    """The first photos of a source, in an order that mixes its folders."""
+
+    def __init__(self, source: Any, num_photos: int) -> None:
+        self._source, self._num_photos = source, num_photos
+        self.name, self.root = source.name, source.root
+
+    def entries(self) -> list[Entry]:
+        """Every n-th."""
+        entries = self._source.entries()
+        return entries[:: max(1, len(entries) // self._num_photos)][: self._num_photos]
+
+    def read(self, key: str) -> bytes:
+        """The bytes of one."""
+        return self._source.read(key)
+
+
+def _encode(source: Any, vae: Any, num_workers: int, **preprocess: Any) -> Any:
+    from sdvae.data.encode import encode_source
+    from sdvae.data.manifest import EncodeSettings
+    from sdvae.data.preprocess import Preprocess
+    from sdvae.data.tasks import Work
+
+    settings = EncodeSettings(Preprocess(512, **preprocess), batch_rows=BATCH_ROWS)
+    with tempfile.TemporaryDirectory() as folder:
+        return encode_source(source, Path(folder) / "out", vae, settings, work=Work(num_workers))
+
+
+@click.command()
+@click.option("--photos", "num_photos", default=96, show_default=True, help="For the runs with a real network.")
+@click.option("--write", is_flag=True, help="Write results/pipeline.json.")
+def pipeline(num_photos: int, write: bool) -> None:
+    """The pipeline without a network, with the embedded VAE, and beside a plain diffusers loop."""
+    from sdvae.data.sources import open_source
+    from sdvae.vae import VAE
+
+    source = open_source(test_data() / "train")
+    vae = VAE.load(device="cpu")
+    result: dict[str, Any] = {"dtype": str(vae.dtype), "no_network": [], "num_photos": num_photos}
+    for preprocess in (
+        {},
+        {"resample": "bicubic"},
+        {"decoder": "simplejpeg"},
+        {"resample": "bicubic", "decoder": "simplejpeg"},
+    ):
+        report = _encode(source, NoCost(vae), 2, **preprocess)
+        found = {"preprocess": preprocess, "num_photos": report.num_written, "images_per_s": report.images_per_s}
+        result["no_network"].append(found | {"shares": report.times.shares(), "slowest": report.times.slowest()})
+        print(f"no network, {preprocess or 'defaults'}: {report.images_per_s:.0f} images/s")
+    some = Some(source, num_photos)
+    preloaded = _preloaded(some, vae)
+    report = _encode(some, vae, 1)
+    plain = _diffusers_loop(some, vae)
+    waiting = report.times.waiting / report.times.all
+    result["embedded"] = {
+        "images_per_s": report.images_per_s,
+        "preloaded_images_per_s": preloaded,
+        "ratio_to_preloaded": report.images_per_s / preloaded,
+        "waiting": waiting,
+        "diffusers_loop_images_per_s": plain,
+        "ratio_to_diffusers_loop": report.images_per_s / plain,
+        "steps_s": report.times.steps(),
+    }
+    print(f"embedded VAE, {vae.dtype}: {report.images_per_s:.2f} images/s, waiting {waiting:.1%} of the time")
+    print(f"preloaded tensors: {preloaded:.2f} images/s, so {report.images_per_s / preloaded:.2f}x")
+    print(f"plain diffusers loop: {plain:.2f} images/s, so {report.images_per_s / plain:.2f}x")
+    if write:
+        print(write_result("pipeline", result))
+
+
+def _crops(source: Any) -> Iterator[np.ndarray]:
+    from sdvae.data.preprocess import Preprocess, apply, plan_geometry
+    from sdvae.images import read_image
+
+    for entry in source.entries():
+        image = read_image(source.read(entry.key))
+        yield apply(image, plan_geometry(*image.shape[:2], Preprocess(512), 8))
+
+
+def _preloaded(source: Any, vae: Any) -> float:
+    """Images per second of the network alone, on tensors in memory."""
+    import torch
+
+    from sdvae.pixels import to_device
+
+    images = np.stack(list(_crops(source)))
+    batches = [to_device(images[start : start + BATCH_ROWS], vae.device) for start in range(0, len(images), BATCH_ROWS)]
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    vae.encode(batches[0])
+    begun = time.perf_counter()
+    for batch in batches:
+        vae.encode(batch)
+    return len(images) / (time.perf_counter() - begun)
+
+
+def _diffusers_loop(source: Any, vae: Any) -> float:
+    """Images per second of the loop that people write: open, resize, stack 8, encode, sample, save each."""
+    import torch
+    from diffusers import AutoencoderKL
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        vae.save(folder)
+        theirs = AutoencoderKL.from_pretrained(folder)
+        paths = [source.root / entry.key for entry in source.entries()]
+        begun = time.perf_counter()
+        for start in range(0, len(paths), 8):
+            arrays = []
+            for path in paths[start : start + 8]:
+                image = Image.open(path).convert("RGB")
+                scale = 512 / min(image.size)
+                image = image.resize(
+                    (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
+                )
+                left, top = (image.width - 512) // 2, (image.height - 512) // 2
+                arrays.append(np.asarray(image.crop((left, top, left + 512, top + 512))))
+            pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            with torch.no_grad():
+                latents = theirs.encode(pixels).latent_dist.sample() * theirs.config.scaling_factor
+            for row, latent in enumerate(latents):
+                torch.save(latent.clone(), Path(folder) / f"{start + row}.pt")
+        return len(paths) / (time.perf_counter() - begun)
+
+
+# --- Resuming ---
+
+
+class Dots:
+    """Photos of 8x8 pixels that are nowhere."""
+
+    name, root = "dots", None
+
+    def __init__(self, num_photos: int) -> None:
+        self.num_photos = num_photos
+
+    def entries(self) -> list[Entry]:
+        """As a listing gives them."""
+        return [Entry(f"{number // 1000:06d}/{number:09d}.pgm", 1000, 1) for number in range(self.num_photos)]
+
+    def read(self, key: str) -> bytes:
+        """One byte says which it is."""
+        return b"P5 8 8 255\n" + bytes([int(key[-7:-4]) % 256]) * 64
+
+
+@click.command()
+@click.option("--shards", "num_shards", default=10_000, show_default=True)
+@click.option("--rows", default=100, show_default=True, help="Records in each.")
+@click.option("--write", is_flag=True, help="Write results/resume.json.")
+def resume(num_shards: int, rows: int, write: bool) -> None:
+    """How long it takes to go on with a store of many committed shards, until the first photo is decoded."""
+    from sdvae.data.encode import encode_source
+    from sdvae.data.manifest import EncodeSettings
+    from sdvae.data.preprocess import Preprocess
+    from sdvae.data.store import Store
+    from sdvae.data.tasks import Work
+    from sdvae.vae import VAE
+
+    source, vae = Dots(num_shards * rows), NoCost(VAE.load(device="cpu", dtype="fp32"))
+    settings = EncodeSettings(Preprocess(None, "none"), shard_rows=rows, num_threads=1)
+    out = Path(tempfile.mkdtemp()) / "out"
+    try:
+        with mock.patch("os.fsync"):  # only to have the store sooner
+            _build(source, out, vae, settings)
+        Store.open(out).layout.done(num_shards - 1).unlink()
+        begun = time.perf_counter()
+        started: list[float] = []
+
+        def note(phase: str, num_done: int, num_all: int) -> None:
+            if phase == "encode":
+                started.append(time.perf_counter() - begun)
+
+        report = encode_source(source, out, vae, settings, work=Work(num_workers=0), progress=note)
+        assert report.num_written == num_shards * rows and report.times.num_images == rows
+    finally:
+        shutil.rmtree(out.parent)
+    seconds = {"until_encoding_s": started[0], "all_s": report.seconds}
+    print(f"{num_shards} shards, {num_shards * rows} records: encoding begins after {started[0]:.1f} s", seconds)
+    if write:
+        print(write_result("resume", {"num_shards": num_shards, "num_records": num_shards * rows} | seconds))
+
+
+def _build(source: Dots, out: Path, vae: Any, settings: Any) -> None:
+    """The store, through its own functions, but without decoding."""
+    from sdvae.data.encode import encode_source
+    from sdvae.data.roster import Roster
+    from sdvae.data.store import commit_shard, row_sha256
+    from sdvae.data.times import Times
+
+    def commit(store: Any, numbers: Any, source: Any, vae: Any, work: Any, progress: Any) -> Times:
+        roster = Roster(file.path for file in store.rosters)
+        for number in numbers:
+            task = roster.task(number)
+            zeros = np.zeros((len(task.records), 4, 1, 1), np.float16)
+            moments = {"mean": zeros, "logvar": zeros}
+            line = {"status": "written", "latents_sha256": row_sha256(moments, 0)}
+            lines = [record.to_json() | line | {"row": row} for row, record in enumerate(task.records)]
+            commit_shard(store.layout, number, task.bucket_px, lines, moments)
+        return Times()
+
+    encode_source(source, out, vae, settings, runner=commit)
