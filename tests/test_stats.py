@@ -71,6 +71,22 @@ def test_sizes_and_quarantine_are_counted(store: Store) -> None:
     assert found.quarantined == {"the file is truncated": 2}
 
 
+def test_photos_that_were_enlarged_are_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure(store).num_enlarged == 0
+    small = ("cat/003.png", *BROKEN)
+    records = Store.records
+
+    def with_small_photos(self: Store, number: int) -> list[dict[str, object]]:
+        lines = records(self, number)
+        return [line | {"original_px": [31, 35]} if line["key"] in small else line for line in lines]
+
+    monkeypatch.setattr(Store, "records", with_small_photos)
+    assert any(line["key"] == small[0] for shard in store.shards() for line in store.records(shard.number))
+    assert measure(store).num_enlarged == 1  # what is in quarantine has no pixels
+    text = CliRunner().invoke(cli, ["stats", str(store.layout.root)], catch_exceptions=False).stdout
+    assert "1 enlarged; --max-upscale" in text
+
+
 def test_the_verb_prints_what_was_measured(store: Store) -> None:
     found = measure(store)
     root = str(store.layout.root)

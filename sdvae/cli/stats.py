@@ -52,4 +52,6 @@ def _lines(path: Path, found: "StoreStats", vae_factor: float) -> list[str]:
     own = f"the VAE's own, {vae_factor:g}, gives a std of {found.overall_std * vae_factor:.3f}"
     lines.append(f"scaling factor for a std of 1: {found.scaling_factor:.5f}; {own}")
     lines += [f"{count:>9} of {bucket} px" for bucket, count in found.buckets.items()]
+    if found.num_enlarged:
+        lines.append(f"{found.num_enlarged:>9} enlarged; --max-upscale of sdvae encode sets a limit")
     return lines + [f"{count:>9} in quarantine: {reason}" for reason, count in found.quarantined.items()]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ class StoreStats:
     num_written: int
     num_quarantined: int
     buckets: dict[str, int]  # "512x768" (height x width) -> records
+    num_enlarged: int  # of those written: they have more pixels than the photo had
     quarantined: dict[str, int]  # reason -> records, the most frequent first
     mean: list[float]  # of each channel, as are
     std: list[float]
@@ -60,9 +62,11 @@ def measure(store: Store) -> StoreStats:
     shards = store.shards()
     means, variances = _Running(), _Running()
     buckets: Counter[str] = Counter()
+    num_enlarged = 0
     for shard in (shard for shard in shards if shard.bucket_px and shard.num_rows):
         assert shard.bucket_px is not None
         buckets["x".join(map(str, shard.bucket_px))] += shard.num_rows
+        num_enlarged += sum(map(_is_enlarged, store.records(shard.number)))
         tensors = store.tensors(shard.number)
         chunk_rows = max(1, _CHUNK_VALUES // tensors["mean"][0].size)
         for start in range(0, shard.num_rows, chunk_rows):
@@ -81,6 +85,7 @@ def measure(store: Store) -> StoreStats:
         num_written=sum(shard.num_rows for shard in shards),
         num_quarantined=sum(shard.num_quarantined for shard in shards),
         buckets=dict(sorted(buckets.items())),
+        num_enlarged=num_enlarged,
         quarantined=dict(Counter(line["reason"] for line in store.quarantined()).most_common()),
         mean=means.mean.tolist(),
         std=np.sqrt(variance).tolist(),
@@ -88,3 +93,8 @@ def measure(store: Store) -> StoreStats:
         overall_mean=overall_mean,
         overall_std=float(np.sqrt((variance + (means.mean - overall_mean) ** 2).mean())),
     )
+
+
+def _is_enlarged(record: dict[str, Any]) -> bool:
+    sides = zip(record["resized_px"], record["original_px"], strict=True)
+    return record["row"] is not None and any(resized > original for resized, original in sides)
