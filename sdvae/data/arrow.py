@@ -35,6 +35,7 @@ class ArrowSource:
         self.name, self.root = str(root), root.resolve()
         self._tables = {prefix: tuple(paths) for prefix, paths in tables.items()}
         self._is_local = is_local
+        self._known_starts: dict[str, list[int]] = {}
 
     def entries(self) -> list[Entry]:
         """Every row with an image, sorted by key. `num_bytes` is 0: only reading an image tells its length."""
@@ -45,8 +46,9 @@ class ArrowSource:
         folder, _, number = key.rpartition("/")
         prefix, row = folder + "/" if folder else "", int(number)
         with failing_as_one_photo():
-            place = bisect_right(self._starts[prefix], row) - 1
-            image = self._open(self._tables[prefix][place]).image(row - self._starts[prefix][place])
+            starts = self._starts(prefix)
+            place = bisect_right(starts, row) - 1
+            image = self._open(self._tables[prefix][place]).image(row - starts[place])
         data, path = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (image, None)
         if data is None and path and self._is_local:
             if reason := why_no_file(Path(path).stat()):
@@ -57,10 +59,10 @@ class ArrowSource:
         return bytes(data)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_starts"}
+        return vars(self) | {"_known_starts": {}}
 
     def _entries(self, prefix: str) -> Iterator[Entry]:
-        for path, start in zip(self._tables[prefix], self._starts[prefix], strict=False):
+        for path, start in zip(self._tables[prefix], self._starts(prefix), strict=False):
             table = self._open(path)
             mtime_ns = table.path.stat().st_mtime_ns
             texts = zip(table.texts(_CAPTIONS), table.texts(("label",)), strict=True)
@@ -68,13 +70,12 @@ class ArrowSource:
                 key, uri = f"{prefix}{start + row:09d}", f"{table.path.name if path == '.' else path}#{row}"
                 yield Entry(key, 0, mtime_ns, uri=uri, caption=caption, label=label)
 
-    @cached_property
-    def _starts(self) -> Mapping[str, list[int]]:
-        """By prefix, the number of the first row of each table, and behind them that of all rows."""
-        return {
-            prefix: [0, *accumulate(self._open(path).num_rows for path in paths)]
-            for prefix, paths in self._tables.items()
-        }
+    def _starts(self, prefix: str) -> list[int]:
+        """The number of the first row of each table, and behind them that of all rows."""
+        if prefix not in self._known_starts:
+            sizes = (self._open(path).num_rows for path in self._tables[prefix])
+            self._known_starts[prefix] = [0, *accumulate(sizes)]
+        return self._known_starts[prefix]
 
     def _open(self, path: str) -> "_Table":
         place = self.root / path
