@@ -164,6 +164,21 @@ def test_a_state_saved_between_two_epochs_begins_the_second(dataset: LatentDatas
     assert keys == [dataset[batch]["key"] for batch in _epoch(dataset, 1)]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_whole_batches_resume_as_well(dataset: LatentDataset, num_workers: int) -> None:
+    def loader() -> StatefulDataLoader:  # type: ignore[type-arg]
+        sampler = BucketBatchSampler(dataset, BATCH)
+        return StatefulDataLoader(dataset, sampler=sampler, batch_size=None, num_workers=num_workers)
+
+    whole = list(loader())
+    first = loader()
+    batches = iter(first)
+    assert_same([next(batches) for _ in range(3)], whole[:3])
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    assert_same(list(second), whole[3:])
+
+
 def test_a_plain_loader_keeps_its_workers_and_still_changes_epochs(dataset: LatentDataset) -> None:
     sampler = BucketBatchSampler(dataset, BATCH)
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=2, persistent_workers=True)

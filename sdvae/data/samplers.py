@@ -19,10 +19,13 @@ _LOG = logging.getLogger(__name__)
 class BucketBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (record, epoch), each of one size, for `DataLoader(dataset, batch_sampler=...)`.
 
-    A global batch is `global_batch_size` records of one bucket; each of `world_size` ranks gets its share, and
-    all ranks have the same shape at the same step. Which records form which batch, and their order, follow from
-    the seed and the epoch alone: a run may go on with another number of ranks. Of a bucket's last records that
-    fill no batch, "drop" leaves out as many (others in each epoch), "pad" repeats some to fill it.
+    Or, with one copy less, for `DataLoader(dataset, sampler=..., batch_size=None)`: the dataset makes whole batches.
+
+    A global batch is `global_batch_size` records of one bucket; each of `world_size` ranks gets its share, and all
+    ranks have the same shape at the same step. (accelerate's `prepare` would share a second time: leave the loader
+    out of it.) Which records form which batch, and their order, follow from the seed and the epoch alone: a run may
+    go on with another number of ranks. Of a bucket's last records that fill no batch, "drop" leaves out as many,
+    others in each epoch; "pad" repeats some to fill it.
 
     One iteration is one epoch, and the next goes on to the next epoch unless `set_epoch` says otherwise.
     `state_dict` is where the newest iteration is. A plain DataLoader with workers runs ahead of the training
