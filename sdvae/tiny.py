@@ -179,6 +179,7 @@ class TinyEngine:
     def __init__(self, source: AutoencoderTiny, device: torch.device, dtype: torch.dtype) -> None:
         self.source = source
         self.calls = 0
+        self.is_deterministic = False  # one image at a time: libraries may round a batch otherwise
         # NHWC is 2x faster on CPUs, and loses on CUDA where GroupNorm is torch's own.
         memory_format = torch.channels_last if device.type == "cpu" else torch.contiguous_format
         placed = copy.deepcopy(source).requires_grad_(False).eval().to(device, dtype)
@@ -203,7 +204,9 @@ class TinyEngine:
             raise BudgetError("a TAESD runs as a whole and keeps no memory budget; leave it out, or take a KL-VAE")
         self.calls += 1
         device, dtype, memory_format = self._place
-        return run(batch.to(device, dtype, memory_format=memory_format)).float()
+        placed = batch.to(device, dtype, memory_format=memory_format)
+        parts = placed.split(1) if self.is_deterministic else [placed]
+        return torch.cat([run(part) for part in parts]).float()
 
 
 def named_as_diffusers(encoder: Mapping[str, T], decoder: Mapping[str, T]) -> dict[str, T]:

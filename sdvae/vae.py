@@ -129,6 +129,23 @@ class VAE:
 
         return self._run(run, latents)
 
+    @contextmanager
+    def deterministic(self) -> Iterator[None]:
+        """Inside, results have the same bits whatever the batch and whatever memory is free.
+
+        What stores are encoded with. A budget that would cut the strips short is refused (BudgetError). Another number
+        of threads, library or CPU may still round otherwise.
+        """
+        engines = [self.engine, self.in_float32().engine]
+        before = [engine.is_deterministic for engine in engines]
+        for engine in engines:
+            engine.is_deterministic = True
+        try:
+            yield
+        finally:
+            for engine, was in zip(engines, before, strict=True):
+                engine.is_deterministic = was
+
     def encode_images(self, images: Sequence[AnyImage], budget: Budget = None) -> Encoded:
         """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.
 

@@ -165,6 +165,23 @@ def test_the_smallest_budget_that_is_named_is_kept_and_changes_no_bit(small_vae:
         small_vae.decode(many, budget=smallest - 1)
 
 
+def test_deterministic_results_do_not_follow_the_memory_that_is_free(
+    small_vae: VAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = torch.randn(2, 4, 64, 64)
+    with small_vae.deterministic():
+        whole = small_vae.decode(many)
+        assert small_vae.decode(many[1:]).equal(whole[1:])
+        with pytest.raises(BudgetError) as caught:
+            small_vae.decode(many, budget=1000)
+        smallest = int("".join(filter(str.isdigit, str(caught.value).partition("need")[2].partition("bytes")[0])))
+        assert small_vae.decode(many, budget=smallest).equal(whole)
+    with monkeypatch.context() as patch:  # outside, less memory means lower strips
+        patch.setattr("sdvae.engine.run.free_bytes", lambda device: smallest - 1)
+        assert small_vae.engine.plan("decode", 64, 64, 2).predict_bytes(2) < smallest
+    assert not small_vae.engine.is_deterministic
+
+
 def test_blended_tiles_are_those_of_diffusers() -> None:
     config = VAEConfig(**(vars(SMALL) | {"sample_size": 32, "use_quant_conv": True, "use_post_quant_conv": True}))
     model = quiet_model(config)

@@ -45,6 +45,12 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.float() - exact).norm() / exact.norm())
 
 
+@pytest.fixture(autouse=True)
+def _a_small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of one row of latents: the models here are small, too."""
+    monkeypatch.setattr(planning, "STRIP_BYTES", 0)
+
+
 def inputs(name: str, direction: Direction, height: int, width: int, batch: int = 1) -> Tensor:
     """Latents of this size, or the pixels of such latents."""
     config = CONFIGS[name]
@@ -57,9 +63,12 @@ def run(
     program: Program, images: Tensor, num_strips: int | None = None, *, is_deterministic: bool = True
 ) -> tuple[Tensor, Plan]:
     element_bytes = program.dtype.itemsize
-    plan = make_plan(program.network, images.shape[2], images.shape[3], element_bytes, num_strips=num_strips)
+    height, width = images.shape[2:]
+    plan = make_plan(
+        program.network, height, width, element_bytes, num_strips=num_strips, is_deterministic=is_deterministic
+    )
     with torch.no_grad():
-        return execute(program, plan, images, is_deterministic=is_deterministic), plan
+        return execute(program, plan, images), plan
 
 
 @settings(max_examples=25)
@@ -99,13 +108,13 @@ def test_each_stage_runs_in_as_many_strips_as_were_asked_for(direction: Directio
         def __init__(self, name: str, convolution: ops.Convolution) -> None:
             self._name, self._convolution = name, convolution
 
-        def __call__(self, strip: Tensor, block: int | None = None) -> Tensor:
+        def __call__(self, strip: Tensor, call_rows: int) -> Tensor:
             counts[self._name] = counts.get(self._name, 0) + 1
-            return self._convolution(strip, block)
+            return self._convolution(strip, call_rows)
 
-        def add_to(self, target: Tensor, strip: Tensor, block: int | None = None) -> None:
+        def add_to(self, target: Tensor, strip: Tensor, call_rows: int) -> None:
             counts[self._name] = counts.get(self._name, 0) + 1
-            self._convolution.add_to(target, strip, block)
+            self._convolution.add_to(target, strip, call_rows)
 
     counting: Any = [
         replace(packed, convolutions=tuple(Counting(packed.stage.name, each) for each in packed.convolutions))
@@ -128,6 +137,21 @@ def test_odd_sizes_decode_alike_in_many_strips(shape: tuple[int, int]) -> None:
     whole, _ = run(program, latents, 1)
     assert error(whole, reference("all parts", "decode", latents)) <= 2e-5
     assert run(program, latents, 7)[0].equal(whole) and run(program, latents)[0].equal(whole)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_strips_of_several_rows_are_cut_where_they_change_no_bit(
+    direction: Direction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "STRIP_BYTES", 2**16)
+    program, images = compiled("odd widths", direction), inputs("odd widths", direction, 40, 12)
+    liked, plan = run(program, images)
+    assert {len(level.strips) for level in plan.levels} != {40} and max(len(level.strips) for level in plan.levels) >= 4
+    for num_strips in (1, 2, 3):
+        assert run(program, images, num_strips)[0].equal(liked)
+    fast, plan = run(program, images, 40, is_deterministic=False)
+    assert plan.num_strips(program.network.stages[0]) == 40
+    assert error(fast, liked) <= 1e-5
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

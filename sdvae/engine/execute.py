@@ -12,31 +12,25 @@ from sdvae.engine.program import PackedStage, Program
 Peaks = dict[str, float]  # the largest absolute value that each stage and shortcut left behind
 
 
-def execute(
-    program: Program, plan: Plan, images: Tensor, *, is_deterministic: bool = False, peaks: Peaks | None = None
-) -> Tensor:
-    """All images (N, C, H, W) through the network -> (N, C', H', W') fp32.
+def execute(program: Program, plan: Plan, images: Tensor, peaks: Peaks | None = None) -> Tensor:
+    """All images (N, C, H, W) through the network -> (N, C', H', W') fp32; `peaks` are noted where a dict is given.
 
-    Deterministic, it gives the same bits under every plan, for convolutions then run on the same blocks of rows.
-    `peaks` are noted where a dict is given. The arena is allocated once, and given back at the end.
+    The arena is allocated once, and given back at the end.
     """
     last = plan.levels[program.stages[-1].stage.level]
     shape = (len(images), program.network.out_channels, last.height, last.width)
     out = torch.empty(shape, device=program.device)
     arena = torch.empty(plan.arena_elements, dtype=program.dtype, device=program.device)
     for image, target in zip(images, out, strict=True):
-        _Run(plan, arena, image, target, is_deterministic, peaks).run(program)
+        _Run(plan, arena, image, target, peaks).run(program)
     return out
 
 
 class _Run:
     """One image on its way: where its rows are, and the statistics of x and h."""
 
-    def __init__(
-        self, plan: Plan, arena: Tensor, image: Tensor, out: Tensor, is_deterministic: bool, peaks: Peaks | None
-    ) -> None:
-        self._plan, self._arena, self._image, self._out = plan, arena, image, out
-        self._is_deterministic, self._peaks = is_deterministic, peaks
+    def __init__(self, plan: Plan, arena: Tensor, image: Tensor, out: Tensor, peaks: Peaks | None) -> None:
+        self._plan, self._arena, self._image, self._out, self._peaks = plan, arena, image, out, peaks
         self._statistics: dict[str, ops.Statistics] = {}
 
     def run(self, program: Program) -> None:
@@ -51,23 +45,22 @@ class _Run:
     def _convolve(self, packed: PackedStage, statistics: ops.Statistics) -> None:
         stage = packed.stage
         level = self._plan.levels[stage.level]
-        block = level.row_block if self._is_deterministic else None
         window = self._window(packed)
         for start, end in level.strips:
             rows = window.read(*input_rows(stage, start, end))
             if stage.target == "output":
-                self._out[:, start:end].copy_(packed.convolutions[0](rows, block)[0])
+                self._out[:, start:end].copy_(packed.convolutions[0](rows, level.call_rows)[0])
                 continue
             target = self._strip(level, start, end, stage.target, stage.out_channels)
             if stage.kind == "up":
-                _upsample(packed, rows, target, block)
+                _upsample(packed, rows, target, level.call_rows)
             elif stage.adds:
-                packed.convolutions[0].add_to(target, rows, block)
+                packed.convolutions[0].add_to(target, rows, level.call_rows)
             else:
-                made = packed.convolutions[0](rows, block)
+                made = packed.convolutions[0](rows, level.call_rows)
                 if packed.shortcut is not None:  # its result takes the place of x, and so does h: both are made first
                     x = self._strip(level, start, end, "x", stage.in_channels)
-                    projected = packed.shortcut(x, block)
+                    projected = packed.shortcut(x, level.call_rows)
                     self._note(packed.stage.shortcut, projected)
                     self._strip(level, start, end, "x", stage.out_channels).copy_(projected)
                 target.copy_(made)
@@ -179,11 +172,11 @@ class _Window:
         return self._rows[:, :, : end - start]
 
 
-def _upsample(packed: PackedStage, rows: Tensor, target: Tensor, block: int | None) -> None:
+def _upsample(packed: PackedStage, rows: Tensor, target: Tensor, call_rows: int) -> None:
     """Even and odd rows and columns of the target, each from its own 2x2 neighbourhoods of the small image."""
     num_rows, width = target.shape[2] // 2, target.shape[3] // 2
     for parity, convolution in enumerate(packed.convolutions):
-        made = convolution(rows[:, :, parity : parity + num_rows + 1], block and block // 2)
+        made = convolution(rows[:, :, parity : parity + num_rows + 1], call_rows // 2)
         even, odd = torch.split(made, packed.stage.out_channels, 1)
         target[:, :, parity::2, 0::2].copy_(even[..., :width])
         target[:, :, parity::2, 1::2].copy_(odd[..., 1:])

@@ -17,8 +17,8 @@ _VECTOR_ELEMENTS = 64  # that torch's CPU loops take at a time: two AVX512 regis
 class Convolution:
     """A convolution with fixed weights: torch's own, on any device.
 
-    Given a `block`, it runs on so many output rows at a time: the library may choose another order of summation for
-    another number of rows, and the last bits with it.
+    It makes `call_rows` output rows at a time: the library may choose another order of summation for another number of
+    rows, and the last bits with it.
     """
 
     kernel = "torch"
@@ -31,11 +31,9 @@ class Convolution:
         self._kernel_px = weight.shape[2]
         self._stride, self._padding = [stride, stride], [0, padding_px]
 
-    def __call__(self, strip: Tensor, block: int | None = None) -> Tensor:
+    def __call__(self, strip: Tensor, call_rows: int) -> Tensor:
         """The convolution of a strip that has its neighbouring rows."""
-        if block is None:
-            return self._apply(strip)
-        parts = list(self._parts(strip, block))
+        parts = list(self._parts(strip, call_rows))
         first, last, part = parts[0]
         made = self._apply(part)
         if len(parts) == 1:
@@ -47,17 +45,17 @@ class Convolution:
             out[:, :, first:last].copy_(self._apply(part))
         return out
 
-    def add_to(self, target: Tensor, strip: Tensor, block: int | None = None) -> None:
+    def add_to(self, target: Tensor, strip: Tensor, call_rows: int) -> None:
         """Add the convolution of `strip` to `target`."""
-        for first, last, part in self._parts(strip, block or target.shape[2]):
+        for first, last, part in self._parts(strip, call_rows):
             self._add(target[:, :, first:last], part)
 
-    def _parts(self, strip: Tensor, block: int) -> Iterator[tuple[int, int, Tensor]]:
+    def _parts(self, strip: Tensor, call_rows: int) -> Iterator[tuple[int, int, Tensor]]:
         """Blocks of output rows, and the rows of the strip that they are made of."""
         stride = self._stride[0]
         num_rows = (strip.shape[2] - self._kernel_px) // stride + 1
-        for first in range(0, num_rows, block):
-            last = min(first + block, num_rows)
+        for first in range(0, num_rows, call_rows):
+            last = min(first + call_rows, num_rows)
             yield first, last, strip[:, :, first * stride : (last - 1) * stride + self._kernel_px]
 
     def _apply(self, strip: Tensor) -> Tensor:

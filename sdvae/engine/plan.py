@@ -30,6 +30,7 @@ class Level:
     channels: int  # of the region, for each pixel: of x and h together
     offset: int
     row_block: int  # rows that statistics are summed over at a time: those of one row of latents, whatever the plan
+    call_rows: int  # rows that a convolution makes at a time, at most: those of a strip that memory did not cut short
 
     @property
     def strips(self) -> list[tuple[int, int]]:
@@ -90,30 +91,36 @@ def make_plan(
     budget_bytes: int | None = None,
     num_images: int = 1,
     num_strips: int | None = None,
+    is_deterministic: bool = False,
 ) -> Plan:
     """Plan a network for inputs of `height` x `width`.
 
     Strips are as high as the cache likes, lower where a budget asks for it, or `num_strips` of them at every level (at
-    most one for each row of latents). BudgetError names the smallest budget that can be met.
+    most one for each row of latents). Deterministic plans of a size give the same bits, whatever their strips: these
+    are no lower than the cache likes, because libraries order their sums by the rows they are given.
+    BudgetError names the smallest budget that can be met.
     """
     sizes = network.sizes(height, width)
     if not all(sizes[-1]):
         raise ShapeError(f"{width}x{height} is too small: it has less than one row or column of latents")
-    if num_strips is not None:
-        return _plan(network, sizes, element_bytes, [_split(sizes[-1][0], num_strips)] * network.num_levels)
+    num_rows = sizes[-1][0]
     strip_bytes = STRIP_BYTES
+    liked = rows = _strip_rows(network, sizes, strip_bytes // element_bytes)
+    if num_strips is not None:
+        steps = liked if is_deterministic else [1] * len(sizes)
+        return _plan(network, sizes, element_bytes, [_split(num_rows, num_strips, step) for step in steps], liked)
     while True:
-        rows = [_rows_within(network, sizes, level, strip_bytes // element_bytes) for level in range(len(sizes))]
-        plan = _plan(network, sizes, element_bytes, [range(0, sizes[-1][0], num_rows) for num_rows in rows])
+        plan = _plan(network, sizes, element_bytes, [range(0, num_rows, step) for step in rows], liked)
         if budget_bytes is None or plan.predict_bytes(num_images) <= budget_bytes:
             return plan
-        if max(rows) == 1:
+        if max(rows) == 1 or is_deterministic:
             raise BudgetError(
                 f"{network.direction}s of {num_images} x {width}x{height} {_INPUT[network.direction]} need "
                 f"{plan.predict_bytes(num_images):,} bytes at least, and the budget is {budget_bytes:,}; raise it or "
                 "give fewer or smaller images"
             )
         strip_bytes //= 2
+        rows = _strip_rows(network, sizes, strip_bytes // element_bytes)
 
 
 def max_images(plan: Plan, budget_bytes: int) -> int:
@@ -121,27 +128,37 @@ def max_images(plan: Plan, budget_bytes: int) -> int:
     return max(0, (budget_bytes - plan.predict_bytes(0)) // plan.image_bytes)
 
 
-def _split(num_rows: int, num_strips: int) -> list[int]:
-    num_strips = min(num_strips, num_rows)
-    return [index * num_rows // num_strips for index in range(num_strips)]
+def _split(num_rows: int, num_strips: int, step: int) -> list[int]:
+    """Where strips begin, as even as multiples of `step` allow."""
+    num_steps = -(-num_rows // step)
+    num_strips = min(num_strips, num_steps)
+    return [index * num_steps // num_strips * step for index in range(num_strips)]
 
 
-def _rows_within(network: Network, sizes: Sequence[tuple[int, int]], level: int, max_elements: int) -> int:
-    """How many rows of latents a strip of a level may cover."""
-    widest = max(stage.in_channels for stage in network.stages if level in (stage.level, stage.source_level))
-    elements = (sizes[level][0] // sizes[-1][0]) * sizes[level][1] * widest
-    return min(sizes[-1][0], max(1, max_elements // elements))
+def _strip_rows(network: Network, sizes: Sequence[tuple[int, int]], max_elements: int) -> list[int]:
+    """How many rows of latents a strip of each level may cover."""
+    num_rows = sizes[-1][0]
+    rows = []
+    for level, (height, width) in enumerate(sizes):
+        widest = max(stage.in_channels for stage in network.stages if level in (stage.level, stage.source_level))
+        rows.append(min(num_rows, max(1, max_elements // (height // num_rows * width * widest))))
+    return rows
 
 
 def _plan(
-    network: Network, sizes: Sequence[tuple[int, int]], element_bytes: int, starts: Sequence[Sequence[int]]
+    network: Network,
+    sizes: Sequence[tuple[int, int]],
+    element_bytes: int,
+    starts: Sequence[Sequence[int]],
+    call_rows: Sequence[int],
 ) -> Plan:
     deepest = len(sizes) - 1
     levels: list[Level] = []
     for index, ((height, width), rows) in enumerate(zip(sizes, starts, strict=True)):
         row_block = 1 << (deepest - index)
         bounds = (*(row * row_block for row in rows), height)
-        levels.append(Level(height, width, bounds, _region_channels(network, index), 0, row_block))
+        channels = _region_channels(network, index)
+        levels.append(Level(height, width, bounds, channels, 0, row_block, call_rows[index] * row_block))
     # From the end of the network backwards: a level's region begins as far behind the next one's as it must.
     for stage in reversed(network.stages):
         if stage.source_level != stage.level:

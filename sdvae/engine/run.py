@@ -47,7 +47,9 @@ class Engine:
         self.source = source
         self.config = config
         self.calls = 0
-        self.is_deterministic = False  # the same bits whatever the budget and the batch, for a little speed
+        self.is_deterministic = (
+            False  # the same bits whatever memory is free; a budget that would change them is refused
+        )
         self._device, self._dtype = device, dtype
         with torch.device("meta"):
             self._model = AutoencoderKL(config)
@@ -74,7 +76,15 @@ class Engine:
         device, dtype = self._place()
         budget_bytes = free_bytes(device) if budget is None else parse_bytes(budget)
         line = network(self.config, direction)
-        return make_plan(line, height, width, dtype.itemsize, budget_bytes=budget_bytes, num_images=num_images)
+        return make_plan(
+            line,
+            height,
+            width,
+            dtype.itemsize,
+            budget_bytes=budget_bytes,
+            num_images=num_images,
+            is_deterministic=self.is_deterministic,
+        )
 
     def program(self, direction: Direction) -> Program:
         """The packed weights of one direction, packed anew if the source's have changed."""
@@ -133,7 +143,7 @@ class Engine:
         if obstacle is None and self._fits(direction, batch):
             height, width = batch.shape[2:]
             plan = self.plan(direction, height, width, len(batch), budget)
-            out = execute(self.program(direction), plan, batch, is_deterministic=self.is_deterministic)
+            out = execute(self.program(direction), plan, batch)
             return out if self._dtype is not None else out.to(batch.dtype)
         if budget is not None:
             raise BudgetError(f"no budget can be kept while the reference network runs, because {obstacle}")
