@@ -216,6 +216,16 @@ def test_tables_of_a_pattern_keep_their_names_in_the_keys(tmp_path: Path) -> Non
     assert source.read("train/000000000") == b"train"
 
 
+def test_a_store_may_lie_beside_the_files_of_a_pattern_but_not_among_photos(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {"x.jpg": b"1"})
+    _parquet(tmp_path)
+    put(tmp_path, {"x.jpg": b"1"})
+    assert open_source(f"{tmp_path}/*.tar").root is None
+    assert open_source(f"{tmp_path}/*.parquet").root is None
+    assert open_source(f"{tmp_path}/*.jpg").root == open_source(tmp_path).root == tmp_path
+    assert open_source(tmp_path / "a.tar").root == tmp_path / "a.tar"
+
+
 def test_a_pattern_leaves_out_what_it_does_not_match_but_not_from_the_captions(tmp_path: Path) -> None:
     put(
         tmp_path, {"a.jpg": b"1", "a.png": b"2", "a.txt": b"whose?", "b.jpg": b"3", "b.txt": b"mine", "sub/c.jpg": b"4"}

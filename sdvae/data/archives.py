@@ -157,10 +157,12 @@ class ArchiveSource:
     """
 
     def __init__(self, root: Path, paths: tuple[str, ...] | None = None) -> None:
-        self.name, self.root = str(root), root.resolve()
+        self.name, self._root = str(root), root.resolve()
+        # What lies beside archives that a pattern names is no part of the source: the store may.
+        self.root = self._root if paths is None else None
         self._archives: dict[str, _Archive] = {}
-        for path in [self.root] if paths is None else [self.root / path for path in paths]:
-            prefix = "" if paths is None else path.relative_to(self.root).with_suffix("").as_posix() + "/"
+        for path in [self._root] if paths is None else [self._root / path for path in paths]:
+            prefix = "" if paths is None else path.relative_to(self._root).with_suffix("").as_posix() + "/"
             if prefix in self._archives:
                 raise StoreError(f"two archives in {root} are both called {prefix[:-1]}; rename one")
             self._archives[prefix] = (_Zip if path.suffix.lower() == ".zip" else _Tar)(path)
@@ -187,7 +189,7 @@ class ArchiveSource:
                 )
 
     def _entries(self, prefix: str, archive: _Archive) -> Iterator[Entry]:
-        place = self.root.name if archive.path == self.root else archive.path.relative_to(self.root).as_posix()
+        place = self._root.name if archive.path == self._root else archive.path.relative_to(self._root).as_posix()
         mtime_ns = archive.path.stat().st_mtime_ns
         photos = [
             Entry(name, member.num_bytes, mtime_ns, member.reason, label=class_folder(name))

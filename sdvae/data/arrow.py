@@ -32,7 +32,8 @@ class ArrowSource:
     """
 
     def __init__(self, root: Path, tables: Mapping[str, Sequence[str]], *, is_local: bool = False) -> None:
-        self.name, self.root = str(root), root.resolve()
+        self.name, self._root = str(root), root.resolve()
+        self.root: Path | None = self._root
         self._tables = {prefix: tuple(paths) for prefix, paths in tables.items()}
         self._is_local = is_local
         self._known_starts: dict[str, list[int]] = {}
@@ -78,7 +79,7 @@ class ArrowSource:
         return self._known_starts[prefix]
 
     def _open(self, path: str) -> "_Table":
-        place = self.root / path
+        place = self._root / path
         try:
             status = place.stat()
         except OSError as error:
@@ -194,7 +195,9 @@ def open_tables(root: Path, paths: Sequence[str]) -> ArrowSource:
     tables = {f"{Path(path).with_suffix('').as_posix()}/": [path] for path in paths}
     if len(tables) < len(paths):
         raise StoreError(f"two tables in {root} have one name but for the suffix; rename one")
-    return ArrowSource(root, tables)
+    source = ArrowSource(root, tables)
+    source.root = None  # what lies beside the tables is no part of the source: the store may
+    return source
 
 
 def open_saved(folder: Path) -> ArrowSource:

@@ -42,7 +42,7 @@ class Source(Protocol):
 
     @property
     def root(self) -> Path | None:
-        """The folder or file that everything is read from; None where there is no such place."""
+        """The folder or file that a store has to be kept apart from; None where it may lie anywhere."""
 
     def entries(self) -> list[Entry]:
         """Every photo, sorted by key, each key once; StoreError where they cannot be listed."""
