@@ -165,8 +165,7 @@ class LatentDataset(Dataset[Example]):
             latents = stacked("mean", chunk)
             if self.sample:
                 posterior = DiagonalGaussian(latents, stacked("logvar", chunk))
-                noise = np.stack([_normal(stream, shards[0].shape) for stream in streams[chunk] if stream])
-                latents = posterior.mean + posterior.std * torch.from_numpy(noise).to(device)
+                latents = posterior.mean + posterior.std * _noise(streams[chunk], shards[0].shape).to(device)
             batch[chunk] = scale(latents, self.config)
         return batch
 
@@ -250,8 +249,12 @@ def _map_file(path: Path, num_bytes: int) -> Tensor:
     return torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
 
 
-def _normal(stream: Philox, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    return Generator(stream).standard_normal(shape, np.float32)
+def _noise(streams: list[Philox | None], shape: tuple[int, ...]) -> Tensor:  # (N, *shape), standard normal
+    noise = np.empty((len(streams), *shape), np.float32)
+    for values, stream in zip(noise, streams, strict=True):
+        assert stream is not None
+        Generator(stream).standard_normal(dtype=np.float32, out=values)
+    return torch.from_numpy(noise)
 
 
 def _conditions(records: list[dict[str, Any]], flips: list[bool]) -> Example:
