@@ -49,11 +49,12 @@ def decode(
     ComfyUI's .latent), or one such file.
     """
     from sdvae.data.decode import DecodeSettings, decode_source
+    from sdvae.data.remote import local_copy
 
     vae = load_vae()
     settings = DecodeSettings(format, latents, batch_size, budget, tiling)
     with console.progress() as show:
-        report = decode_source(source, out, vae, settings, show)
+        report = decode_source(local_copy(source), out, vae, settings, show)
     console.result(
         f"{report.num_written} images are in {out}, {report.images_per_s:.2f} images/s",
         output=str(out),

@@ -169,7 +169,7 @@ def encode(
     console: Console,
     **preprocess: Any,
 ) -> None:
-    """Encode the photos in SRC into the latent store OUT.
+    """Encode the photos in SRC into the latent store OUT, a folder or s3://BUCKET/STORE.
 
     Run again after an interruption, it continues; new photos in SRC are added. Photos that cannot be read are
     quarantined with a reason; then the exit code is 3. Started by accelerate launch, torchrun or srun, each process
@@ -178,6 +178,7 @@ def encode(
     from sdvae.data.encode import encode_source
     from sdvae.data.manifest import EncodeSettings, recorded_dtype
     from sdvae.data.preprocess import Preprocess
+    from sdvae.data.remote import local_folder, url_of
     from sdvae.data.runners import Ranks
     from sdvae.data.tasks import Work, encode_tasks
 
@@ -190,20 +191,23 @@ def encode(
     )
     ranks = Ranks.of_environment()
     _take_own_gpu(ranks)
-    vae = load_vae((resume and recorded_dtype(out)) or "auto")
-    with console.progress() as show:
+    place = url_of(out) or str(out)
+    if url_of(out) and not resume:
+        raise StoreError(f"{place} is not thrown away from here; remove it with the tools of its storage")
+    with local_folder(out) as (folder, uploading), console.progress() as show:
+        vae = load_vae((resume and recorded_dtype(folder)) or "auto")
         report = encode_source(
             source,
-            out,
+            folder,
             vae,
             settings,
             restart=not resume,
             work=Work(workers, on_oom, audit),
-            runner=encode_tasks if runner == "local" else _ray_runner(address),
+            runner=uploading(encode_tasks if runner == "local" else _ray_runner(address)),
             ranks=ranks,
             progress=show,
         )
-    _tell(console, report, out, vae.name)
+    _tell(console, report, place, vae.name)
     if report.quarantined and ranks.world_size == 1:  # a launcher ends all ranks when one does not exit with 0
         click.get_current_context().exit(3)
 
@@ -235,7 +239,7 @@ def _ray_runner(address: str | None) -> "Runner":
     return RayRunner(VAESpec(given["vae"], given["family"]), address)
 
 
-def _tell(console: Console, report: "EncodeReport", out: Path, vae_name: str) -> None:
+def _tell(console: Console, report: "EncodeReport", place: str, vae_name: str) -> None:
     for reason, count in Counter(report.quarantined).most_common(10):
         console.note(f"{count} in quarantine: {reason}")
     if report.num_degraded:
@@ -250,12 +254,12 @@ def _tell(console: Console, report: "EncodeReport", out: Path, vae_name: str) ->
         mean = sum(values.values()) / len(values)
         console.note(f"{len(values)} decoded back: {mean:.2f} dB PSNR, the worst {values[worst]:.2f} dB ({worst})")
     num_quarantined = sum(report.quarantined.values())
-    in_quarantine = f", {num_quarantined} in {out / 'quarantine.jsonl'}" if num_quarantined else ""
+    in_quarantine = f", {num_quarantined} in {place}/quarantine.jsonl" if num_quarantined else ""
     unfinished = f", {report.num_shards_left} shards are left to others" if report.num_shards_left else ""
     speed = f"{report.images_per_s:.2f} images/s" if report.images_per_s else "nothing was left to do"
     console.result(
-        f"{report.num_written} of {report.num_seen} photos are in {out}{in_quarantine}{unfinished}; {speed}",
-        output=str(out),
+        f"{report.num_written} of {report.num_seen} photos are in {place}{in_quarantine}{unfinished}; {speed}",
+        output=place,
         num_seen=report.num_seen,
         num_written=report.num_written,
         quarantined=report.quarantined,
