@@ -9,6 +9,7 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -113,7 +114,10 @@ def _kohya_files(dataset: LatentDataset, rows: Iterator[Row]) -> Iterator[File]:
         # sd-scripts picks the bucket that is nearest to the size in the name. It would write the photo's own there;
         # ours makes it pick the bucket that this record was resized for.
         yield f"{row.name}_{width:04d}x{height:04d}{ending}", file.getvalue()
-        metadata[f"{row.name}.png"] = {"caption": row.record["caption"] or "", "image_size": [width, height]}
+        photo = row.name + (
+            PurePosixPath(row.record["key"]).suffix or ".png"
+        )  # whose name it looks for, without the ending
+        metadata[photo] = {"caption": row.record["caption"] or "", "image_size": [width, height]}
     yield "metadata.json", json.dumps(metadata, ensure_ascii=False, indent=1).encode()
 
 
