@@ -4,6 +4,7 @@ Architecture and weights: madebyollin/taesd, `taesd.py` (MIT). Parameters are na
 """
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ from sdvae.config import VAEConfig
 from sdvae.errors import BudgetError, ConfigError
 from sdvae.latents import scale, unscale
 from sdvae.posterior import LOGVAR_MIN, DiagonalGaussian
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -205,8 +208,14 @@ class TinyEngine:
         self.calls += 1
         device, dtype, memory_format = self._place
         placed = batch.to(device, dtype, memory_format=memory_format)
-        parts = placed.split(1) if self.is_deterministic else [placed]
-        return torch.cat([run(part) for part in parts]).float()
+        parts = torch.split(placed, 1) if self.is_deterministic else [placed]
+        out = torch.cat([run(part) for part in parts]).float()
+        for index, image in enumerate(out):
+            if dtype != torch.float32 and not image.isfinite().all():
+                logger.warning("image %d of the batch overflowed in %s and runs again in fp32", index, dtype)
+                exact = TinyEngine(self.source, device, torch.float32)
+                image.copy_(getattr(exact, run.__name__)(batch[index : index + 1])[0])
+        return out
 
 
 def named_as_diffusers(encoder: Mapping[str, T], decoder: Mapping[str, T]) -> dict[str, T]:

@@ -1,7 +1,6 @@
 """VAE: what users hold. Weights, their identity, and a device and dtype to run them in."""
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +27,6 @@ from sdvae.tiny import AutoencoderTiny, TinyEngine
 from sdvae.weights import identity
 from sdvae.weights.load import Network, build_model, load_weights, save_folder
 
-logger = logging.getLogger(__name__)
-
 AnyImage = Image.Image | NDArray[np.uint8]
 Tiling = Literal["exact", "blend"]
 
@@ -45,8 +42,8 @@ class Encoded:
 class VAE:
     """A KL-VAE or TAESD ready to run; inference only (train through `vae.model`, the weights as loaded).
 
-    Results are fp32 whatever the compute dtype. A reduced-precision result that is not finite is
-    computed again in fp32, image by image, and said so in the log.
+    Results are fp32 whatever the compute dtype. An image that overflows in a reduced one is computed again in fp32, and
+    the log says so. One call at a time.
     """
 
     def __init__(self, model: Network, device: torch.device, dtype: torch.dtype, name: str) -> None:
@@ -107,13 +104,10 @@ class VAE:
         ShapeError for sizes that are no multiple of the downscale, BudgetError before anything is allocated.
         """
         self._check_pixels(pixels)
-
-        def run(vae: VAE, batch: Tensor) -> Tensor:
-            if tiling == "exact":
-                return vae.engine.encode_moments(batch, budget)
-            return blended_encode(partial(vae.engine.encode_moments, budget=budget), vae.config, batch)
-
-        return DiagonalGaussian.from_moments(self._run(run, pixels))
+        run = partial(self.engine.encode_moments, budget=budget)
+        with _inference():
+            moments = run(pixels) if tiling == "exact" else blended_encode(run, self.config, pixels)
+        return DiagonalGaussian.from_moments(moments)
 
     def decode(self, latents: Tensor, budget: Budget = None, tiling: Tiling = "exact") -> Tensor:
         """Raw (N, C, h, w) -> pixels (N, 3, 8h, 8w), about [-1, 1]; `unscale` scaled latents first.
@@ -121,13 +115,9 @@ class VAE:
         `budget` and `tiling` are those of `encode`. LatentsError for other channels, NaN or infinity.
         """
         self._check_latents(latents)
-
-        def run(vae: VAE, batch: Tensor) -> Tensor:
-            if tiling == "exact":
-                return vae.engine.decode(batch, budget)
-            return blended_decode(partial(vae.engine.decode, budget=budget), vae.config, batch)
-
-        return self._run(run, latents)
+        run = partial(self.engine.decode, budget=budget)
+        with _inference():
+            return run(latents) if tiling == "exact" else blended_decode(run, self.config, latents)
 
     @contextmanager
     def deterministic(self) -> Iterator[None]:
@@ -221,19 +211,6 @@ class VAE:
         exact = self.in_float32().encode(pixels).mean
         return float((self.encode(pixels).mean - exact).norm() / exact.norm())
 
-    def _run(self, run: Callable[["VAE", Tensor], Tensor], batch: Tensor) -> Tensor:
-        with torch.no_grad(), _tf32_off():
-            out = run(self, batch)
-        if self.dtype == torch.float32:
-            return out
-        for index, image in enumerate(out):
-            if not image.isfinite().all():
-                logger.warning(
-                    "%s overflowed in %s; image %d of the batch runs again in fp32", self.name, self.dtype, index
-                )
-                out[index] = self.in_float32()._run(run, batch[index : index + 1])[0]
-        return out
-
     def _check_pixels(self, pixels: Tensor) -> None:
         channels, downscale = self.config.in_channels, self.config.downscale
         if pixels.dim() != 4 or pixels.shape[1] != channels or not pixels.is_floating_point():
@@ -269,7 +246,8 @@ def _described(tensor: Tensor) -> str:
 
 
 @contextmanager
-def _tf32_off() -> Iterator[None]:
-    """Torch lets cuDNN round fp32 convolutions to 10 bits by default; fp32 here means fp32."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+def _inference() -> Iterator[None]:
+    """No gradients; and no TF32: torch lets cuDNN round fp32 convolutions to 10 bits, but fp32 here means fp32."""
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with torch.no_grad(), cudnn:
         yield

@@ -1,6 +1,8 @@
 """The engine over a live module: nothing packed is stale, gradients are never lost, budgets are kept or refused."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -256,3 +258,17 @@ def test_fp16_is_scaled_by_itself() -> None:
     scaled = vae.decode(torch.randn(1, 4, 8, 8))
     assert scaled.isfinite().all() and vae._in_float32 is None, "not run again in fp32"
     assert isinstance(vae.engine, Engine) and vae.engine.program("decode").exponents
+
+
+def test_neither_diffusers_nor_triton_nor_a_compiler_is_needed() -> None:
+    program = """
+import sys
+sys.modules["diffusers"] = sys.modules["triton"] = None
+import torch
+from sdvae import VAE
+vae = VAE.load(device="cpu", dtype="fp32")
+print(*vae.decode(vae.encode(torch.zeros(1, 3, 16, 24)).mean).shape)
+"""
+    environment = {"PATH": "", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["1", "3", "16", "24"]

@@ -689,9 +689,26 @@ def test_install_and_uninstall_leave_the_object_as_it_was(pipe: SimpleNamespace)
     assert calls, "diffusers' own blocks run again"
 
 
-def test_force_upcast_stays_on_while_fp16_can_overflow(pipe: SimpleNamespace) -> None:
+def test_force_upcast_is_off_where_fp16_runs_on_the_engine(pipe: SimpleNamespace, tmp_path: Path) -> None:
     sdvae.install(pipe)
-    assert pipe.vae.config.force_upcast is True
+    vae = pipe.vae.requires_grad_(False)
+    assert vae.config.force_upcast is True
+    exact = vae.decode(latents()).sample
+    with torch.no_grad():
+        for name, weight in vae.named_parameters():
+            if "conv2" in name:
+                weight.mul_(3e4)  # loud as SDXL's: beyond fp16, but for the scaled range
+    loud = vae.decode(latents()).sample
+    vae.half()
+    assert vae.config.force_upcast is False
+    scaled = vae.decode(latents().half()).sample
+    assert scaled.dtype == torch.float16 and scaled.isfinite().all()
+    assert float((scaled - loud).norm() / loud.norm()) < 0.02 < float((exact - loud).norm() / loud.norm())
+    assert vae.engine._exact is None, "not run again in fp32"
+    vae.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["force_upcast"] is True
+    vae.decoder.register_forward_hook(lambda *_: None)
+    assert vae.config.force_upcast is True, "diffusers' own blocks would overflow"
 
 
 class OtherVAE(diffusers.AutoencoderKL):

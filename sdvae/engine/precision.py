@@ -43,10 +43,10 @@ def choose_dtype(name: str, device: torch.device) -> DtypeChoice:
     if name != "auto":
         raise DeviceError(f"unknown dtype {name!r}; choose auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
-        # fp16 overflows with SDXL's weights; it becomes the default together with range scaling.
+        # fp16 with its range scaled becomes the default when it has been measured on a GPU.
         if torch.cuda.is_bf16_supported():
             return DtypeChoice(torch.bfloat16, "this GPU computes bf16, which cannot overflow")
-        return DtypeChoice(torch.float32, "this GPU has no bf16, and fp16 can overflow")
+        return DtypeChoice(torch.float32, "this GPU has no bf16")
     if device.type == "cpu":
         return _probe_cpu()
     return DtypeChoice(torch.float32, f"the safe choice on {device.type}")

@@ -1,5 +1,6 @@
 """Engine: encodes and decodes with the weights of a module that is alive, be it ours or diffusers'."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from sdvae.engine.stages import Direction, network
 from sdvae.errors import BudgetError
 from sdvae.model import AutoencoderKL
 
+logger = logging.getLogger(__name__)
+
 Budget = int | str | None  # bytes, "6GiB", or what the device has free
 
 _DESCRIBED_PX = 512
@@ -29,6 +32,8 @@ class Engine:
 
     For inference their weights are rewritten and packed into a program (`program.py`), which runs under a plan. Before
     each run the weights are compared with what was packed, bit sum by bit sum, so that nothing packed is ever stale.
+    An image that overflows in a reduced dtype runs again in fp32.
+
     Where gradients are wanted, or a layer is more than its weights (adapters, offload hooks), the layers themselves are
     borrowed and run in the reference network; `obstacle` says why.
 
@@ -58,10 +63,11 @@ class Engine:
         )
         self._layers: dict[str, nn.Module] = {}
         self._programs: dict[Direction, tuple[object, Program]] = {}
+        self._exact: Engine | None = None  # in fp32, for what overflows
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts with: packed weights cannot be copied, and are made again when they are needed."""
-        return vars(self) | {"_programs": {}}
+        return vars(self) | {"_programs": {}, "_exact": None}
 
     def encode_moments(self, pixels: Tensor, budget: Budget = None) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8), sizes floored: the encoder's output, after `quant_conv`."""
@@ -103,6 +109,7 @@ class Engine:
     def release(self) -> None:
         """Forget what is packed; it will be packed again when it is needed."""
         self._programs.clear()
+        self._exact = None
 
     def obstacle(self, batch: Tensor | None = None) -> str | None:
         """Why the reference network would run (on `batch`), or None."""
@@ -143,12 +150,26 @@ class Engine:
         if obstacle is None and self._fits(direction, batch):
             height, width = batch.shape[2:]
             plan = self.plan(direction, height, width, len(batch), budget)
-            out = execute(self.program(direction), plan, batch)
+            program = self.program(direction)
+            out = execute(program, plan, batch)
+            if program.dtype != torch.float32:
+                self._mend(out, direction, batch, budget)
             return out if self._dtype is not None else out.to(batch.dtype)
         if budget is not None:
             raise BudgetError(f"no budget can be kept while the reference network runs, because {obstacle}")
         model = self._reference()
         return model.encode_moments(batch) if direction == "encode" else model.decode(batch)
+
+    def _mend(self, out: Tensor, direction: Direction, batch: Tensor, budget: Budget) -> None:
+        """Compute the images again in fp32 that overflowed, and say so."""
+        for index, (image, source) in enumerate(zip(out, batch, strict=True)):
+            if image.isfinite().all() or not source.isfinite().all():
+                continue
+            dtype = str(self._place()[1]).removeprefix("torch.")
+            logger.warning("image %d of the batch overflowed in %s and runs again in fp32", index, dtype)
+            if self._exact is None:
+                self._exact = Engine(self.source, self.config, self._place()[0], torch.float32)
+            image.copy_(self._exact._run(direction, batch[index : index + 1], budget)[0])
 
     def _fits(self, direction: Direction, batch: Tensor) -> bool:
         """Whether the network takes such a batch; for one that it does not, torch's own layers find the words."""

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as TheirAutoencoderKL
 from diffusers.models.autoencoders.vae import Decoder, Encoder
@@ -75,7 +77,8 @@ class AutoencoderKL(TheirAutoencoderKL):
 
     `vae.engine.calls` counts its runs and `vae.engine.describe()` says what runs. Tiles (`enable_tiling`) and slices
     (`enable_slicing`) are cut and blended by diffusers, each computed by the engine. With gradients wanted the network
-    is differentiable as ever. `force_upcast` is left as it is: half precision has the range it had.
+    is differentiable as ever. `force_upcast` reads False in fp16: the engine scales the range of what it carries, and
+    what overflows all the same runs again in fp32.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "AutoencoderKL":
@@ -89,8 +92,19 @@ class AutoencoderKL(TheirAutoencoderKL):
         """What encodes and decodes; made when it is first asked for."""
         engine: DropInEngine | None = vars(self).get("_engine")
         if engine is None or engine.source is not self:  # a shallow copy (torch's replicate) needs its own
-            engine = vars(self)["_engine"] = DropInEngine(self, VAEConfig.from_diffusers(self.config))
+            engine = vars(self)["_engine"] = DropInEngine(self, VAEConfig.from_diffusers(self._internal_dict))  # type: ignore[has-type]
         return engine
+
+    @property
+    def config(self) -> Any:
+        """The config; without `force_upcast` where fp16 runs on the engine, which scales its range and cannot overflow.
+
+        What is saved is the original.
+        """
+        config: dict[str, Any] = self._internal_dict  # type: ignore[has-type]
+        if config["force_upcast"] and self.dtype == torch.float16 and self.engine.departure() is None:
+            return FrozenDict(config | {"force_upcast": False})  # type: ignore[no-untyped-call]
+        return config
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoencoderKL":
         if "_engine" in vars(self):
