@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from sdvae.cli.main import cli
 from sdvae.config import FAMILIES
 from sdvae.data import stats
+from sdvae.data.remote import Mirror
 from sdvae.data.stats import measure
 from sdvae.data.store import Store
 from sdvae.errors import StoreError
@@ -104,6 +105,20 @@ def test_an_unfinished_store_is_measured_and_said_to_be_one(store: Store) -> Non
     store.layout.done(3).unlink()
     done = CliRunner().invoke(cli, ["stats", str(store.layout.root)], catch_exceptions=False)
     assert done.exit_code == 0 and "3 of its 4 shards are there" in done.stderr
+
+
+def test_stores_on_object_storage_are_measured_and_exported(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDVAE_CACHE", str(tmp_path / "cache"))
+    url = f"memory://{tmp_path.name}/store"
+    Mirror(url, store.layout.root).push()
+    done = CliRunner().invoke(cli, ["stats", url, "--json"], catch_exceptions=False)
+    assert json.loads(done.stdout)["std"] == measure(store).std
+    arguments = ["export", url, "--to", "webdataset", "-o", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert json.loads(done.stdout)["num_records"] == 11
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 4
 
 
 def test_a_store_without_latents_is_an_error(tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ def stats(path: Path, console: Console) -> None:
     One pass over every number, in fp64. Latents are measured as a training loop draws them, from the posterior.
     """
     from sdvae.data.dataset import latent_config
+    from sdvae.data.remote import local_copy
     from sdvae.data.stats import measure
     from sdvae.data.store import Store
 
-    store = Store.open(path)
+    store = Store.open(local_copy(path))
     found = measure(store)
     num_shards = len(store.shards())
     vae_factor = latent_config(store).scaling_factor

@@ -51,7 +51,7 @@ def export_store(
         "settings": form.settings(dataset),
         "vae": manifest["vae"],
     }
-    _claim(out, path)
+    _claim(out, dataset.store.layout.root)
     _write(out, form.files(dataset, _rows(dataset, progress)))
     atomic.write_bytes(out / DECLARATION, json.dumps(declaration, indent=2, ensure_ascii=False).encode() + b"\n")
     return declaration
