@@ -120,3 +120,12 @@ def test_the_label_is_the_folder_a_photo_lies_in(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
     labels = {entry.key: entry.label for entry in FolderSource(tmp_path).entries()}
     assert labels == {"a.jpg": None, "cats/a.jpg": "cats", "animals/cats/a.jpg": "cats"}
+
+
+def test_a_folder_of_archives_says_how_to_name_them(tmp_path: Path) -> None:
+    for name in ("00000.tar", "00001.tar", "00000_stats.json"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(StoreError, match=r"holds no photos, but files that hold some; name those, as in '.*/\*\.tar'"):
+        FolderSource(tmp_path).entries()
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    assert len(FolderSource(tmp_path).entries()) == 3

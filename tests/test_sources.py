@@ -379,6 +379,17 @@ def test_members_that_lead_out_or_are_no_files_are_counted_but_never_opened(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd.tar", "odd.zip"]  # nothing was unpacked
 
 
+def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
+    import webdataset
+
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for number, (data, caption, _) in enumerate(EXPECTED):
+            writer.write({"__key__": f"sub/{number:06d}", "png": data, "txt": caption, "cls": number, "json": {"w": 5}})
+    source = open_source(tmp_path / "a.tar")
+    assert told(source) == [(data, caption, str(number)) for number, (data, caption, _) in enumerate(EXPECTED)]
+    assert [entry.key for entry in source.entries()] == ["sub/000000.png", "sub/000001.png", "sub/000002.png"]
+
+
 def test_a_member_whose_name_is_no_utf8_is_named_and_left_alone(tmp_path: Path) -> None:
     path = tar(tmp_path / "a.tar", {"caf\udce9.jpg": b"x"})
     assert reasons(open_source(path)) == {"caf\\xe9.jpg": "the name is not UTF-8; rename the file"}

@@ -41,6 +41,11 @@ class FolderSource:
                 texts.append(entry.key)
             elif is_photo(entry.key):
                 photos.append(replace(entry, label=class_folder(entry.key)))
+        packed = {PurePosixPath(entry.key).suffix.lower() for entry in photos}
+        if packed and packed <= {".tar", ".zip", ".parquet", ".arrow"}:
+            raise StoreError(
+                f"{self.name} holds no photos, but files that hold some; name those, as in '{self.name}/*{min(packed)}'"
+            )
         paired = pair(photos, texts, self._read_text)
         return sorted_by_key(filter(self._counts, paired), self.name)
 
@@ -108,7 +113,11 @@ class FolderSource:
 
     def _read_text(self, key: str) -> bytes:
         place = self._place(key.encode())
-        reason = self._why_not_to_open(place, place.stat())
+        status = place.lstat()
+        if stat.S_ISLNK(status.st_mode):  # resolving every path would take longer than all the rest
+            reason = self._why_not_to_open(place, place.stat())
+        else:
+            reason = why_no_file(status)
         if reason is not None:
             raise OSError(errno.EINVAL, reason)
         with place.open("rb") as file:
