@@ -1,0 +1,79 @@
+"""Plans are integers: what they promise is checked without running anything."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdvae.config import FAMILIES
+from sdvae.engine.plan import STRIP_BYTES, Plan, make_plan
+from sdvae.engine.stages import Direction, network
+from sdvae.errors import BudgetError, ShapeError
+
+SIDES = {"encode": 8, "decode": 1}  # of a latent, in units of the input
+
+
+def plan_sd1(direction: Direction, latents_px: int, budget_bytes: int | None = None) -> Plan:
+    side = latents_px * SIDES[direction]
+    return make_plan(network(FAMILIES["sd1"], direction), side, side, 2, budget_bytes=budget_bytes)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("size_px", [512, 1024, 2048, 4096, 16384])
+def test_the_widest_block_comes_down_to_256_elements_a_pixel(direction: Direction, size_px: int) -> None:
+    plan = plan_sd1(direction, size_px // 8)
+    lean = 2 * 256 * size_px**2
+    one_row_of_latents = 3 * 2 * 8 * size_px * 256  # a strip at its lowest, in and out
+    assert 2 * plan.arena_elements >= lean, "two tensors of 128 channels must fit"
+    assert plan.predict_bytes() <= 1.15 * lean + max(2 * STRIP_BYTES, one_row_of_latents)
+
+
+def test_a_large_decode_fits_where_the_whole_would_not() -> None:
+    assert plan_sd1("decode", 512, budget_bytes=9 << 30).predict_bytes() <= 9 << 30
+
+
+@given(
+    direction=st.sampled_from(["encode", "decode"]),
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+    num_images=st.integers(1, 9),
+    share=st.floats(0.1, 1.0),
+)
+def test_a_budget_is_kept_or_the_smallest_is_named(
+    direction: Direction, height: int, width: int, num_images: int, share: float
+) -> None:
+    line = network(FAMILIES["sd1"], direction)
+    size = height * SIDES[direction], width * SIDES[direction]
+    liked = make_plan(line, *size, 2, num_images=num_images).predict_bytes(num_images)
+    budget = int(share * liked)
+    try:
+        plan = make_plan(line, *size, 2, num_images=num_images, budget_bytes=budget)
+    except BudgetError as error:
+        smallest = int(str(error).partition(" need ")[2].partition(" bytes")[0].replace(",", ""))
+        assert smallest > budget
+        plan = make_plan(line, *size, 2, num_images=num_images, budget_bytes=smallest)
+        assert plan.predict_bytes(num_images) == smallest
+    else:
+        assert plan.predict_bytes(num_images) <= budget
+
+
+@pytest.mark.parametrize(("direction", "height", "width"), [("encode", 7, 64), ("encode", 64, 7), ("decode", 0, 4)])
+def test_less_than_one_latent_is_refused(direction: Direction, height: int, width: int) -> None:
+    with pytest.raises(ShapeError, match="too small"):
+        make_plan(network(FAMILIES["sd1"], direction), height, width, 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_a_line_of_stages_that_ends_in_its_latents(name: str) -> None:
+    config = FAMILIES[name]
+    encode, decode = network(config, "encode"), network(config, "decode")
+    side = 4 * config.downscale
+    assert encode.sizes(side + 1, side)[-1] == (4, 4) and decode.sizes(4, 4)[0] == (side, side)
+    assert encode.out_channels == 2 * decode.in_channels == 2 * config.latent_channels
+    assert [stage.target for stage in decode.stages if stage.target == "output"] == ["output"]
+
+
+def test_operations_are_those_of_the_literature() -> None:
+    """512x512, in 10^9: the encoder has 1116.7, the decoder with folded upsamplers 2128; folded projections save 4.3."""
+    config = FAMILIES["sd1"]
+    assert network(config, "decode").flops(64, 64) / 1e9 == pytest.approx(2128 - 4.3, rel=1e-3)
+    assert network(config, "encode").flops(512, 512) / 1e9 == pytest.approx(1116.7 - 4.3, rel=1e-3)
