@@ -114,10 +114,8 @@ class FolderSource:
     def _read_text(self, key: str) -> bytes:
         place = self._place(key.encode())
         status = place.lstat()
-        if stat.S_ISLNK(status.st_mode):  # resolving every path would take longer than all the rest
-            reason = self._why_not_to_open(place, place.stat())
-        else:
-            reason = why_no_file(status)
+        is_link = stat.S_ISLNK(status.st_mode)  # resolving every path would take longer than all the rest
+        reason = self._why_not_to_open(place, place.stat()) if is_link else why_no_file(status)
         if reason is not None:
             raise OSError(errno.EINVAL, reason)
         with place.open("rb") as file:
