@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdvae.atomic import seal
 from sdvae.data import scan as scans
 from sdvae.data.entries import Entry
 from sdvae.data.folders import FolderSource
@@ -165,3 +166,14 @@ def test_what_a_listing_tells_is_never_taken_from_an_earlier_scan(tmp_path: Path
         (record,) = source.scan(journal)
         assert (record.caption, record.original_px) == (caption, (4, 4))
     assert source.reads == []
+    (tmp_path / "photos/a.jpg").write_bytes(image)  # now the caption may be another photo's
+    records = source.scan(journal)
+    assert [(record.key, record.step, record.original_px) for record in records] == [
+        ("a.jpg", "scan", None), ("a.png", "scan", None),
+    ]  # fmt: skip
+
+
+def test_lines_of_another_kind_in_a_journal_are_passed_over(photos: Path, tmp_path: Path) -> None:
+    source, journal = CountingSource(photos), tmp_path / "scan.jsonl"
+    journal.write_bytes(seal({"key": "a.png", "stamp": [1, 2]}))
+    assert len(source.scan(journal)) == len(source.reads) == 5

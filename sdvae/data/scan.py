@@ -39,10 +39,10 @@ def scan(
     again: a killed scan goes on where it was, and the scan of a later run costs a listing. The records are
     the same whatever the number of threads.
     """
-    places = {entry.key: place for place, entry in enumerate(entries)}
+    places = {entry.key: place for place, entry in enumerate(entries) if entry.reason is None}
     records: list[Record | None] = [_unread(entry) if entry.reason else None for entry in entries]
     for line in read_journal(journal_path):
-        if line["reader"] == _reader(max_pixels):
+        if line.get("reader") == _reader(max_pixels):
             for key, stamp, finding in line["found"]:
                 place = places.get(key)
                 if place is not None and stamp == _stamp(entries[place]):
@@ -60,14 +60,13 @@ def scan(
                 lines = []
                 for place, finding in zip(chunk, found.result(), strict=True):
                     records[place] = record = _record(entries[place], finding)
-                    if (
-                        record.step != "read"
-                    ):  # a missing right or a bad cable may be mended without a trace in the file
+                    if record.step != "read":  # a missing right or a bad cable is mended without a trace in the file
                         lines.append((record.key, _stamp(entries[place]), finding))
                 if lines:
                     journal.append({"reader": _reader(max_pixels), "found": lines})
-                num_done += len(chunk)
-                progress(num_done, len(entries))
+                for _ in chunk:
+                    num_done += 1
+                    progress(num_done, len(entries))
         finally:
             pool.shutdown(cancel_futures=True)
     return [record for record in records if record is not None]
