@@ -96,7 +96,7 @@ class Mirror:
             if not path.exists():
                 self._pull_shard(path)
         quarantine = self._read(self.layout.quarantine)
-        if quarantine is not None:
+        if quarantine is not None and self._is_complete():  # what was begun here may be more than what is there
             atomic.write_bytes(self.layout.quarantine, quarantine)
 
     def push(self) -> None:
@@ -116,17 +116,14 @@ class Mirror:
                 for file in store.shard(int(path.stem)).files:
                     self._put(file.path)
                 self._commit_there(path)
-        if self.layout.quarantine.exists():
-            self._put(self.layout.quarantine)
 
     def finish(self) -> None:
         """Bring both sides to the same; what several machines have encoded is finished by the last of them."""
         self.push()
         self.pull()
-        store = Store.open(self.local)
-        if len(store.shards()) == store.num_shards:
-            store.finalise()
-            self.push()
+        if self._is_complete():
+            Store.open(self.local).finalise()
+            self._put(self.layout.quarantine)
 
     def runner(self, inner: "Runner") -> "Runner":
         """`inner`, with each shard pushed on a thread once it is committed."""
@@ -150,6 +147,9 @@ class Mirror:
             return times
 
         return run
+
+    def _is_complete(self) -> bool:
+        return all(self.layout.done(number).exists() for number in range(Store.open(self.local).num_shards))
 
     # --- One object ---
 

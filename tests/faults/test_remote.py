@@ -20,7 +20,7 @@ from sdvae.data.remote import Mirror, local_copy, url_of
 from sdvae.data.verify import verify
 from sdvae.errors import StoreError, VerifyError
 from sdvae.vae import VAE
-from tests.faults.conftest import encode_remotely, read_store
+from tests.faults.conftest import encode, encode_remotely, read_store
 
 
 @pytest.fixture
@@ -59,6 +59,19 @@ def test_a_grown_store_grows_there(
     assert _remote(url) == read_store(grown)
     Mirror(url, tmp_path / "here").pull()
     assert read_store(tmp_path / "here") == read_store(grown)
+
+
+def test_what_was_begun_here_is_not_called_finished(
+    first_photos: Path, photos: Path, url: str, tmp_path: Path, small_vae: VAE
+) -> None:
+    """The source grew and this machine died before it pushed: what lies there is finished, what lies here is not."""
+    mirror = Mirror(url, tmp_path / "here")
+    encode_remotely(first_photos, mirror, small_vae)
+    encode(photos, mirror.local, small_vae)
+    for name in ("done/00004.json", "quarantine.jsonl"):
+        (mirror.local / name).unlink()
+    mirror.pull()
+    assert verify(mirror.local).is_unfinished
 
 
 class _Death(BaseException):
