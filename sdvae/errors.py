@@ -49,3 +49,7 @@ class DeviceError(SdvaeError):
 
 class BudgetError(SdvaeError):
     """A memory budget that is no amount of memory, or that no plan can keep."""
+
+
+class BenchError(SdvaeError):
+    """A measurement that cannot be made, or would mean nothing: outputs that differ, a library that is not there."""

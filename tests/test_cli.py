@@ -25,7 +25,7 @@ from sdvae.cli.shared import Console
 Run = Callable[..., Result]
 VERBS = [
     "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "inspect", "identify",
-    "convert", "extract", "swap", "plan", "doctor",
+    "convert", "extract", "swap", "plan", "bench", "doctor",
 ]  # fmt: skip
 
 
@@ -115,6 +115,7 @@ def test_options_are_the_documented_ones() -> None:
         "extract": rewriting,
         "swap": f"{rewriting} --vae --dtype",
         "plan": f"{console} --size --budget --dtype --vae --family",
+        "bench": f"{shared} --size --direction --rounds --batch-size --rivals --output --plot",
         "doctor": "--json",
     }
     expected = {name: set(options.split()) for name, options in own.items()}

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from sdvae import __version__
+from sdvae.cli.bench import bench
 from sdvae.cli.convert import convert
 from sdvae.cli.decode import decode
 from sdvae.cli.doctor import doctor
@@ -67,7 +68,7 @@ def cli() -> None:
 
 _PICTURES = (encode, decode, verify, stats, export, roundtrip, sample, interpolate)
 _WEIGHTS = (inspect, identify, convert, extract, swap)
-_ENGINE = (plan,)
+_ENGINE = (plan, bench)
 for _verb in (*_PICTURES, *_WEIGHTS, *_ENGINE, doctor):
     _verb.context_settings["auto_envvar_prefix"] = "SDVAE"  # one name for an option, whatever the verb
     cli.add_command(_verb)

@@ -1,0 +1,36 @@
+#!/usr/bin/env python
+"""`sdvae bench` for Stable Diffusion's VAE at 512 and 1024 px, and its result file.
+
+    benchmarks/throughput.py [--write] [options of sdvae bench]
+
+With --write, results/<device>-<dtype>.json and its plot. Sizes given by --size replace those two.
+"""
+
+import argparse
+
+from common import RESULTS
+
+from sdvae.cli.main import cli
+from sdvae.engine.precision import DTYPES, choose_device, choose_dtype
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    chosen, arguments = parser.parse_known_args()
+    device = choose_device(chosen.device)
+    choice = choose_dtype(chosen.dtype, device)
+    dtype = next(name for name, known in DTYPES.items() if known == choice.dtype)
+    arguments = ["bench", "--device", chosen.device, "--dtype", dtype, *arguments]
+    if "--size" not in arguments:
+        arguments += ["--size", "512", "--size", "1024"]
+    if chosen.write:
+        path = RESULTS / f"{device.type}-{dtype}.json"
+        arguments += ["--output", str(path), "--plot", str(path.with_suffix(".png"))]
+    cli(arguments, prog_name="sdvae")
+
+
+if __name__ == "__main__":
+    main()
