@@ -138,10 +138,9 @@ class _Run:
         self, level: Level, place: str, channels: int, start: int, end: int
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Rows start..end of x or h, block by block."""
-        for first, last in level.strips:
+        for first, last in level.strips_with(start, end):
             low, high = max(first, start), min(last, end)
-            if low < high:
-                yield low, high, self._strip(level, first, last, place, channels)[:, :, low - first : high - first]
+            yield low, high, self._strip(level, first, last, place, channels)[:, :, low - first : high - first]
 
     def _strip(self, level: Level, start: int, end: int, place: str, channels: int) -> Tensor:
         """The block of a strip of x or of h; h lies behind an x of its own width."""

@@ -6,10 +6,11 @@ block is read to the end before it is written. The regions of neighbouring level
 before they are written over; how far, integers decide.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from sdvae.engine.stages import Network, Stage
 from sdvae.errors import BudgetError, ShapeError
@@ -36,6 +37,11 @@ class Level:
     def strips(self) -> list[tuple[int, int]]:
         """First and last row (exclusive) of each strip."""
         return list(pairwise(self.bounds))
+
+    def strips_with(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The strips that hold any of the rows start..end."""
+        first = bisect_right(self.bounds, start) - 1
+        yield from takewhile(lambda strip: strip[0] < end, pairwise(self.bounds[first:]))
 
     @property
     def end(self) -> int:
@@ -199,7 +205,7 @@ def _lead(stage: Stage, source: Level, target: Level) -> int:
     for start, end in target.strips:
         unread = input_rows(stage, start, end)[1]
         if unread < source.height:
-            block = max(bound for bound in source.bounds if bound <= unread)
+            block, _ = next(source.strips_with(unread, unread + 1))
             position = source.width * (block * source.channels + (unread - block) * stage.in_channels)
             written = target.width * (start * target.channels + (end - start) * stage.out_channels)
             lead = max(lead, written - position)
