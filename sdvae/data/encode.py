@@ -77,7 +77,8 @@ def encode_source(
             f"{ranks.world_size} processes cannot all throw away what is in {layout.root}, each would take the work "
             "of the others; remove the folder, then run them without --restart"
         )
-    identity = _require_continuable(layout, vae, settings, ranks, restart)
+    store = _find_store(layout, restart)
+    identity = _identify(None if restart else store, vae, settings, ranks)
     entries = source.entries()
     if not entries:
         raise StoreError(f"{source.name} holds no photos")
@@ -87,7 +88,7 @@ def encode_source(
     with _one_at_a_time(layout):
         atomic.sweep(layout.root)
         if layout.manifest.exists():  # it may be another rank's, of this moment
-            identity = _require_continuable(layout, vae, settings, ranks, restart=False)
+            identity = _identify(Store.open(layout.root), vae, settings, ranks)
         store = _prepare(layout, source, entries, identity, vae, settings, partial(progress, "scan"))
     times = _run(store, source, vae, work or Work(), runner, ranks, progress)
     left = [number for number in range(store.num_shards) if not layout.done(number).exists()]
@@ -118,14 +119,10 @@ def _require_apart(source: Path, out: Path) -> None:
         raise StoreError(f"the source {source} lies in {out}; give the store a folder of its own")
 
 
-def _require_continuable(
-    layout: Layout, vae: VAE, settings: EncodeSettings, ranks: Ranks, restart: bool
-) -> dict[str, Any]:
-    """What the manifest is to say; StoreError where `out` is not new, this store, or to be thrown away."""
-    store = _find_store(layout, restart)
-    recorded = store.manifest["compute"] if store and not restart else {}
-    identity = identify_run(vae, settings, recorded, ranks.local_world_size)
-    if store and not restart:
+def _identify(store: Store | None, vae: VAE, settings: EncodeSettings, ranks: Ranks) -> dict[str, Any]:
+    """What the manifest says, or is to say; StoreError, with the differences, where `store` says otherwise."""
+    identity = identify_run(vae, settings, store.manifest["compute"] if store else {}, ranks.local_world_size)
+    if store:
         require_same_run(store, identity)
     return identity
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import stat
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,15 +81,20 @@ class Layout:
 
     def contents(self) -> tuple[list[Path], list[Path]]:
         """All files below the root: those that a store writes, and others; a link is other, wherever it leads."""
-        own: list[Path] = []
-        other: list[Path] = []
-        for folder, subfolders, files in os.walk(self.root):
-            for path in (Path(folder, name) for name in files + subfolders):
-                if path.is_dir() and not path.is_symlink():
-                    continue
-                is_own = path.is_file() and not path.is_symlink() and self._is_own(path)
-                (own if is_own else other).append(path)
-        return sorted(own), sorted(other)
+        own: list[str] = []
+        other: list[str] = []
+        folders = [""] if self.root.is_dir() else []
+        while folders:
+            folder = folders.pop()
+            with os.scandir(self.root / folder) as entries:
+                for entry in entries:
+                    name = folder + entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(f"{name}/")
+                    else:
+                        is_own = entry.is_file(follow_symlinks=False) and self._is_own(name)
+                        (own if is_own else other).append(name)
+        return [self.root / name for name in sorted(own)], [self.root / name for name in sorted(other)]
 
     def clear(self) -> None:
         """Remove the files of the store; a clearing that is killed leaves no commit without its manifest."""
@@ -97,10 +103,10 @@ class Layout:
         for path in commits_first:
             atomic.remove(path)
 
-    def _is_own(self, path: Path) -> bool:
-        name = path.relative_to(self.root).as_posix()
-        is_here = path.parent == self.root or name.partition("/")[0] in _OWN_FOLDERS
-        return _OWN_FILE.fullmatch(name) is not None or (is_here and atomic.is_temporary(path.name))
+    def _is_own(self, name: str) -> bool:
+        folder, _, file = name.rpartition("/")
+        is_here = not folder or folder.partition("/")[0] in _OWN_FOLDERS
+        return _OWN_FILE.fullmatch(name) is not None or (is_here and atomic.is_temporary(file))
 
 
 def tensor_names(has_flips: bool) -> list[str]:
@@ -236,7 +242,11 @@ class CommittedFile:
 
     def is_present(self) -> bool:
         """Whether a file of this length is there; cheap, and enough to tell an interrupted copy."""
-        return self.path.is_file() and self.path.stat().st_size == self.num_bytes
+        try:
+            status = self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return stat.S_ISREG(status.st_mode) and status.st_size == self.num_bytes
 
     def is_whole(self) -> bool:
         """Whether every byte is the one committed."""
