@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sdvae.cli.shared import PATH, Console, with_console, with_vae
-from sdvae.errors import VerifyError
+from sdvae.errors import StoreError, VerifyError
 
 if TYPE_CHECKING:
     from sdvae.data.repair import Repair
@@ -29,8 +29,12 @@ def verify(store: Path, repair: bool, source: str | None, load_vae: "Callable[[s
 
     Where a file is damaged or missing, the exit code is 5, and the records that are lost are named.
     """
+    from sdvae.data.remote import url_of
+
     if source is not None and not repair:
         raise click.UsageError("--source is for --repair.")
+    if url := url_of(store):
+        raise StoreError(f"{url} is checked against its commits whenever it is copied here; give verify a folder")
     with console.progress() as show:
         if repair:
             found = _repair(store, source, load_vae, partial(show, "verify"))
