@@ -81,9 +81,10 @@ def _encode(source: Any, vae: Any, num_workers: int, **preprocess: Any) -> Any:
 
 
 @click.command()
-@click.option("--photos", "num_photos", default=96, show_default=True, help="For the runs with a real network.")
+@click.option("--photos", "num_photos", default=96, show_default=True, help="With a real network.")
+@click.option("--no-network", "num_fast", default=2242, show_default=True, help="Photos without one.")
 @click.option("--write", is_flag=True, help="Write results/pipeline.json.")
-def pipeline(num_photos: int, write: bool) -> None:
+def pipeline(num_photos: int, num_fast: int, write: bool) -> None:
     """The pipeline without a network, with the embedded VAE, and beside a plain diffusers loop."""
     from sdvae.data.sources import open_source
     from sdvae.vae import VAE
@@ -98,7 +99,7 @@ def pipeline(num_photos: int, write: bool) -> None:
         {"resample": "bicubic", "decoder": "simplejpeg"},
     ):
         before = _cpu_s()
-        report = _encode(source, NoCost(vae), 2, **preprocess)
+        report = _encode(Some(source, num_fast), NoCost(vae), 2, **preprocess)
         cpu_ms = (_cpu_s() - before) / report.num_written * 1000  # the scan included, which `images_per_s` leaves out
         found = {"preprocess": preprocess, "num_photos": report.num_written, "images_per_s": report.images_per_s}
         found |= {"cpu_ms_per_image": cpu_ms, "load_average": os.getloadavg()[0]}
