@@ -16,6 +16,7 @@ import numpy as np
 from common import test_data, write_result
 
 from sdvae.data.entries import Entry
+from sdvae.data.manifest import num_cores
 
 BATCH_ROWS = 4  # what `sdvae encode` takes on a CPU
 
@@ -69,13 +70,13 @@ def _cpu_s() -> float:
     )
 
 
-def _encode(source: Any, vae: Any, num_workers: int, **preprocess: Any) -> Any:
+def _encode(source: Any, vae: Any, num_workers: int, threads: int, **preprocess: Any) -> Any:
     from sdvae.data.encode import encode_source
     from sdvae.data.manifest import EncodeSettings
     from sdvae.data.preprocess import Preprocess
     from sdvae.data.tasks import Work
 
-    settings = EncodeSettings(Preprocess(512, **preprocess), batch_rows=BATCH_ROWS)
+    settings = EncodeSettings(Preprocess(512, **preprocess), batch_rows=BATCH_ROWS, num_threads=threads)
     with tempfile.TemporaryDirectory() as folder:
         return encode_source(source, Path(folder) / "out", vae, settings, work=Work(num_workers))
 
@@ -83,15 +84,23 @@ def _encode(source: Any, vae: Any, num_workers: int, **preprocess: Any) -> Any:
 @click.command()
 @click.option("--photos", "num_photos", default=96, show_default=True, help="With a real network.")
 @click.option("--no-network", "num_fast", default=2242, show_default=True, help="Photos without one.")
+@click.option("--threads", type=int, default=num_cores, show_default="all cores", help="Of every network.")
 @click.option("--write", is_flag=True, help="Write results/pipeline.json.")
-def pipeline(num_photos: int, num_fast: int, write: bool) -> None:
+def pipeline(num_photos: int, num_fast: int, threads: int, write: bool) -> None:
     """The pipeline without a network, with the embedded VAE, and beside a plain diffusers loop."""
+    import torch
+
     from sdvae.data.sources import open_source
     from sdvae.vae import VAE
 
     source = open_source(test_data() / "train")
     vae = VAE.load(device="cpu")
-    result: dict[str, Any] = {"dtype": str(vae.dtype), "no_network": [], "num_photos": num_photos}
+    result: dict[str, Any] = {
+        "dtype": str(vae.dtype),
+        "no_network": [],
+        "num_photos": num_photos,
+        "num_threads": threads,
+    }
     for preprocess in (
         {},
         {"resample": "bicubic"},
@@ -99,7 +108,7 @@ def pipeline(num_photos: int, num_fast: int, write: bool) -> None:
         {"resample": "bicubic", "decoder": "simplejpeg"},
     ):
         before = _cpu_s()
-        report = _encode(Some(source, num_fast), NoCost(vae), 2, **preprocess)
+        report = _encode(Some(source, num_fast), NoCost(vae), 2, threads, **preprocess)
         cpu_ms = (_cpu_s() - before) / report.num_written * 1000  # the scan included, which `images_per_s` leaves out
         found = {"preprocess": preprocess, "num_photos": report.num_written, "images_per_s": report.images_per_s}
         found |= {"cpu_ms_per_image": cpu_ms, "load_average": os.getloadavg()[0]}
@@ -109,8 +118,9 @@ def pipeline(num_photos: int, num_fast: int, write: bool) -> None:
             f"{cpu_ms:.1f} ms of a core each, load {os.getloadavg()[0]:.1f}"
         )
     some = Some(source, num_photos)
+    torch.set_num_threads(threads)
     preloaded = _preloaded(some, vae)
-    report = _encode(some, vae, 1)
+    report = _encode(some, vae, 1, threads)
     plain = _diffusers_loop(some, vae)
     waiting = report.times.waiting / report.times.all
     result["embedded"] = {
@@ -121,6 +131,7 @@ def pipeline(num_photos: int, num_fast: int, write: bool) -> None:
         "diffusers_loop_images_per_s": plain,
         "ratio_to_diffusers_loop": report.images_per_s / plain,
         "steps_s": report.times.steps(),
+        "load_average": os.getloadavg()[0],
     }
     print(f"embedded VAE, {vae.dtype}: {report.images_per_s:.2f} images/s, waiting {waiting:.1%} of the time")
     print(f"preloaded tensors: {preloaded:.2f} images/s, so {report.images_per_s / preloaded:.2f}x")
@@ -140,13 +151,10 @@ def _crops(source: Any) -> Iterator[np.ndarray]:
 
 def _preloaded(source: Any, vae: Any) -> float:
     """Images per second of the network alone, on tensors in memory."""
-    import torch
-
     from sdvae.pixels import to_device
 
     images = np.stack(list(_crops(source)))
     batches = [to_device(images[start : start + BATCH_ROWS], vae.device) for start in range(0, len(images), BATCH_ROWS)]
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     vae.encode(batches[0])
     begun = time.perf_counter()
     for batch in batches:
