@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdvae.engine import ops
-from sdvae.engine.plan import ATTENTION_QUERIES, Level, Plan, input_rows
+from sdvae.engine.plan import ATTENTION_QUERIES, Level, Plan, input_rows, window_shape
 from sdvae.engine.program import PackedStage, Program
 
 Peaks = dict[str, float]  # the largest absolute value that each stage and shortcut left behind
@@ -54,16 +54,14 @@ class _Run:
             target = self._strip(level, start, end, stage.target, stage.out_channels)
             if stage.kind == "up":
                 _upsample(packed, rows, target, level.call_rows)
-            elif stage.adds:
-                packed.convolutions[0].add_to(target, rows, level.call_rows)
             else:
-                made = packed.convolutions[0](rows, level.call_rows)
-                if packed.shortcut is not None:  # its result takes the place of x, and so does h: both are made first
-                    x = self._strip(level, start, end, "x", stage.in_channels)
-                    projected = packed.shortcut(x, level.call_rows)
-                    self._note(packed.stage.shortcut, projected)
+                if packed.shortcut is not None:  # x is read to the end before x and h take its place
+                    projected = packed.shortcut(self._strip(level, start, end, "x", stage.in_channels), level.call_rows)
+                    self._note(stage.shortcut, projected)
                     self._strip(level, start, end, "x", stage.out_channels).copy_(projected)
-                target.copy_(made)
+                if not stage.adds:
+                    target.zero_()
+                packed.convolutions[0].add_to(target, rows, level.call_rows)
             self._note(stage.name, target)
             if stage.has_statistics:
                 for first, last in level.row_blocks(start, end):
@@ -101,13 +99,12 @@ class _Run:
     def _window(self, packed: PackedStage) -> "_Window":
         stage = packed.stage
         source, target = self._plan.levels[stage.source_level], self._plan.levels[stage.level]
-        ranges = [input_rows(stage, start, end) for start, end in target.strips]
-        num_rows = max(end - start for start, end in ranges)
+        num_rows, _, _ = window_shape(stage, source, target)
         width = source.width + (stage.kind == "down")
-        memory = torch.zeros(
-            num_rows * width * (stage.in_channels + packed.has_ones), dtype=self._arena.dtype, device=self._arena.device
-        )
+        num_elements = num_rows * width * (stage.in_channels + packed.has_ones)
+        memory = self._arena[self._plan.window_offset : self._plan.window_offset + num_elements]
         rows = ops.strip_of(memory, num_rows, width)
+        rows[..., source.width :].zero_()
         return _Window(rows, source.height, source.width, self._source(packed))
 
     def _source(self, packed: PackedStage) -> Callable[[int, int, Tensor], None]:

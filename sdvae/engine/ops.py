@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_CORE_CACHE_BYTES = 2**19
 _VECTOR_ELEMENTS = 64  # that torch's CPU loops take at a time: two AVX512 registers of bf16
 
 
@@ -148,13 +149,16 @@ def _mean_and_variance(rows: Tensor) -> tuple[Tensor, Tensor]:  # of each channe
 
 
 def normalise(rows: Tensor, out: Tensor, norm: Norm, mean: Tensor, variance: Tensor, *, has_silu: bool) -> None:
-    """GroupNorm from known statistics, then SiLU, into `out`: rounded once after each, as torch's own are."""
-    unused = torch.empty(0, device=rows.device)
-    torch.native_batch_norm(
-        rows, norm.weight, norm.bias, mean, variance, False, 0.0, norm.eps, out=(out, unused, unused)
-    )
-    if has_silu:
-        _silu(out)
+    """GroupNorm from known statistics, then SiLU, into `out`: rounded once after each, as torch's own are.
+
+    As many rows at a time as stay in the cache of one core from the one to the other.
+    """
+    num_rows = max(1, _CORE_CACHE_BYTES // (rows.shape[1] * rows.shape[3] * rows.element_size()))
+    for part, target in zip(torch.split(rows, num_rows, 2), torch.split(out, num_rows, 2), strict=True):
+        normed = F.batch_norm(part, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)
+        if has_silu:
+            _silu(normed)
+        target.copy_(normed)
 
 
 def _silu(strip: Tensor) -> None:

@@ -6,6 +6,7 @@ block is read to the end before it is written. The regions of neighbouring level
 before they are written over; how far, integers decide.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from sdvae.engine.stages import Network, Stage
 from sdvae.errors import BudgetError, ShapeError
 
 STRIP_BYTES = 2**22  # of one strip's input: it should stay in the last-level cache from the norm to the convolution
-ATTENTION_QUERIES = 4096  # at a time; fixed, so that no plan changes a sum
+ATTENTION_QUERIES = 1024  # at a time; fixed, so that no plan changes a sum
 _INPUT = {"encode": "pixels", "decode": "latents"}
 PIXEL_BYTES = 4  # images and latents enter and leave in fp32
 
@@ -68,6 +69,7 @@ class Plan:
     network: Network
     levels: tuple[Level, ...]
     element_bytes: int
+    window_offset: int  # of the window in the arena, behind all regions
     arena_elements: int
     scratch_bytes: int  # the most that one strip of a stage needs beside the arena
 
@@ -146,7 +148,10 @@ def _strip_rows(network: Network, sizes: Sequence[tuple[int, int]], max_elements
     num_rows = sizes[-1][0]
     rows = []
     for level, (height, width) in enumerate(sizes):
-        widest = max(stage.in_channels for stage in network.stages if level in (stage.level, stage.source_level))
+        # A downsampler's input has four times the pixels of what it writes.
+        widest = max(
+            stage.in_channels * (4 if stage.kind == "down" else 1) for stage in network.stages if stage.level == level
+        )
         rows.append(min(num_rows, max(1, max_elements // (height // num_rows * width * widest))))
     return rows
 
@@ -175,8 +180,15 @@ def _plan(
         if stage.kind == "attention":
             level = levels[stage.level]
             ends.append(level.keys_offset(stage.out_channels) + level.height * level.width * stage.out_channels)
-    scratch = max(_scratch_elements(stage, levels[stage.source_level], levels[stage.level]) for stage in network.stages)
-    return Plan(network, tuple(levels), element_bytes, max(ends), element_bytes * scratch)
+    between = [(stage, levels[stage.source_level], levels[stage.level]) for stage in network.stages]
+    return Plan(
+        network,
+        tuple(levels),
+        element_bytes,
+        window_offset=max(ends),
+        arena_elements=max(ends) + max(math.prod(window_shape(*of_stage)) for of_stage in between),
+        scratch_bytes=element_bytes * max(_made_elements(*of_stage) for of_stage in between),
+    )
 
 
 def _region_channels(network: Network, level: int) -> int:
@@ -212,16 +224,21 @@ def _lead(stage: Stage, source: Level, target: Level) -> int:
     return lead
 
 
-def _scratch_elements(stage: Stage, source: Level, target: Level) -> int:
-    """The most that one strip needs beside the arena: its input rows, and what is made of them before it is stored."""
+def window_shape(stage: Stage, source: Level, target: Level) -> tuple[int, int, int]:
+    """Rows, width and channels of the input of a stage's highest strip, with room for a column and a channel more."""
     rows = max(end - start for start, end in target.strips)
     first, last = input_rows(stage, 0, rows)
-    made = rows * target.width * stage.out_channels
+    return last - first, source.width + 1, stage.in_channels + 1
+
+
+def _made_elements(stage: Stage, source: Level, target: Level) -> int:
+    """The most that one strip needs beside the arena, for what cannot be made in its place."""
+    rows = max(end - start for start, end in target.strips)
     if stage.kind == "attention":
         num_queries = min(source.height, max(1, ATTENTION_QUERIES // source.width)) * source.width
-        return 3 * num_queries * stage.out_channels
+        return (3 * num_queries + 2 * source.height * source.width) * stage.out_channels  # torch packs keys and values
     if stage.kind == "up":  # even and odd rows are made one after the other, with a column to spare
-        made = rows * (source.width + 1) * stage.out_channels
-    if stage.kind == "conv":
-        made *= (not stage.adds) + (stage.shortcut is not None)
-    return (last - first) * (source.width + 1) * (stage.in_channels + 1) + made
+        return rows * (source.width + 1) * stage.out_channels
+    if stage.shortcut or stage.target == "output":
+        return rows * target.width * stage.out_channels
+    return 0
