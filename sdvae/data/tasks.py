@@ -68,7 +68,7 @@ def encode_tasks(
     run = _Run(store, source, vae, work or Work(), progress)
     left = deque(numbers)
     begun = time.monotonic()
-    with fixed_threads(store.manifest["compute"]["num_threads"]):
+    with fixed_threads(store.manifest["compute"]["num_threads"]), vae.deterministic():
         while left:
             try:
                 run.encode(left)

@@ -16,7 +16,7 @@ from itertools import pairwise, takewhile
 from sdvae.engine.stages import Network, Stage
 from sdvae.errors import BudgetError, ShapeError
 
-STRIP_BYTES = 2**22  # of one strip's input: it should stay in the last-level cache from the norm to the convolution
+STRIP_BYTES = 2**23  # of one strip's input: it should stay in the last-level cache from the norm to the convolution
 ATTENTION_QUERIES = 1024  # at a time; fixed, so that no plan changes a sum
 _INPUT = {"encode": "pixels", "decode": "latents"}
 PIXEL_BYTES = 4  # images and latents enter and leave in fp32
