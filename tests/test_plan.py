@@ -73,7 +73,7 @@ def test_every_family_is_a_line_of_stages_that_ends_in_its_latents(name: str) ->
 
 
 def test_operations_are_those_of_the_literature() -> None:
-    """512x512, in 10^9: the encoder has 1116.7, the decoder with folded upsamplers 2128; folded projections save 4.3."""
+    """512x512, in 10^9: the encoder has 1116.7, the decoder with folded upsamplers 2128; folds save 4.3 of each."""
     config = FAMILIES["sd1"]
     assert network(config, "decode").flops(64, 64) / 1e9 == pytest.approx(2128 - 4.3, rel=1e-3)
     assert network(config, "encode").flops(512, 512) / 1e9 == pytest.approx(1116.7 - 4.3, rel=1e-3)
