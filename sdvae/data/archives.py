@@ -6,6 +6,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,7 +35,7 @@ class _Member:
     offset: int = 0  # of its bytes in a tar
 
 
-class _Archive:
+class _Archive(ABC):
     """The members of one file by name; opened at need, anew in every process."""
 
     def __init__(self, path: Path) -> None:
@@ -55,11 +56,13 @@ class _Archive:
             raise StoreError(f"cannot read {self.path}: {error.strerror}") from error
         return members
 
+    @abstractmethod
     def read(self, name: str, max_bytes: int) -> bytes:
-        raise NotImplementedError
+        """The first bytes of a member."""
 
+    @abstractmethod
     def _list(self) -> Iterator[tuple[str, _Member]]:
-        raise NotImplementedError
+        """All members, in the order of the file."""
 
 
 class _Tar(_Archive):

@@ -142,8 +142,8 @@ class Statistics:
 
 def _mean_and_variance(rows: Tensor) -> tuple[Tensor, Tensor]:  # of each channel, fp32
     if rows.device.type == "cpu" and not _is_emulated(rows):  # two passes in one call, without a copy in fp32
-        placeholder = torch.zeros(rows.shape[1])
-        return torch.batch_norm_update_stats(rows, placeholder, placeholder, 0.0)
+        history = torch.zeros(rows.shape[1])  # of a running mean, which is not kept
+        return torch.batch_norm_update_stats(rows, history, history, 0.0)
     variance, mean = torch.var_mean(rows.float(), (0, 2, 3), correction=0)
     return mean, variance
 
