@@ -318,7 +318,7 @@ def test_an_output_picture_that_is_the_input(place: Place, verb: str) -> None:
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), MemoryError()])
 def test_too_little_memory(place: Place, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def decode(self: VAE, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self: VAE, latents: torch.Tensor, budget: object) -> torch.Tensor:
         raise error
 
     monkeypatch.setattr(VAE, "decode", decode)
@@ -326,7 +326,7 @@ def test_too_little_memory(place: Place, monkeypatch: pytest.MonkeyPatch, error:
 
 
 def test_an_error_of_ours_is_no_sentence(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode(self: VAE, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self: VAE, latents: torch.Tensor, budget: object) -> torch.Tensor:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(VAE, "decode", decode)
@@ -362,7 +362,7 @@ def test_wrong_usage_is_2(place: Place, verb: str, spoil: Callable[[list[str]], 
 
 
 @pytest.mark.parametrize(
-    "options", ["--batch-size 0", "--batch-size many", "--size 0", "--shard-rows 0", "--crop random"]
+    "options", ["--batch-size 0", "--batch-size many", "--size 0", "--shard-rows 0", "--crop left"]
 )
 def test_values_out_of_range_are_2(place: Place, options: str) -> None:
     code, _, stderr = place.run(*place.command("encode"), *options.split())

@@ -18,6 +18,7 @@ PEAK_LIMIT_BYTES = 1_500_000_000
 def encode(source: Path, out: Path, vae: Path) -> tuple[int, dict[str, object], int]:
     """Exit code, result and peak memory of one run."""
     arguments = ["encode", source, out, "--vae", vae, "--dtype", "fp32", "--size", "64", "--json", "-q"]
+    arguments += ["--workers", "0"]  # decoded in the process that is measured
     # A child's peak begins with its parent's memory, so the parent of the measured one is a small process.
     measure = (
         "import json, resource, subprocess, sys\n"

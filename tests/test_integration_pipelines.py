@@ -216,5 +216,5 @@ def test_a_saved_pipeline_needs_no_sdvae(tmp_path: Path) -> None:
     ours = AutoencoderKL.from_pretrained(tmp_path / "vae")
     given = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, vae=ours, **absent)
     assert given.vae is ours
-    assert torch.equal(picture(given, case.inputs()), expected)
+    assert (picture(given, case.inputs()) - expected).norm() <= TOLERANCE * expected.norm()
     assert ours.engine.calls == 1

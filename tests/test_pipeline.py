@@ -92,7 +92,9 @@ def run(source: Photos, num_workers: int) -> tuple[NDArray[np.uint8], list[Failu
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    """Decoding processes of this one; other tests may keep a server or a tracker."""
+    found = psutil.Process().children(recursive=True)
+    return [child for child in found if child.status() != psutil.STATUS_ZOMBIE and "sdvae" in " ".join(child.cmdline())]
 
 
 def require_right(images: NDArray[np.uint8], failed: set[int] = frozenset()) -> None:  # type: ignore[assignment]

@@ -181,9 +181,9 @@ def test_section_7_the_prior_is_standard_over_scaled_latents(small_vae: VAE, mon
     drawn: list[Tensor] = []
     decode = small_vae.decode
 
-    def recorded(latents: Tensor) -> Tensor:
+    def recorded(latents: Tensor, budget: None) -> Tensor:
         drawn.append(latents)
-        return decode(latents)
+        return decode(latents, budget)
 
     monkeypatch.setattr(small_vae, "decode", recorded)
     small_vae.sample(2, 256, 256, seed=0)

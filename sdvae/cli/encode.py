@@ -102,7 +102,7 @@ def _with_preprocess(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-@click.command()
+@click.command(short_help="Encode photos to a latent store.")
 @click.argument("source", metavar="SRC")
 @click.argument("out", type=PATH)
 @_with_preprocess

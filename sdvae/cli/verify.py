@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _NUM_NAMES = 20  # of lost records that a person is shown; --json has them all
 
 
-@click.command()
+@click.command(short_help="Check every byte of a store; restore what is lost.")
 @click.argument("store", type=PATH)
 @click.option("--repair", is_flag=True, help="Restore what is damaged, as far as the rest of the store tells it.")
 @click.option("--source", metavar="SRC", help="With --repair: the photos, to encode lost numbers again.")
