@@ -23,8 +23,9 @@ def plan_values(plan: Plan, num_images: int = 1) -> dict[str, object]:
     return {
         "direction": plan.network.direction,
         "gflop": plan.network.flops(height, width) / 1e9,
-        "arena_bytes": plan.arena_elements * plan.element_bytes,
-        "scratch_bytes": plan.scratch_bytes,
+        "arena_bytes": plan.arena_bytes,
+        "is_arena_on_host": plan.is_on_host,
+        "strip_bytes": _strip_bytes(plan),
         "images_bytes": num_images * plan.image_bytes,
         "predicted_bytes": plan.predict_bytes(num_images),
         "stages": [
@@ -56,7 +57,7 @@ def _lines(plan: Plan, program: "Program | None", num_images: int) -> Iterator[s
         f"{_by(plan, network.stages[-1])}x{network.out_channels}, {plan.element_bytes} bytes an element"
     )
     name_width = max(len(stage.name) for stage in network.stages)
-    kernels = [""] * len(network.stages) if program is None else [_kernel(packed) for packed in program.stages]
+    kernels = [""] * len(network.stages) if program is None else [_kernel(packed, program) for packed in program.stages]
     yield _row(
         "stage", name_width, "kind", "channels", "width x height", "strips", "GFLOP", "kernel" if program else ""
     )
@@ -64,25 +65,32 @@ def _lines(plan: Plan, program: "Program | None", num_images: int) -> Iterator[s
         channels = f"{stage.in_channels} > {stage.out_channels}"
         strips, gflop = str(plan.num_strips(stage)), f"{_gflop(plan, stage):.2f}"
         yield _row(stage.name, name_width, stage.kind, channels, _by(plan, stage), strips, gflop, kernel)
-    arena = plan.arena_elements * plan.element_bytes
     yield f"{network.flops(height, width) / 1e9:.1f} GFLOP an image"
+    place = "" if plan.is_on_host else f"arena {as_bytes(plan.arena_bytes)} + "
     yield (
-        f"memory beside the weights: arena {as_bytes(arena)} + a strip {as_bytes(plan.scratch_bytes)} + {num_images} "
+        f"memory beside the weights: {place}strips {as_bytes(_strip_bytes(plan))} + {num_images} "
         f"image(s) in and out {as_bytes(num_images * plan.image_bytes)} = {as_bytes(plan.predict_bytes(num_images))}"
     )
+    if plan.is_on_host:
+        yield f"and in the host's memory: arena {as_bytes(plan.arena_bytes)}"
     if program is not None:
         yield f"weights: {as_bytes(program.num_bytes)}, packed"
+
+
+def _strip_bytes(plan: Plan) -> int:
+    """What the strips of a stage need beside the arena."""
+    return (plan.window_elements + plan.keys_elements) * plan.element_bytes + plan.scratch_bytes
 
 
 def _row(name: str, name_width: int, kind: str, channels: str, size: str, strips: str, gflop: str, kernel: str) -> str:
     return f"{name:<{name_width}}  {kind:<9}{channels:>11}{size:>15}{strips:>8}{gflop:>13}  {kernel}".rstrip()
 
 
-def _kernel(packed: "PackedStage") -> str:
+def _kernel(packed: "PackedStage", program: "Program") -> str:
     """What runs a stage; the two convolutions of an upsampling are of one kind."""
-    if packed.stage.kind == "attention":
-        return "torch's scaled_dot_product_attention"
-    return packed.convolutions[0].kernel
+    return (
+        f"{packed.convolutions[0].kernel}, {program.kernels.NAME}" if packed.convolutions else program.kernels.ATTENTION
+    )
 
 
 def _input_px(plan: Plan) -> tuple[int, int]:

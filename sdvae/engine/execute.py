@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sdvae.engine import ops
-from sdvae.engine.plan import ATTENTION_QUERIES, Level, Plan, input_rows, window_shape
+from sdvae.engine.arena import Memory, allocate
+from sdvae.engine.plan import Level, Plan, input_rows, window_shape
 from sdvae.engine.program import PackedStage, Program
 
 Peaks = dict[str, float]  # the largest absolute value that each stage and shortcut left behind
@@ -15,82 +16,110 @@ Peaks = dict[str, float]  # the largest absolute value that each stage and short
 def execute(program: Program, plan: Plan, images: Tensor, peaks: Peaks | None = None) -> Tensor:
     """All images (N, C, H, W) through the network -> (N, C', H', W') fp32; `peaks` are noted where a dict is given.
 
-    The arena is allocated once, and given back at the end.
+    Memory is allocated once, and given back at the end.
     """
-    last = plan.levels[program.stages[-1].stage.level]
-    shape = (len(images), program.network.out_channels, last.height, last.width)
-    out = torch.empty(shape, device=program.device)
-    arena = torch.empty(plan.arena_elements, dtype=program.dtype, device=program.device)
-    for image, target in zip(images, out, strict=True):
-        _Run(plan, arena, image, target, peaks).run(program)
+    out = empty_output(program, plan, len(images))
+    with allocate(plan, program.dtype, program.device) as memory:
+        for image, target in zip(images, out, strict=True):
+            execute_image(program, plan, memory, image.to(program.device), target, peaks)
     return out
+
+
+def empty_output(program: Program, plan: Plan, num_images: int) -> Tensor:
+    """Where the output of images belongs: (N, C', H', W') fp32."""
+    last = plan.levels[program.stages[-1].stage.level]
+    return torch.empty(num_images, program.network.out_channels, last.height, last.width, device=program.device)
+
+
+def execute_image(
+    program: Program, plan: Plan, memory: Memory, image: Tensor, out: Tensor, peaks: Peaks | None = None
+) -> None:
+    """One image (C, H, W) through the network into `out`; on a GPU, without a word to the host."""
+    _Run(program.kernels, plan, memory, image, out, peaks).run(program)
 
 
 class _Run:
     """One image on its way: where its rows are, and the statistics of x and h."""
 
-    def __init__(self, plan: Plan, arena: Tensor, image: Tensor, out: Tensor, peaks: Peaks | None) -> None:
-        self._plan, self._arena, self._image, self._out, self._peaks = plan, arena, image, out, peaks
+    def __init__(
+        self, kernels: ops.Kernels, plan: Plan, memory: Memory, image: Tensor, out: Tensor, peaks: Peaks | None
+    ) -> None:
+        self._kernels, self._plan, self._memory = kernels, plan, memory
+        self._image, self._out, self._peaks = image, out, peaks
         self._statistics: dict[str, ops.Statistics] = {}
 
     def run(self, program: Program) -> None:
         for packed in program.stages:
-            statistics = ops.Statistics()
+            level = self._plan.levels[packed.stage.level]
+            is_upsampled = packed.stage.kind == "up"  # even rows and odd ones are counted apart
+            statistics = self._kernels.Statistics(level.row_block // 2 if is_upsampled else level.row_block)
+            counted = statistics if packed.stage.has_statistics else None
             if packed.stage.kind == "attention":
-                self._attend(packed, statistics)
+                self._attend(packed, counted)
             else:
-                self._convolve(packed, statistics)
+                self._convolve(packed, counted)
             self._statistics[packed.stage.target] = statistics
 
-    def _convolve(self, packed: PackedStage, statistics: ops.Statistics) -> None:
-        stage = packed.stage
+    def _convolve(self, packed: PackedStage, statistics: ops.Statistics | None) -> None:
+        stage, kernels = packed.stage, self._kernels
         level = self._plan.levels[stage.level]
         window = self._window(packed)
         for start, end in level.strips:
             rows = window.read(*input_rows(stage, start, end))
             if stage.target == "output":
-                self._out[:, start:end].copy_(packed.convolutions[0](rows, level.call_rows)[0])
+                packed.convolutions[0].write_over(rows, self._out[None, :, start:end], level.call_rows, ops)
                 continue
             target = self._strip(level, start, end, stage.target, stage.out_channels)
+            if packed.shortcut is not None:  # x is read to the end before x and h take its place
+                projected = self._strip(level, start, end, "x", stage.out_channels)
+                packed.shortcut.write_over(self._read_x(packed, start, end), projected, level.call_rows, kernels)
+                self._note(stage.shortcut, projected)
             if stage.kind == "up":
-                _upsample(packed, rows, target, level.call_rows)
+                for parity, convolution in enumerate(packed.convolutions):
+                    part = rows[:, :, parity : parity + (end - start) // 2 + 1]
+                    every_second = target[:, :, parity::2]
+                    convolution.write_upsampled(
+                        part, every_second, level.call_rows // 2, kernels, statistics=statistics
+                    )
             else:
-                if packed.shortcut is not None:  # x is read to the end before x and h take its place
-                    projected = packed.shortcut(self._strip(level, start, end, "x", stage.in_channels), level.call_rows)
-                    self._note(stage.shortcut, projected)
-                    self._strip(level, start, end, "x", stage.out_channels).copy_(projected)
-                if not stage.adds:
-                    target.zero_()
-                packed.convolutions[0].add_to(target, rows, level.call_rows)
+                packed.convolutions[0].write(
+                    rows, target, level.call_rows, kernels, adds=stage.adds, statistics=statistics
+                )
             self._note(stage.name, target)
-            if stage.has_statistics:
-                for first, last in level.row_blocks(start, end):
-                    statistics.add(target[:, :, first - start : last - start])
 
-    def _attend(self, packed: PackedStage, statistics: ops.Statistics) -> None:
+    def _read_x(self, packed: PackedStage, start: int, end: int) -> Tensor:
+        """A strip of x, where libraries reach it."""
+        level, channels = self._plan.levels[packed.stage.level], packed.stage.in_channels
+        x = self._strip(level, start, end, "x", channels)
+        if not self._plan.is_on_host:
+            return x
+        near = torch.empty((end - start) * level.width * channels, dtype=x.dtype, device=self._memory.window.device)
+        copy = ops.strip_of(near, end - start, level.width)
+        self._kernels.write(x, None, copy, adds=False, statistics=None)
+        return copy
+
+    def _attend(self, packed: PackedStage, statistics: ops.Statistics | None) -> None:
         """Add output(attention(queries(h), h, h)) to x, with h = norm(x): a fixed number of queries at a time."""
         stage = packed.stage
         level, channels = self._plan.levels[stage.level], stage.out_channels
         num_tokens = level.height * level.width
-        offset = level.keys_offset(channels)
-        keys = self._arena[offset : offset + num_tokens * channels]
+        keys = self._memory.keys(level.keys_offset(channels), num_tokens * channels)
         self._source(packed)(0, level.height, ops.strip_of(keys, level.height, level.width))
         tokens = keys.view(num_tokens, channels)
         (query_weight, query_bias), (out_weight, out_bias) = packed.projections
-        num_rows = max(1, ATTENTION_QUERIES // level.width)
+        num_rows = max(1, self._plan.num_queries // level.width)
         for start in range(0, level.height, num_rows):
             end = min(start + num_rows, level.height)
             queries = ops.linear(tokens[start * level.width : end * level.width], query_weight, query_bias)
-            mixed = ops.linear(ops.attend(queries, tokens), out_weight, out_bias)
+            mixed = ops.linear(self._kernels.attend(queries, tokens), out_weight, out_bias)
             added = ops.strip_of(mixed.flatten(), end - start, level.width)
             for first, last, x in self._segments(level, "x", channels, start, end):
-                x.add_(added[:, :, first - start : last - start])
+                part = added[:, :, first - start : last - start]
+                self._kernels.write(part, None, x, adds=True, statistics=None)
                 self._note(stage.name, x)
-        if stage.has_statistics:
+        if statistics is not None:
             for start, end in level.strips:
-                x = self._strip(level, start, end, "x", channels)
-                for first, last in level.row_blocks(start, end):
-                    statistics.add(x[:, :, first - start : last - start])
+                statistics.add(self._strip(level, start, end, "x", channels))
 
     def _note(self, name: str | None, values: Tensor) -> None:
         if self._peaks is not None and name is not None:
@@ -102,8 +131,7 @@ class _Run:
         num_rows, _, _ = window_shape(stage, source, target)
         width = source.width + (stage.kind == "down")
         num_elements = num_rows * width * (stage.in_channels + packed.has_ones)
-        memory = self._arena[self._plan.window_offset : self._plan.window_offset + num_elements]
-        rows = ops.strip_of(memory, num_rows, width)
+        rows = ops.strip_of(self._memory.window[:num_elements], num_rows, width)
         rows[..., source.width :].zero_()
         return _Window(rows, source.height, source.width, self._source(packed))
 
@@ -120,9 +148,9 @@ class _Run:
             for first, last, rows in self._segments(level, stage.source, stage.in_channels, start, end):
                 part = out[:, :, first - start : last - start]
                 if norm is None or mean is None or variance is None:
-                    part.copy_(rows)
+                    self._kernels.write(rows, None, part, adds=False, statistics=None)
                 else:
-                    ops.normalise(rows, part, norm, mean, variance, has_silu=stage.kind != "attention")
+                    self._kernels.normalise(rows, part, norm, mean, variance, has_silu=stage.kind != "attention")
 
         return read
 
@@ -143,7 +171,7 @@ class _Run:
         """The block of a strip of x or of h; h lies behind an x of its own width."""
         num_elements = (end - start) * level.width * channels
         offset = level.block_offset(start) + (num_elements if place == "h" else 0)
-        return ops.strip_of(self._arena[offset : offset + num_elements], end - start, level.width)
+        return ops.strip_of(self._memory.arena[offset : offset + num_elements], end - start, level.width)
 
 
 class _Window:
@@ -166,13 +194,3 @@ class _Window:
             self._read(first, last, self._rows[:, :, first - start : last - start, : self._width])
         self._rows[:, :, max(last, first) - start : end - start].zero_()
         return self._rows[:, :, : end - start]
-
-
-def _upsample(packed: PackedStage, rows: Tensor, target: Tensor, call_rows: int) -> None:
-    """Even and odd rows and columns of the target, each from its own 2x2 neighbourhoods of the small image."""
-    num_rows, width = target.shape[2] // 2, target.shape[3] // 2
-    for parity, convolution in enumerate(packed.convolutions):
-        made = convolution(rows[:, :, parity : parity + num_rows + 1], call_rows // 2)
-        even, odd = torch.split(made, packed.stage.out_channels, 1)
-        target[:, :, parity::2, 0::2].copy_(even[..., :width])
-        target[:, :, parity::2, 1::2].copy_(odd[..., 1:])

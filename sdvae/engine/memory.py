@@ -1,4 +1,4 @@
-"""How much memory there is, and how people write it."""
+"""How much memory there is, how people write it, and what a run takes of it."""
 
 import re
 from pathlib import Path

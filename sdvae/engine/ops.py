@@ -6,50 +6,71 @@ On a CPU, convolutions run in oneDNN with weights packed once; its results do no
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Kernels = ModuleType  # this one, or `triton_ops`, which has the same functions
+
+NAME, ATTENTION = "torch", "torch's scaled_dot_product_attention"
 _CORE_CACHE_BYTES = 2**19
 _VECTOR_ELEMENTS = 64  # that torch's CPU loops take at a time: two AVX512 registers of bf16
 
 
 class Convolution:
-    """A convolution with fixed weights: torch's own, on any device.
+    """A convolution with fixed weights: torch's own, on any device; what reads its sums adds the bias.
 
     It makes `call_rows` output rows at a time: the library may choose another order of summation for another number of
     rows, and the last bits with it.
     """
 
-    kernel = "torch"
+    _library_bias: Tensor | None = None  # that the library adds
+    _kernels_bias: Tensor | None = None  # that is left for the kernels
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> None:
         """`padding_px` is on the left and on the right; rows beyond the image are part of a strip."""
         self.weight = weight.contiguous(memory_format=torch.channels_last)
-        self.bias = bias
         self.num_bytes = weight.nbytes + bias.nbytes
+        self._kernels_bias = bias
         self._kernel_px = weight.shape[2]
         self._stride, self._padding = [stride, stride], [0, padding_px]
 
-    def __call__(self, strip: Tensor, call_rows: int) -> Tensor:
-        """The convolution of a strip that has its neighbouring rows."""
-        parts = list(self._parts(strip, call_rows))
-        first, last, part = parts[0]
-        made = self._apply(part)
-        if len(parts) == 1:
-            return made
-        shape = (1, made.shape[1], parts[-1][1], made.shape[3])
-        out = torch.empty(shape, dtype=made.dtype, device=made.device, memory_format=torch.channels_last)
-        out[:, :, first:last].copy_(made)
-        for first, last, part in parts[1:]:
-            out[:, :, first:last].copy_(self._apply(part))
-        return out
+    @property
+    def kernel(self) -> str:
+        """What runs it."""
+        return "cuDNN" if self.weight.is_cuda else "torch"
 
-    def add_to(self, target: Tensor, strip: Tensor, call_rows: int) -> None:
-        """Add the convolution of `strip` to `target`."""
+    def write(
+        self,
+        strip: Tensor,
+        target: Tensor,
+        call_rows: int,
+        kernels: Kernels,
+        *,
+        adds: bool = False,
+        statistics: "Statistics | None" = None,
+    ) -> None:
+        """Write the convolution of a strip that has its neighbouring rows, or add it; the two may not overlap."""
         for first, last, part in self._parts(strip, call_rows):
-            self._add(target[:, :, first:last], part)
+            made = self._apply(part)
+            kernels.write(made, self._kernels_bias, target[:, :, first:last], adds=adds, statistics=statistics)
+
+    def write_over(self, strip: Tensor, target: Tensor, call_rows: int, kernels: Kernels) -> None:
+        """Write it into memory that may be the strip's own, in any dtype and order."""
+        made = [(first, last, self._apply(part)) for first, last, part in self._parts(strip, call_rows)]
+        for first, last, rows in made:
+            kernels.write(rows, self._kernels_bias, target[:, :, first:last], adds=False, statistics=None)
+
+    def write_upsampled(
+        self, strip: Tensor, target: Tensor, call_rows: int, kernels: Kernels, *, statistics: "Statistics | None"
+    ) -> None:
+        """Write what is two columns for each of the strip's: every second row of an image twice its size."""
+        bias = None if self._kernels_bias is None else self._kernels_bias[: target.shape[1]]  # the columns share it
+        for first, last, part in self._parts(strip, call_rows):
+            made = self._apply(part)
+            kernels.write_upsampled(made, bias, target[:, :, first:last], statistics=statistics)
 
     def _parts(self, strip: Tensor, call_rows: int) -> Iterator[tuple[int, int, Tensor]]:
         """Blocks of output rows, and the rows of the strip that they are made of."""
@@ -61,16 +82,13 @@ class Convolution:
 
     def _apply(self, strip: Tensor) -> Tensor:
         if _is_emulated(strip):
-            exact = F.conv2d(strip.float(), self.weight.float(), self.bias.float(), self._stride, self._padding)
+            exact = F.conv2d(strip.float(), self.weight.float(), None, self._stride, self._padding)
             return exact.to(strip.dtype, memory_format=torch.channels_last)
-        return F.conv2d(strip, self.weight, self.bias, self._stride, self._padding)
-
-    def _add(self, target: Tensor, strip: Tensor) -> None:
-        target.add_(self._apply(strip))
+        return F.conv2d(strip, self.weight, None, self._stride, self._padding)
 
 
 class OneDnnConvolution(Convolution):
-    """The same in oneDNN, with weights in the order its kernel reads them, and the sum in the kernel."""
+    """The same in oneDNN, with weights in the order its kernel reads them, the bias and the sum in the kernel."""
 
     kernel = "oneDNN, packed"
 
@@ -79,17 +97,35 @@ class OneDnnConvolution(Convolution):
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(
             self.weight, self._padding, self._stride, [1, 1], 1, None
         )
+        self._library_bias, self._kernels_bias = bias, None
+
+    def write(
+        self,
+        strip: Tensor,
+        target: Tensor,
+        call_rows: int,
+        kernels: Kernels,
+        *,
+        adds: bool = False,
+        statistics: "Statistics | None" = None,
+    ) -> None:
+        """As the base's, in the target's memory."""
+        if not adds:
+            target.zero_()
+        for first, last, part in self._parts(strip, call_rows):
+            rows = target[:, :, first:last]
+            torch.ops.mkldnn._convolution_pointwise_.binary(
+                rows, part, self.weight, self._library_bias, self._padding, self._stride, [1, 1], 1,
+                "add", 1.0, None, [], None,
+            )  # fmt: skip
+        if statistics is not None:
+            statistics.add(target)
 
     def _apply(self, strip: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            strip, self.weight, self.bias, self._padding, self._stride, [1, 1], 1, "none", [], ""
+            strip, self.weight, self._library_bias, self._padding, self._stride, [1, 1], 1, "none", [], ""
         )
         return out
-
-    def _add(self, target: Tensor, strip: Tensor) -> None:
-        torch.ops.mkldnn._convolution_pointwise_.binary(
-            target, strip, self.weight, self.bias, self._padding, self._stride, [1, 1], 1, "add", 1.0, None, [], None
-        )
 
 
 def pack(weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> Convolution:
@@ -115,17 +151,20 @@ class Statistics:
     squares minus the square of the mean, which cancels.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, row_block: int) -> None:
+        """`row_block` rows are summed up at a time: the same whatever the strips, which are multiples of it."""
+        self._row_block = row_block
         self._counts: list[int] = []
         self._means: list[Tensor] = []
         self._variances: list[Tensor] = []
 
-    def add(self, rows: Tensor) -> None:  # (1, C, rows, W)
-        """Count a block of rows in."""
-        mean, variance = _mean_and_variance(rows)
-        self._counts.append(rows.shape[2] * rows.shape[3])
-        self._means.append(mean)
-        self._variances.append(variance)
+    def add(self, strip: Tensor) -> None:  # (1, C, rows, W)
+        """Count a strip in."""
+        for rows in torch.split(strip, self._row_block, 2):
+            mean, variance = _mean_and_variance(rows.contiguous(memory_format=torch.channels_last))
+            self._counts.append(rows.shape[2] * rows.shape[3])
+            self._means.append(mean)
+            self._variances.append(variance)
 
     def merge(self, num_groups: int) -> tuple[Tensor, Tensor]:  # both (C,) fp32, equal within a group
         """Mean and variance of the group that each channel belongs to."""
@@ -146,6 +185,32 @@ def _mean_and_variance(rows: Tensor) -> tuple[Tensor, Tensor]:  # of each channe
         return torch.batch_norm_update_stats(rows, history, history, 0.0)
     variance, mean = torch.var_mean(rows.float(), (0, 2, 3), correction=0)
     return mean, variance
+
+
+def write(
+    made: Tensor, bias: Tensor | None, target: Tensor, *, adds: bool, statistics: Statistics | None
+) -> None:  # (1, C, rows, W)
+    """What a convolution made, and its bias, into `target` or added to it; rounded once, and counted."""
+    target.copy_(_total(made, bias, target if adds else None))
+    if statistics is not None:
+        statistics.add(target)
+
+
+def write_upsampled(
+    made: Tensor, bias: Tensor | None, target: Tensor, *, statistics: Statistics | None
+) -> None:  # (1, 2C, rows, W + 1) -> (1, C, rows, 2W)
+    """The same for a folded upsampling: C channels of even columns, then C of odd ones, which begin a column later."""
+    even, odd = torch.split(made, target.shape[1], 1)
+    target[..., 0::2].copy_(_total(even[..., :-1], bias))
+    target[..., 1::2].copy_(_total(odd[..., 1:], bias))
+    if statistics is not None:
+        statistics.add(target)
+
+
+def _total(made: Tensor, bias: Tensor | None, target: Tensor | None = None) -> Tensor:
+    if bias is not None:
+        made = made.float() + bias.float()[:, None, None]
+    return made if target is None else made + target.float()
 
 
 def normalise(rows: Tensor, out: Tensor, norm: Norm, mean: Tensor, variance: Tensor, *, has_silu: bool) -> None:

@@ -11,13 +11,17 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise, takewhile
+from itertools import count, pairwise, takewhile
 
 from sdvae.engine.stages import Network, Stage
 from sdvae.errors import BudgetError, ShapeError
 
-STRIP_BYTES = 2**23  # of one strip's input: it should stay in the last-level cache from the norm to the convolution
+# Of one strip's input: it should stay in the last-level cache from the norm to the convolution. On a GPU it is also to
+# make some 500 tiles of 128x128 outputs, four waves on 132 multiprocessors.
+STRIP_BYTES = 2**23
+GPU_STRIP_BYTES = 2**25
 ATTENTION_QUERIES = 1024  # at a time; fixed, so that no plan changes a sum
+GPU_ATTENTION_QUERIES = 2**14
 _INPUT = {"encode": "pixels", "decode": "latents"}
 PIXEL_BYTES = 4  # images and latents enter and leave in fp32
 
@@ -53,10 +57,6 @@ class Level:
         """Where the block that begins with `row` lies in the arena."""
         return self.offset + row * self.width * self.channels
 
-    def row_blocks(self, start: int, end: int) -> list[tuple[int, int]]:
-        """The rows of a strip, in blocks that are the same under every plan."""
-        return [(row, min(row + self.row_block, end)) for row in range(start, end, self.row_block)]
-
     def keys_offset(self, channels: int) -> int:
         """Where the arena has room for the keys of an attention: before the region, or behind it."""
         return 0 if self.offset >= self.height * self.width * channels else self.end
@@ -69,9 +69,12 @@ class Plan:
     network: Network
     levels: tuple[Level, ...]
     element_bytes: int
-    window_offset: int  # of the window in the arena, behind all regions
     arena_elements: int
-    scratch_bytes: int  # the most that one strip of a stage needs beside the arena
+    window_elements: int
+    keys_elements: int  # of an attention, where they are not in the arena
+    scratch_bytes: int  # the most that one strip of a stage needs beside those
+    num_queries: int  # of an attention at a time
+    is_on_host: bool  # whether the arena lies in pinned memory of the host, which a GPU reads and writes as it goes
 
     @cached_property
     def image_bytes(self) -> int:
@@ -81,9 +84,16 @@ class Plan:
         num_in = first.height * first.width * network.in_channels
         return PIXEL_BYTES * (num_in + last.height * last.width * network.out_channels)
 
+    @property
+    def arena_bytes(self) -> int:
+        """Memory of the arena, wherever it lies."""
+        return self.arena_elements * self.element_bytes
+
     def predict_bytes(self, num_images: int = 1) -> int:
-        """Peak memory of a run, beside the weights."""
-        return self.arena_elements * self.element_bytes + self.scratch_bytes + num_images * self.image_bytes
+        """Peak memory of a run on its device, beside the weights."""
+        arena = 0 if self.is_on_host else self.arena_bytes
+        beside = (self.window_elements + self.keys_elements) * self.element_bytes + self.scratch_bytes
+        return arena + beside + num_images * self.image_bytes
 
     def num_strips(self, stage: Stage) -> int:
         """How many strips a stage runs in; the attention sees all rows at once."""
@@ -100,35 +110,40 @@ def make_plan(
     num_images: int = 1,
     num_strips: int | None = None,
     is_deterministic: bool = False,
+    is_gpu: bool = False,
+    host_bytes: int = 0,
 ) -> Plan:
     """Plan a network for inputs of `height` x `width`.
 
     Strips are as high as the cache likes, lower where a budget asks for it, or `num_strips` of them at every level (at
-    most one for each row of latents). Deterministic plans of a size give the same bits, whatever their strips: these
-    are no lower than the cache likes, because libraries order their sums by the rows they are given.
+    most one for each row of latents). What no strip is low enough for lies in `host_bytes` of the host's memory, where
+    a GPU can reach that. Deterministic plans of a size give the same bits, whatever their strips: these are no lower
+    than the cache likes, because libraries order their sums by the rows they are given.
     BudgetError names the smallest budget that can be met.
     """
     sizes = network.sizes(height, width)
     if not all(sizes[-1]):
         raise ShapeError(f"{width}x{height} is too small: it has less than one row or column of latents")
-    num_rows = sizes[-1][0]
-    strip_bytes = STRIP_BYTES
-    liked = rows = _strip_rows(network, sizes, strip_bytes // element_bytes)
+    draft = _Draft(network, sizes, element_bytes, is_gpu)
+    liked = draft.strip_rows(0)
     if num_strips is not None:
         steps = liked if is_deterministic else [1] * len(sizes)
-        return _plan(network, sizes, element_bytes, [_split(num_rows, num_strips, step) for step in steps], liked)
-    while True:
-        plan = _plan(network, sizes, element_bytes, [range(0, num_rows, step) for step in rows], liked)
-        if budget_bytes is None or plan.predict_bytes(num_images) <= budget_bytes:
-            return plan
-        if max(rows) == 1 or is_deterministic:
-            raise BudgetError(
-                f"{network.direction}s of {num_images} x {width}x{height} {_INPUT[network.direction]} need "
-                f"{plan.predict_bytes(num_images):,} bytes at least, and the budget is {budget_bytes:,}; raise it or "
-                "give fewer or smaller images"
-            )
-        strip_bytes //= 2
-        rows = _strip_rows(network, sizes, strip_bytes // element_bytes)
+        return draft.plan([_split(sizes[-1][0], num_strips, step) for step in steps])
+    plan = None
+    for is_on_host in (False, True) if host_bytes else (False,):
+        for rows in [liked] if is_deterministic else draft.lower_and_lower():
+            lower = draft.plan([range(0, sizes[-1][0], step) for step in rows], is_on_host)
+            if is_on_host and lower.arena_bytes > host_bytes:
+                continue
+            plan = lower
+            if budget_bytes is None or plan.predict_bytes(num_images) <= budget_bytes:
+                return plan
+    assert plan is not None and budget_bytes is not None
+    raise BudgetError(
+        f"{network.direction}s of {num_images} x {width}x{height} {_INPUT[network.direction]} need "
+        f"{plan.predict_bytes(num_images):,} bytes at least, and the budget is {budget_bytes:,}; raise it or "
+        "give fewer or smaller images"
+    )
 
 
 def max_images(plan: Plan, budget_bytes: int) -> int:
@@ -143,52 +158,82 @@ def _split(num_rows: int, num_strips: int, step: int) -> list[int]:
     return [index * num_steps // num_strips * step for index in range(num_strips)]
 
 
-def _strip_rows(network: Network, sizes: Sequence[tuple[int, int]], max_elements: int) -> list[int]:
-    """How many rows of latents a strip of each level may cover."""
-    num_rows = sizes[-1][0]
-    rows = []
-    for level, (height, width) in enumerate(sizes):
-        # A downsampler's input has four times the pixels of what it writes.
-        widest = max(
-            stage.in_channels * (4 if stage.kind == "down" else 1) for stage in network.stages if stage.level == level
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """What all plans of a size have in common."""
+
+    network: Network
+    sizes: tuple[tuple[int, int], ...]
+    element_bytes: int
+    is_gpu: bool
+
+    def strip_rows(self, halvings: int) -> list[int]:
+        """How many rows of latents a strip of each level covers, when it should have been cut in half so often."""
+        strip_bytes = (GPU_STRIP_BYTES if self.is_gpu else STRIP_BYTES) >> halvings
+        num_rows = self.sizes[-1][0]
+        rows = []
+        for level, (height, width) in enumerate(self.sizes):
+            # A downsampler's input has four times the pixels of what it writes.
+            widest = max(
+                stage.in_channels * (4 if stage.kind == "down" else 1)
+                for stage in self.network.stages
+                if stage.level == level
+            )
+            row_bytes = height // num_rows * width * widest * self.element_bytes
+            rows.append(min(num_rows, max(1, strip_bytes // row_bytes)))
+        return rows
+
+    def lower_and_lower(self) -> Iterator[list[int]]:
+        """`strip_rows`, down to a row of latents each."""
+        for halvings in count():
+            rows = self.strip_rows(halvings)
+            yield rows
+            if max(rows) == 1:
+                return
+
+    def plan(self, starts: Sequence[Sequence[int]], is_on_host: bool = False) -> Plan:
+        """The plan whose strips begin at these rows of latents."""
+        network = self.network
+        levels = self._levels(starts)
+        ends, keys_elements = [level.end for level in levels], 0
+        for stage in network.stages:
+            if stage.kind == "attention":
+                level = levels[stage.level]
+                num_elements = level.height * level.width * stage.out_channels
+                keys_elements = max(keys_elements, num_elements)
+                ends.append(level.keys_offset(stage.out_channels) + num_elements)
+        num_queries = GPU_ATTENTION_QUERIES if self.is_gpu else ATTENTION_QUERIES
+        between = [(stage, levels[stage.source_level], levels[stage.level]) for stage in network.stages]
+        return Plan(
+            network,
+            levels,
+            self.element_bytes,
+            arena_elements=max(ends),
+            window_elements=max(math.prod(window_shape(*of_stage)) for of_stage in between),
+            keys_elements=keys_elements if is_on_host else 0,
+            scratch_bytes=self.element_bytes
+            * max(_made_elements(*of_stage, num_queries, self.is_gpu, is_on_host) for of_stage in between),
+            num_queries=num_queries,
+            is_on_host=is_on_host,
         )
-        rows.append(min(num_rows, max(1, max_elements // (height // num_rows * width * widest))))
-    return rows
 
-
-def _plan(
-    network: Network,
-    sizes: Sequence[tuple[int, int]],
-    element_bytes: int,
-    starts: Sequence[Sequence[int]],
-    call_rows: Sequence[int],
-) -> Plan:
-    deepest = len(sizes) - 1
-    levels: list[Level] = []
-    for index, ((height, width), rows) in enumerate(zip(sizes, starts, strict=True)):
-        row_block = 1 << (deepest - index)
-        bounds = (*(row * row_block for row in rows), height)
-        channels = _region_channels(network, index)
-        levels.append(Level(height, width, bounds, channels, 0, row_block, call_rows[index] * row_block))
-    # From the end of the network backwards: a level's region begins as far behind the next one's as it must.
-    for stage in reversed(network.stages):
-        if stage.source_level != stage.level:
-            source, target = levels[stage.source_level], levels[stage.level]
-            levels[stage.source_level] = replace(source, offset=max(0, target.offset + _lead(stage, source, target)))
-    ends = [level.end for level in levels]
-    for stage in network.stages:
-        if stage.kind == "attention":
-            level = levels[stage.level]
-            ends.append(level.keys_offset(stage.out_channels) + level.height * level.width * stage.out_channels)
-    between = [(stage, levels[stage.source_level], levels[stage.level]) for stage in network.stages]
-    return Plan(
-        network,
-        tuple(levels),
-        element_bytes,
-        window_offset=max(ends),
-        arena_elements=max(ends) + max(math.prod(window_shape(*of_stage)) for of_stage in between),
-        scratch_bytes=element_bytes * max(_made_elements(*of_stage) for of_stage in between),
-    )
+    def _levels(self, starts: Sequence[Sequence[int]]) -> tuple[Level, ...]:
+        deepest = len(self.sizes) - 1
+        levels: list[Level] = []
+        for index, ((height, width), rows, liked) in enumerate(
+            zip(self.sizes, starts, self.strip_rows(0), strict=True)
+        ):
+            row_block = 1 << (deepest - index)
+            bounds = (*(row * row_block for row in rows), height)
+            channels = _region_channels(self.network, index)
+            levels.append(Level(height, width, bounds, channels, 0, row_block, liked * row_block))
+        # From the end of the network backwards: a level's region begins as far behind the next one's as it must.
+        for stage in reversed(self.network.stages):
+            if stage.source_level != stage.level:
+                source, target = levels[stage.source_level], levels[stage.level]
+                offset = max(0, target.offset + _lead(stage, source, target))
+                levels[stage.source_level] = replace(source, offset=offset)
+        return tuple(levels)
 
 
 def _region_channels(network: Network, level: int) -> int:
@@ -231,14 +276,16 @@ def window_shape(stage: Stage, source: Level, target: Level) -> tuple[int, int, 
     return last - first, source.width + 1, stage.in_channels + 1
 
 
-def _made_elements(stage: Stage, source: Level, target: Level) -> int:
+def _made_elements(stage: Stage, source: Level, target: Level, num_queries: int, is_gpu: bool, is_on_host: bool) -> int:
     """The most that one strip needs beside the arena, for what cannot be made in its place."""
     rows = max(end - start for start, end in target.strips)
     if stage.kind == "attention":
-        num_queries = min(source.height, max(1, ATTENTION_QUERIES // source.width)) * source.width
-        return (3 * num_queries + 2 * source.height * source.width) * stage.out_channels  # torch packs keys and values
+        num_tokens = source.height * source.width
+        num_queries = min(num_tokens, max(1, num_queries // source.width) * source.width)
+        packed = 0 if is_gpu else 2 * num_tokens  # torch's kernel for CPUs packs keys and values
+        return (3 * num_queries + packed) * stage.out_channels
     if stage.kind == "up":  # even and odd rows are made one after the other, with a column to spare
         return rows * (source.width + 1) * stage.out_channels
-    if stage.shortcut or stage.target == "output":
-        return rows * target.width * stage.out_channels
-    return 0
+    made = stage.out_channels if is_gpu or stage.shortcut or stage.target == "output" else 0  # oneDNN writes in place
+    read = stage.in_channels if is_on_host and stage.shortcut else 0
+    return rows * target.width * (made + read)

@@ -1,14 +1,16 @@
 """A network with its weights, rewritten once into what runs fastest; each rewrite is exact on paper."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from sdvae.config import VAEConfig
-from sdvae.engine.ops import Convolution, Norm, pack
+from sdvae.engine import ops
+from sdvae.engine.ops import Convolution, Kernels, Norm
 from sdvae.engine.scaling import Exponents, Scale, plan_scales
 from sdvae.engine.stages import Direction, Network, Stage, network
 from sdvae.model import NORM_EPS
@@ -48,6 +50,7 @@ class Program:
     stages: tuple[PackedStage, ...]
     dtype: torch.dtype
     device: torch.device
+    kernels: Kernels
     exponents: Exponents  # of its range scaling
 
     @property
@@ -65,16 +68,34 @@ def compile_program(
     exponents: Exponents = MappingProxyType({}),
 ) -> Program:
     """Rewrite and pack one direction of a VAE; weights are added up and scaled in fp32 and rounded once."""
-    compiler = _Compiler(weights, config.norm_num_groups, dtype, device)
+    kernels = choose_kernels(device)
+    compiler = _Compiler(weights, config.norm_num_groups, dtype, device, ops.pack if kernels is ops else Convolution)
     line = network(config, direction)
     scales = plan_scales(line, exponents)
     stages = tuple(compiler.stage(stage, scale) for stage, scale in zip(line.stages, scales, strict=True))
-    return Program(line, stages, dtype, device, exponents)
+    return Program(line, stages, dtype, device, kernels, exponents)
+
+
+def choose_kernels(device: torch.device) -> Kernels:
+    """Triton's on a GPU that has it, torch's elsewhere."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from sdvae.engine import triton_ops
+
+        return triton_ops
+    return ops
 
 
 class _Compiler:
-    def __init__(self, weights: Weights, num_groups: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        num_groups: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        convolution: Callable[[Tensor, Tensor, int, int], Convolution],
+    ) -> None:
         self._weights, self._num_groups, self._dtype, self._device = weights, num_groups, dtype, device
+        self._convolution = convolution
 
     def stage(self, stage: Stage, scale: Scale) -> PackedStage:
         norm = self._norm(stage.norm, scale.eps) if stage.norm else None
@@ -113,7 +134,7 @@ class _Compiler:
         return fold_attention(q, k, v, out)
 
     def _pack(self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> Convolution:
-        return pack(*self._place(weight, bias), stride, padding_px)
+        return self._convolution(*self._place(weight, bias), stride, padding_px)
 
     def _place(self, weight: Tensor, bias: Tensor) -> Pair:
         return weight.to(self._device, self._dtype), bias.to(self._device, self._dtype)

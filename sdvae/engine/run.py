@@ -2,18 +2,20 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdvae.config import VAEConfig
+from sdvae.engine import ops
 from sdvae.engine.calibrate import calibrate
 from sdvae.engine.describe import describe_plan
-from sdvae.engine.execute import execute
+from sdvae.engine.graphs import Runner
 from sdvae.engine.memory import free_bytes, parse_bytes
 from sdvae.engine.plan import Plan, make_plan
-from sdvae.engine.program import Program, compile_program
+from sdvae.engine.program import Program, choose_kernels, compile_program
 from sdvae.engine.stages import Direction, network
 from sdvae.errors import BudgetError
 from sdvae.model import AutoencoderKL
@@ -63,11 +65,12 @@ class Engine:
         )
         self._layers: dict[str, nn.Module] = {}
         self._programs: dict[Direction, tuple[object, Program]] = {}
+        self._runners: dict[Direction, Runner] = {}
         self._exact: Engine | None = None  # in fp32, for what overflows
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts with: packed weights cannot be copied, and are made again when they are needed."""
-        return vars(self) | {"_programs": {}, "_exact": None}
+        return vars(self) | {"_programs": {}, "_runners": {}, "_exact": None}
 
     def encode_moments(self, pixels: Tensor, budget: Budget = None) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8), sizes floored: the encoder's output, after `quant_conv`."""
@@ -90,13 +93,21 @@ class Engine:
             budget_bytes=budget_bytes,
             num_images=num_images,
             is_deterministic=self.is_deterministic,
+            is_gpu=device.type != "cpu",
+            host_bytes=self._host_bytes(device),
         )
+
+    def _host_bytes(self, device: torch.device) -> int:
+        """What of the host's memory a plan may take: only Triton's kernels reach into it."""
+        if choose_kernels(device) is ops:
+            return 0
+        return free_bytes(torch.device("cpu")) or 0
 
     def program(self, direction: Direction) -> Program:
         """The packed weights of one direction, packed anew if the source's have changed."""
         device, dtype = self._place()
         weights = self._weights(direction)
-        state = (device, dtype, _bit_sums(weights))
+        state = self._state(weights)
         known = self._programs.pop(direction, None)
         if known is None or known[0] != state:
             known = None  # before the new one is made
@@ -106,9 +117,14 @@ class Engine:
         self._programs[direction] = known
         return known[1]
 
+    def _state(self, weights: dict[str, Tensor]) -> tuple[object, ...]:
+        """What a program was made of; equal if nothing has changed since."""
+        return (*self._place(), _bit_sums(weights))
+
     def release(self) -> None:
-        """Forget what is packed; it will be packed again when it is needed."""
+        """Forget what is packed and captured; it will be packed again when it is needed."""
         self._programs.clear()
+        self._runners.clear()
         self._exact = None
 
     def obstacle(self, batch: Tensor | None = None) -> str | None:
@@ -150,9 +166,9 @@ class Engine:
         if obstacle is None and self._fits(direction, batch):
             height, width = batch.shape[2:]
             plan = self.plan(direction, height, width, len(batch), budget)
-            program = self.program(direction)
-            out = execute(program, plan, batch)
-            if program.dtype != torch.float32:
+            with self._precision(budget):
+                out = self._execute(direction, plan, batch)
+            if self._place()[1] != torch.float32:
                 self._mend(out, direction, batch, budget)
             return out if self._dtype is not None else out.to(batch.dtype)
         if budget is not None:
@@ -160,10 +176,30 @@ class Engine:
         model = self._reference()
         return model.encode_moments(batch) if direction == "encode" else model.decode(batch)
 
+    def _execute(self, direction: Direction, plan: Plan, batch: Tensor) -> Tensor:
+        runner = self._runners.setdefault(direction, Runner())
+        packed = self._programs.get(direction)
+        if packed is not None and packed[1].device.type == "cuda":
+            # Whether it is stale is asked while it runs, for the answer takes as long to reach the host.
+            out = runner.run(packed[1], plan, batch)
+            if packed[0] == self._state(self._weights(direction)):
+                return out
+        return runner.run(self.program(direction), plan, batch)
+
+    @contextmanager
+    def _precision(self, budget: Budget) -> Iterator[None]:
+        """No TF32; and algorithms by trial, which takes memory and answers by the clock, only where both may vary."""
+        is_free = budget is None and not self.is_deterministic
+        with torch.backends.cudnn.flags(
+            enabled=True, benchmark=is_free, deterministic=self.is_deterministic, allow_tf32=False
+        ):
+            yield
+
     def _mend(self, out: Tensor, direction: Direction, batch: Tensor, budget: Budget) -> None:
         """Compute the images again in fp32 that overflowed, and say so."""
+        is_finite = torch.stack([image.isfinite().all() for image in out]).tolist()
         for index, (image, source) in enumerate(zip(out, batch, strict=True)):
-            if image.isfinite().all() or not source.isfinite().all():
+            if is_finite[index] or not source.isfinite().all():
                 continue
             dtype = str(self._place()[1]).removeprefix("torch.")
             logger.warning("image %d of the batch overflowed in %s and runs again in fp32", index, dtype)
@@ -216,7 +252,7 @@ def _bit_sums(weights: dict[str, Tensor]) -> tuple[int, ...]:
 
     `weight.data += x`, as LoRA merges do, changes neither its version nor its address.
     """
-    return tuple(int(_bits(values).sum()) for _, values in sorted(weights.items()))
+    return tuple(torch.stack([_bits(values).sum() for _, values in sorted(weights.items())]).tolist())
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -1,0 +1,65 @@
+"""Runs a program; on a GPU, what is asked for a second time is captured as a CUDA graph and replayed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdvae.engine import ops
+from sdvae.engine.arena import allocate
+from sdvae.engine.execute import empty_output, execute, execute_image
+from sdvae.engine.plan import Plan
+from sdvae.engine.program import Program
+
+
+@dataclass
+class _Shape:
+    """A program and the plan it ran under last."""
+
+    program: Program
+    plan: Plan
+    graph: "_Graph | None" = None
+
+
+class Runner:
+    """Runs one direction; keeps one graph, that of the last shape.
+
+    A graph saves the host some hundred launches an image. Its memory stays reserved until another shape comes.
+    """
+
+    def __init__(self) -> None:
+        self._last: _Shape | None = None
+
+    def run(self, program: Program, plan: Plan, images: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', H', W') fp32
+        """All images through the network, on the device of the program."""
+        if program.device.type != "cuda":
+            return execute(program, plan, images)
+        with torch.cuda.device(program.device):
+            if self._last is None or self._last.program is not program or self._last.plan != plan:
+                self._last = None  # its memory is free before the next is allocated
+                out = execute(program, plan, images)
+                if program.kernels is not ops and not plan.is_on_host:
+                    self._last = _Shape(program, plan)
+                return out
+            if self._last.graph is None:  # libraries have chosen their algorithms in the first run
+                self._last.graph = _Graph(program, plan, images[0])
+            out = empty_output(program, plan, len(images))
+            for image, target in zip(images, out, strict=True):
+                self._last.graph.replay(image, target)
+            return out
+
+
+class _Graph:
+    """The run of one image, from and to memory of its own."""
+
+    def __init__(self, program: Program, plan: Plan, image: Tensor) -> None:
+        self._image = torch.empty(image.shape, device=program.device)
+        self._out = empty_output(program, plan, 1)[0]
+        self._graph = torch.cuda.CUDAGraph()
+        with allocate(plan, program.dtype, program.device) as self._memory, torch.cuda.graph(self._graph):
+            execute_image(program, plan, self._memory, self._image, self._out)
+
+    def replay(self, image: Tensor, out: Tensor) -> None:
+        self._image.copy_(image, non_blocking=True)
+        self._graph.replay()
+        out.copy_(self._out)
