@@ -94,9 +94,10 @@ class OneDnnConvolution(Convolution):
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> None:
         super().__init__(weight, bias, stride, padding_px)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-            self.weight, self._padding, self._stride, [1, 1], 1, None
-        )
+        if self._kernel_px > 1:  # without knowing the strip's size, oneDNN packs 1x1 for another kernel than it takes
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, self._padding, self._stride, [1, 1], 1, None
+            )
         self._library_bias, self._kernels_bias = bias, None
 
     def write(

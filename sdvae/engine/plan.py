@@ -173,12 +173,9 @@ class _Draft:
         num_rows = self.sizes[-1][0]
         rows = []
         for level, (height, width) in enumerate(self.sizes):
+            stages = [stage for stage in self.network.stages if stage.level == level]
             # A downsampler's input has four times the pixels of what it writes.
-            widest = max(
-                stage.in_channels * (4 if stage.kind == "down" else 1)
-                for stage in self.network.stages
-                if stage.level == level
-            )
+            widest = max(stage.in_channels * (4 if stage.kind == "down" else 1) for stage in stages)
             row_bytes = height // num_rows * width * widest * self.element_bytes
             rows.append(min(num_rows, max(1, strip_bytes // row_bytes)))
         return rows
