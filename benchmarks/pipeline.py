@@ -102,10 +102,10 @@ def pipeline(num_photos: int, num_fast: int, threads: int, write: bool) -> None:
         "num_threads": threads,
     }
     for preprocess in (
-        {},
-        {"resample": "bicubic"},
-        {"decoder": "simplejpeg"},
-        {"resample": "bicubic", "decoder": "simplejpeg"},
+        {"resizer": "torch"},  # what `sdvae encode` takes where it can
+        {"resizer": "torch", "decoder": "simplejpeg"},
+        {"resizer": "pillow"},
+        {"resizer": "pillow", "resample": "bicubic", "decoder": "simplejpeg"},
     ):
         before = _cpu_s()
         report = _encode(Some(source, num_fast), NoCost(vae), 2, threads, **preprocess)
@@ -114,13 +114,13 @@ def pipeline(num_photos: int, num_fast: int, threads: int, write: bool) -> None:
         found |= {"cpu_ms_per_image": cpu_ms, "load_average": os.getloadavg()[0]}
         result["no_network"].append(found | {"shares": report.times.shares(), "slowest": report.times.slowest()})
         print(
-            f"no network, {preprocess or 'defaults'}: {report.images_per_s:.0f} images/s, "
+            f"no network, {preprocess}: {report.images_per_s:.0f} images/s, "
             f"{cpu_ms:.1f} ms of a core each, load {os.getloadavg()[0]:.1f}"
         )
     some = Some(source, num_photos)
     torch.set_num_threads(threads)
     preloaded = _preloaded(some, vae)
-    report = _encode(some, vae, 1, threads)
+    report = _encode(some, vae, 1, threads, resizer="torch")
     plain = _diffusers_loop(some, vae)
     waiting = report.times.waiting / report.times.all
     result["embedded"] = {

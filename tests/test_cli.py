@@ -21,6 +21,7 @@ from sdvae.cli import doctor as doctor_module
 from sdvae.cli.doctor import Finding
 from sdvae.cli.main import cli
 from sdvae.cli.shared import Console
+from sdvae.data.preprocess import choose_resizer
 
 Run = Callable[..., Result]
 VERBS = [
@@ -100,8 +101,8 @@ def test_options_are_the_documented_ones() -> None:
     rewriting = f"{console} -o --output --family --dry-run"
     own = {
         "encode": f"{shared} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
-        "--jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit --runner "
-        "--address --batch-size",
+        "--resizer --jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit "
+        "--runner --address --batch-size",
         "decode": f"{shared} --format --latents --batch-size --budget --tiling",
         "verify": f"{shared} --repair --source",
         "stats": console,
@@ -198,6 +199,19 @@ def test_quarantined_photos_are_told_and_give_exit_code_3(run: Run, photos: Path
     again = run("encode", source, tmp_path / "store", "--size", 32, "--json")
     assert again.exit_code == 3
     assert sum(json.loads(again.stdout)["quarantined"].values()) == 2
+
+
+@pytest.mark.skipif(choose_resizer("lanczos") != "torch", reason="this torch has no lanczos for bytes")
+def test_encode_resizes_by_torch_unless_the_store_was_begun_otherwise(run: Run, photos: Path, tmp_path: Path) -> None:
+    for begun, chosen in ((), "torch"), (("--resizer", "pillow"), "pillow"):
+        out = tmp_path / chosen
+        assert run("encode", photos, out, "--size", 32, *begun).exit_code == 0
+        (out / "done" / "00000.json").unlink()
+        assert run("encode", photos, out, "--size", 32).exit_code == 0
+        preprocess = json.loads((out / "manifest.json").read_bytes())["preprocess"]
+        assert preprocess.get("resizer", "pillow") == chosen
+    refused = run("encode", photos, out, "--size", 32, "--resizer", "torch")
+    assert refused.exit_code == 1 and "preprocess.resizer" in refused.stderr
 
 
 def test_encode_resumes_by_default_and_restarts_when_told(run: Run, photos: Path, tmp_path: Path) -> None:

@@ -373,9 +373,11 @@ def test_what_was_chosen_once_is_not_chosen_again(
     assert _files(begun) == before
 
 
-def test_the_dtype_to_continue_with_is_told(begun: Path, tmp_path: Path) -> None:
+def test_what_to_continue_with_is_told(begun: Path, tmp_path: Path) -> None:
     assert manifest.recorded_dtype(begun) == "fp32"
     assert manifest.recorded_dtype(tmp_path / "new") is None
+    assert manifest.recorded_resizer(begun) == "pillow"
+    assert manifest.recorded_resizer(tmp_path / "new") is None
     (begun / "manifest.json").write_text("{}")
     with pytest.raises(StoreError, match="not the manifest of a latent store"):
         manifest.recorded_dtype(begun)

@@ -9,12 +9,23 @@ from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
+from skimage import data as skimage_data
 
 from sdvae.data.buckets import Size, bucket_sizes
-from sdvae.data.preprocess import Geometry, Preprocess, apply, decoder_identity, plan_geometry, read_crop
+from sdvae.data.preprocess import (
+    Geometry,
+    Preprocess,
+    Resample,
+    apply,
+    choose_resizer,
+    decoder_identity,
+    plan_geometry,
+    read_crop,
+)
 from sdvae.errors import ConfigError, ImageError
 from sdvae.images import encode_image, read_image
 
@@ -207,9 +218,11 @@ def test_photos_that_are_too_small_are_refused_with_a_reason() -> None:
 
 @pytest.mark.parametrize("kernel", ["lanczos", "bicubic"])
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 9))
-def test_a_crop_anywhere_is_cut_out_of_the_whole_photo_resized(kernel: str, height: int, width: int, seed: int) -> None:
+def test_a_crop_anywhere_is_cut_out_of_the_whole_photo_resized(
+    kernel: Resample, height: int, width: int, seed: int
+) -> None:
     photo = noise(height, width)
-    preprocess = Preprocess(16, "random", seed=seed, resample=kernel)  # type: ignore[arg-type]
+    preprocess = Preprocess(16, "random", seed=seed, resample=kernel)
     geometry = plan_geometry(height, width, preprocess, 8, "key")
     resized_height, resized_width = geometry.resized_px
     resample = Image.Resampling[kernel.upper()]
@@ -217,6 +230,95 @@ def test_a_crop_anywhere_is_cut_out_of_the_whole_photo_resized(kernel: str, heig
     top, left, *_ = geometry.crop_px
     image = apply(photo, geometry, preprocess.resample)
     assert np.array_equal(image, whole[top : top + 16, left : left + 16])
+
+
+# --- Resizers beside the exact one ---
+
+needs_torch_2_13 = pytest.mark.skipif(
+    choose_resizer("lanczos") != "torch", reason="this torch has no lanczos for bytes"
+)
+
+RESIZED = [  # (height, width), side: photos that shrink, that grow, that do a little, lines, and one that shrinks 190x
+    ((300, 400), 64), ((61, 40), 128), ((201, 199), 200), ((1, 40), 64), ((50, 1), 64), ((7, 900), 16), ((640, 11), 32),
+    ((640, 11), 1), ((3, 2), 1), ((1520, 1600), 8),
+]  # fmt: skip
+
+
+def contents(kind: str, height: int, width: int) -> np.ndarray:
+    if kind == "photo":
+        return np.array(Image.fromarray(skimage_data.astronaut()).resize((width, height)))
+    return noise(height, width) if kind == "noise" else noise(height, width) // 128 * 255
+
+
+def filter_matrix(num_in: int, num_out: int, kernel: str) -> np.ndarray:  # (num_out, num_in) fp64, rows sum to 1
+    """Pillow's definition: a kernel as wide as the step between outputs, at middles of pixels, cut at the border."""
+    step = num_in / num_out
+    x = (np.arange(num_in) + 0.5 - (np.arange(num_out)[:, None] + 0.5) * step) / max(step, 1.0)
+    if kernel == "lanczos":
+        weights = np.where(abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+    else:
+        near, far = (1.5 * abs(x) - 2.5) * x**2 + 1, ((-0.5 * abs(x) + 2.5) * abs(x) - 4) * abs(x) + 2
+        weights = np.where(abs(x) < 1, near, np.where(abs(x) < 2, far, 0))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def exact(photo: np.ndarray, size: Size, kernel: str, *, in_bytes: bool) -> np.ndarray:
+    """Columns, then rows; `in_bytes` rounds and clips in between, as both resizers do."""
+    columns = np.einsum("oi,hic->hoc", filter_matrix(photo.shape[1], size[1], kernel), photo, optimize=True)
+    columns = np.clip(np.floor(columns + 0.5), 0, 255) if in_bytes else columns
+    return np.einsum("oi,iwc->owc", filter_matrix(photo.shape[0], size[0], kernel), columns, optimize=True).clip(0, 255)
+
+
+@needs_torch_2_13
+@pytest.mark.parametrize("kind", ["photo", "noise", "black and white"])
+@pytest.mark.parametrize("kernel", ["lanczos", "bicubic"])
+def test_torch_resizes_as_exactly_as_pillow(kernel: Resample, kind: str) -> None:
+    for (height, width), side in RESIZED:
+        photo = contents(kind, height, width)
+        resized = plan_geometry(height, width, Preprocess(side, "none"), 8).resized_px
+        whole = Geometry(resized, (0, 0, *resized))
+        by_torch, by_pillow = (apply(photo, whole, kernel, resizer) for resizer in ("torch", "pillow"))
+        in_bytes = exact(photo, resized, kernel, in_bytes=True)
+        # Half a level of rounding, and another half before the second pass, where the weights' absolute values sum up
+        # to 1.9 at most; some for weights of 16 bits.
+        assert np.abs(by_torch - in_bytes).max() < 2
+        errors = [image - exact(photo, resized, kernel, in_bytes=False) for image in (by_torch, by_pillow)]
+        of_torch, of_pillow = (np.sqrt(np.mean(error**2)) for error in errors)
+        assert of_torch < 1.02 * of_pillow + 0.01  # Pillow's passes may come in the other order, which changes as much
+
+
+@needs_torch_2_13
+@given(st.integers(1, 90), st.integers(1, 90))
+def test_a_resized_photo_depends_neither_on_threads_nor_on_its_layout(height: int, width: int) -> None:
+    photo = noise(height, width)
+    geometry = plan_geometry(height, width, Preprocess(64), 8)
+    expected = apply(photo, geometry, resizer="torch")
+    slices = np.s_[::2], np.s_[:, ::2]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4 if threads == 1 else 1)
+    try:
+        for layout in (photo, np.asfortranarray(photo), *(photo.repeat(2, axis)[slices[axis]] for axis in (0, 1))):
+            assert np.array_equal(apply(layout, geometry, resizer="torch"), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_torch_2_13
+def test_the_resizer_is_chosen_by_what_torch_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    preprocess = Preprocess(resizer="torch")
+    assert choose_resizer("lanczos") == "torch"
+    assert decoder_identity(preprocess)["resizer"] == {"library": "torch", "version": version("torch")}
+    choose_resizer.cache_clear()
+
+    def unknown(*args: object, **settings: object) -> None:
+        raise ValueError("Anti-alias option is restricted to bilinear and bicubic modes")
+
+    with monkeypatch.context() as older:
+        older.setattr("torch.nn.functional.interpolate", unknown)
+        assert choose_resizer("lanczos") == "pillow"
+        with pytest.raises(ConfigError, match=r"has no lanczos for bytes; install torch 2\.13"):
+            decoder_identity(preprocess)
+    choose_resizer.cache_clear()
 
 
 def test_reading_a_crop_is_reading_the_photo_and_cutting() -> None:
@@ -278,6 +380,7 @@ def test_a_missing_decoder_is_told_before_work(monkeypatch: pytest.MonkeyPatch) 
         ({"crop": "middle"}, "unknown crop 'middle'; it is 'center' or 'random' or 'none'"),
         ({"resample": "nearest"}, "unknown resample 'nearest'"),
         ({"decoder": "opencv"}, "unknown decoder 'opencv'"),
+        ({"resizer": "opencv"}, "unknown resizer 'opencv'; it is 'pillow' or 'torch'"),
         ({"background": (0, 0, 256)}, "three levels of 0..255"),
         ({"background": (0, 0)}, "three levels of 0..255"),
         ({"buckets": "sd1"}, "buckets have sizes of their own; leave size_px None, it is 512"),
@@ -306,7 +409,7 @@ def test_settings_survive_json() -> None:
         Preprocess(256),
         Preprocess(None, "none", (1, 2, 3), 10**6),
         Preprocess(None, buckets=table, max_upscale=1.25, min_size_px=64, resample="bicubic", flip=True),
-        Preprocess(64, "random", seed=7, decoder="simplejpeg", jpeg_draft=True, max_upscale=2),
+        Preprocess(64, "random", seed=7, decoder="simplejpeg", jpeg_draft=True, max_upscale=2, resizer="torch"),
     ):
         assert Preprocess.from_json(json.loads(json.dumps(preprocess.to_json()))) == preprocess
     with pytest.raises(ConfigError, match="sharpen"):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from PIL import Image
 from skimage import data as skimage_data
 
 from sdvae.data.encode import encode_source
-from sdvae.data.manifest import EncodeSettings, num_cores
-from sdvae.data.preprocess import Preprocess
+from sdvae.data.manifest import EncodeSettings, num_cores, recorded_settings
+from sdvae.data.preprocess import Preprocess, choose_resizer
 from sdvae.data.runners import Ranks, RayRunner, VAESpec
 from sdvae.data.store import Store
 from sdvae.data.tasks import Work
@@ -54,9 +53,8 @@ def vae_folder(small_vae: VAE, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-SETTINGS = EncodeSettings(
-    Preprocess(size_px=None, buckets=BUCKETS, flip=True, max_upscale=2.0), shard_rows=10, batch_rows=4, num_threads=1
-)
+PREPROCESS = Preprocess(size_px=None, buckets=BUCKETS, flip=True, max_upscale=2.0, resizer=choose_resizer("lanczos"))
+SETTINGS = EncodeSettings(PREPROCESS, shard_rows=10, batch_rows=4, num_threads=1)
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -96,11 +94,8 @@ def encode_arguments(photos: Path, out: Path, vae_folder: Path) -> list[object]:
 
 
 def require_bytes_of_one_process(photos: Path, out: Path, vae: VAE) -> None:
-    """The threads, which decide about the order of sums, are those that `out` was begun with."""
-    manifest = Store.open(out).manifest
-    settings = replace(SETTINGS, num_threads=manifest["compute"]["num_threads"], shard_rows=manifest["shard_rows"])
     one = out.with_name("one")
-    encode_source(photos, one, vae, settings, work=Work(num_workers=2))
+    encode_source(photos, one, vae, recorded_settings(Store.open(out)), work=Work(num_workers=2))
     assert files(out) == files(one)
 
 

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from sdvae.errors import StoreError
 
 if TYPE_CHECKING:
     from sdvae.data.encode import EncodeReport
+    from sdvae.data.preprocess import Resizer
     from sdvae.data.runners import Ranks, Runner
     from sdvae.data.times import Times
     from sdvae.vae import VAE
@@ -92,6 +94,13 @@ _PREPROCESS = (
         show_default=True,
         help="What decodes JPEG.",
     ),
+    click.option(
+        "--resizer",
+        type=click.Choice(["auto", "torch", "pillow"]),
+        default="auto",
+        show_default=True,
+        help="What resizes; auto: torch where it can, for it is faster, or what OUT was begun with.",
+    ),
     click.option("--jpeg-draft", is_flag=True, help="Decode large JPEGs at a half, a quarter or an eighth. Faster."),
 )
 
@@ -162,6 +171,7 @@ def encode(
     workers: int | None,
     on_oom: Literal["stop", "degrade"],
     audit: float,
+    resizer: "Literal['auto'] | Resizer",
     runner: Literal["local", "ray"],
     address: str | None,
     batch_size: int | None,
@@ -176,8 +186,8 @@ def encode(
     encodes its share.
     """
     from sdvae.data.encode import encode_source
-    from sdvae.data.manifest import EncodeSettings, recorded_dtype
-    from sdvae.data.preprocess import Preprocess
+    from sdvae.data.manifest import EncodeSettings, recorded_dtype, recorded_resizer
+    from sdvae.data.preprocess import Preprocess, choose_resizer
     from sdvae.data.remote import local_folder, url_of
     from sdvae.data.runners import Ranks
     from sdvae.data.tasks import Work, encode_tasks
@@ -195,6 +205,9 @@ def encode(
     if url_of(out) and not resume:
         raise StoreError(f"{place} is not thrown away from here; remove it with the tools of its storage")
     with local_folder(out) as (folder, uploading), console.progress() as show:
+        if resizer == "auto":
+            resizer = (resume and recorded_resizer(folder)) or choose_resizer(preprocess["resample"])
+        settings = replace(settings, preprocess=replace(settings.preprocess, resizer=resizer))
         vae = load_vae((resume and recorded_dtype(folder)) or "auto")
         report = encode_source(
             source,

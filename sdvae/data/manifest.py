@@ -13,7 +13,7 @@ import torch
 
 from sdvae import atomic
 from sdvae.data import store as stores
-from sdvae.data.preprocess import Preprocess, decoder_identity, plan_geometry
+from sdvae.data.preprocess import Preprocess, Resizer, decoder_identity, plan_geometry
 from sdvae.data.roster import Size, Task, roster_lines
 from sdvae.data.store import STORE_DTYPES, Layout, Store, differences
 from sdvae.engine.precision import DTYPES
@@ -61,6 +61,13 @@ def recorded_dtype(out: Path) -> str | None:
     if not Layout(out).manifest.exists():
         return None
     return str(Store.open(out).manifest["compute"]["dtype"])
+
+
+def recorded_resizer(out: Path) -> Resizer | None:
+    """What resizes the photos of a store begun in `out`, None where there is none; "auto" means this one, as above."""
+    if not Layout(out).manifest.exists():
+        return None
+    return recorded_settings(Store.open(out)).preprocess.resizer
 
 
 def require_possible(settings: EncodeSettings, vae: VAE) -> None:

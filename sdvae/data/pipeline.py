@@ -4,6 +4,7 @@ A decoder is native code fed with files from anywhere. It runs where its crash c
 """
 
 import hashlib
+import importlib
 import math
 import mmap
 import os
@@ -299,6 +300,7 @@ class _Worker:
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), memory.descriptor),
+                env=os.environ | {"OMP_NUM_THREADS": "1"},  # the processes themselves share the cores
                 process_group=0,  # Ctrl-C is for the encoder, which then ends the processes
             )
         self._send((source, preprocess))
@@ -350,6 +352,8 @@ def work(connection_descriptor: int, memory_descriptor: int, num_bytes: int) -> 
     memory = np.frombuffer(mmap.mmap(memory_descriptor, num_bytes), np.uint8)
     with suppress(EOFError, ConnectionResetError, BrokenPipeError):
         source, preprocess = connection.recv()
+        if preprocess.resizer == "torch":
+            importlib.import_module("torch")  # before it is ready: should this end the process, no photo is to blame
         connection.send("ready")
         while True:
             record, offset, shape = connection.recv()
