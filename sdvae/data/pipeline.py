@@ -256,8 +256,15 @@ class _SharedMemory:
         else:
             with tempfile.TemporaryFile() as file:
                 self.descriptor = os.dup(file.fileno())
-        os.ftruncate(self.descriptor, self.num_bytes)
-        self._bytes = np.frombuffer(mmap.mmap(self.descriptor, self.num_bytes), np.uint8)
+        try:
+            os.ftruncate(self.descriptor, self.num_bytes)
+            self._bytes = np.frombuffer(mmap.mmap(self.descriptor, self.num_bytes), np.uint8)
+        except OSError as error:  # the limit of files counts here, too
+            os.close(self.descriptor)
+            raise StoreError(
+                f"cannot have {self.num_bytes:,} bytes of memory that processes share: {error.strerror}; "
+                "raise the limits of this shell (ulimit -f and -v), or give fewer --workers or a smaller --batch-size"
+            ) from error
         self._free = list(range(num_slots))
 
     def take(self) -> int | None:

@@ -117,6 +117,18 @@ def test_the_kernel_refuses_large_files(
     assert read_store(out) == expected
 
 
+def test_memory_to_share_that_is_refused_is_said_so(
+    photos: Path, tmp_path: Path, small_vae: VAE, expected: dict[str, bytes], limit_files: Callable[[int], None]
+) -> None:
+    out = tmp_path / "out"
+    limit_files(10_000)  # enough for the journals; two batches of two photos take more
+    with pytest.raises(StoreError, match=r"cannot have 12,288 bytes of memory .*: File too large; raise the limits"):
+        encode(photos, out, small_vae)
+    limit_files(resource.RLIM_INFINITY)
+    encode(photos, out, small_vae)
+    assert read_store(out) == expected
+
+
 _ON_A_SMALL_DISK = """
 import os, sys
 from pathlib import Path
