@@ -30,7 +30,7 @@ class NoCost:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)
 
-    def encode(self, pixels: Any) -> Any:
+    def encode(self, pixels: Any, budget: int | None = None) -> Any:
         """Zeros, made once."""
         num_images, _, height, width = pixels.shape
         return _zeros(num_images, 4, height // 8, width // 8)

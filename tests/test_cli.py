@@ -102,7 +102,7 @@ def test_options_are_the_documented_ones() -> None:
     own = {
         "encode": f"{shared} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
         "--resizer --jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit "
-        "--runner --address --batch-size",
+        "--runner --address --batch-size --budget",
         "decode": f"{shared} --format --latents --batch-size --budget --tiling",
         "verify": f"{shared} --repair --source",
         "stats": console,

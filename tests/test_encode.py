@@ -177,8 +177,8 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.vae, name)
 
-    def encode(self, pixels: Tensor) -> DiagonalGaussian:
-        posterior = self.vae.encode(pixels)
+    def encode(self, pixels: Tensor, budget: int | None = None) -> DiagonalGaussian:
+        posterior = self.vae.encode(pixels, budget)
         posterior.mean[pixels[:, :, 0, 0].eq(-1).all(1), 0, 0, 0] = self.value
         return posterior
 
@@ -357,9 +357,9 @@ def test_what_was_chosen_once_is_not_chosen_again(
     used: list[tuple[int, int]] = []
     run = VAE.encode
 
-    def note(self: VAE, pixels: Tensor) -> DiagonalGaussian:
+    def note(self: VAE, pixels: Tensor, budget: int | None) -> DiagonalGaussian:
         used.append((torch.get_num_threads(), len(pixels)))
-        return run(self, pixels)
+        return run(self, pixels, budget)
 
     monkeypatch.setattr(VAE, "encode", note)
     threads = torch.get_num_threads()

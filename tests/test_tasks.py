@@ -19,7 +19,7 @@ from sdvae.data.store import Store
 from sdvae.data.tasks import Work, encode_tasks
 from sdvae.data.times import Times
 from sdvae.data.verify import verify
-from sdvae.errors import DeviceError, StoreError
+from sdvae.errors import BudgetError, DeviceError, StoreError
 from sdvae.metrics import psnr
 from sdvae.pixels import to_device, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
@@ -58,11 +58,11 @@ class Narrow:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.vae, name)
 
-    def encode(self, pixels: Tensor) -> DiagonalGaussian:
+    def encode(self, pixels: Tensor, budget: int | None = None) -> DiagonalGaussian:
         self.sizes.append(len(pixels))
         if len(pixels) > self.num_fitting:
             raise self.error
-        return self.vae.encode(pixels)
+        return self.vae.encode(pixels, budget)
 
 
 def run(photos: Path, out: Path, vae: Any, work: Work = HERE, settings: EncodeSettings = SETTINGS) -> EncodeReport:
@@ -88,7 +88,7 @@ def test_short_memory_stops_and_names_what_fits(
     with pytest.raises(DeviceError) as caught:
         run(photos, tmp_path / "out", Narrow(small_vae, 3, error))
     message = str(caught.value)
-    assert message.startswith("out of memory on cpu: 8 photos of 32x32 at once are too many, 2 fit")
+    assert message.startswith("out of memory on cpu: 8 photos of 32x32 at once are too many, 2 fit (1 MiB")
     assert "--batch-size 2 --restart" in message and "--on-oom degrade" in message
     assert Store.open(tmp_path / "out").shards() == []
     small_batches = replace(SETTINGS, batch_rows=2)  # what the message says works
@@ -96,7 +96,7 @@ def test_short_memory_stops_and_names_what_fits(
 
 
 def test_one_photo_that_is_too_much_is_said_so(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
-    with pytest.raises(DeviceError, match=r"at once are too many, and one is, too; use a smaller --size"):
+    with pytest.raises(DeviceError, match=r"and one is, too \(1 MiB beside the weights\); use a smaller --size"):
         run(photos, tmp_path / "out", Narrow(small_vae, 0), Work(0, on_oom="degrade"))
 
 
@@ -118,13 +118,29 @@ def test_degraded_shards_are_marked_and_hold_the_same_latents(photos: Path, tmp_
     assert files(tmp_path / "out") == before
 
 
+def test_a_budget_decides_how_many_photos_go_at_once(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
+    with small_vae.deterministic():
+        plan = small_vae.engine.plan("encode", 32, 32)  # type: ignore[union-attr]
+    of_five = plan.predict_bytes(5)
+    with pytest.raises(
+        DeviceError, match=r"8 photos of 32x32 at once are too many, 4 fit \(\d MiB beside the weights\)"
+    ):
+        run(photos, tmp_path / "out", small_vae, Work(0, budget_bytes=of_five))
+    run(photos, tmp_path / "out", small_vae, Work(0, "degrade", budget_bytes=of_five))
+    assert [shard.degraded for shard in Store.open(tmp_path / "out").shards()] == [4, 4, 4]
+    with pytest.raises(
+        BudgetError, match=rf"encodes of 1 x 32x32 pixels need {plan.predict_bytes(1):,} bytes at least"
+    ):
+        run(photos, tmp_path / "none", small_vae, Work(0, "degrade", budget_bytes=plan.predict_bytes(1) - 1))
+
+
 def test_memory_that_runs_short_in_the_middle_begins_the_shard_again(
     photos: Path, tmp_path: Path, small_vae: VAE
 ) -> None:
     class Shrinking(Narrow):
-        def encode(self, pixels: Tensor) -> DiagonalGaussian:
+        def encode(self, pixels: Tensor, budget: int | None = None) -> DiagonalGaussian:
             self.num_fitting = 2 if len(self.sizes) < 4 else 1
-            return super().encode(pixels)
+            return super().encode(pixels, budget)
 
     settings = replace(SETTINGS, batch_rows=2)
     run(photos, tmp_path / "out", Shrinking(small_vae, 2), Work(0, on_oom="degrade"), settings)
@@ -234,10 +250,10 @@ def test_the_network_does_not_wait_for_the_disk(
     vae = Narrow(small_vae, 8)
     encode = vae.encode
 
-    def note(pixels: Tensor) -> DiagonalGaussian:
+    def note(pixels: Tensor, budget: int | None) -> DiagonalGaussian:
         if len(vae.sizes) == 1:
             both_encoded.set()
-        return encode(pixels)
+        return encode(pixels, budget)
 
     monkeypatch.setattr(vae, "encode", note)
     run(photos, tmp_path / "out", vae)

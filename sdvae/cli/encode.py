@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from sdvae.cli.shared import BATCH_SIZE, PATH, Console, with_console, with_vae
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, with_console, with_vae
 from sdvae.errors import StoreError
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ def _with_preprocess(function: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--address", metavar="HOST:PORT", help="Of the Ray cluster.  [default: one on this machine]")
 @BATCH_SIZE
+@BUDGET
 @with_vae
 @with_console
 def encode(
@@ -175,6 +176,7 @@ def encode(
     runner: Literal["local", "ray"],
     address: str | None,
     batch_size: int | None,
+    budget: int | None,
     load_vae: "Callable[[str], VAE]",
     console: Console,
     **preprocess: Any,
@@ -215,7 +217,7 @@ def encode(
             vae,
             settings,
             restart=not resume,
-            work=Work(workers, on_oom, audit),
+            work=Work(workers, on_oom, audit, budget),
             runner=uploading(encode_tasks if runner == "local" else _ray_runner(address)),
             ranks=ranks,
             progress=show,

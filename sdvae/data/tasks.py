@@ -4,6 +4,8 @@ While a batch is in the network, the next ones are decoded and the last ones wri
 """
 
 import hashlib
+import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +28,8 @@ from sdvae.data.preprocess import Preprocess
 from sdvae.data.roster import Record, Roster, Size, Task, rows_in_batch
 from sdvae.data.store import STORE_DTYPES, Store, commit_shard, row_sha256
 from sdvae.data.times import Times
-from sdvae.errors import DeviceError
+from sdvae.engine.run import Engine
+from sdvae.errors import BudgetError, DeviceError
 from sdvae.metrics import psnr
 from sdvae.pixels import to_device, to_images
 from sdvae.vae import VAE
@@ -43,12 +46,14 @@ class Work:
     """How to work. No byte depends on it, but where memory is short and shards may be degraded.
 
     `num_workers` processes decode (None: chosen for the machine; 0: a thread of this process does). `audit` is the
-    share of photos to decode back and compare.
+    share of photos to decode back and compare. `budget_bytes` is the memory a batch may take beside the weights (None:
+    what the device has free).
     """
 
     num_workers: int | None = None
     on_oom: Literal["stop", "degrade"] = "stop"
     audit: float = 0.0
+    budget_bytes: int | None = None
 
 
 def encode_tasks(
@@ -176,15 +181,17 @@ class _Run:
             return moments
         fitting = next((rows for rows in _halves(num_rows) if self._try(pixels[:rows], rows) is not None), 0)
         if not fitting or self.work.on_oom == "stop":
-            raise DeviceError(_explain(self.vae.device, pixels, num_rows, fitting, self.batch_rows))
+            raise DeviceError(_explain(self.vae, pixels, num_rows, fitting, self.batch_rows))
         raise _Smaller(shard.task.bucket_px, fitting)
 
     def _try(self, pixels: Tensor, num_rows: int) -> Moments | None:
         """The moments, with `num_rows` at once; None where memory does not suffice for that."""
         try:
             parts = [self._forward(pixels[start : start + num_rows]) for start in range(0, len(pixels), num_rows)]
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+        except (RuntimeError, MemoryError, BudgetError) as error:
+            if not _is_out_of_memory(error) or (
+                isinstance(error, BudgetError) and num_rows == 1
+            ):  # it says what one needs
                 raise
             parts = []
         if not parts and self.vae.device.type == "cuda":  # here the traceback no longer holds tensors
@@ -194,10 +201,10 @@ class _Run:
         return parts[0] if parts else None
 
     def _forward(self, pixels: Tensor) -> Moments:
-        posterior = self.vae.encode(pixels)
+        posterior = self.vae.encode(pixels, self.work.budget_bytes)
         moments = {"mean": posterior.mean, "logvar": posterior.logvar}
         if self.preprocess.flip:
-            mirrored = self.vae.encode(pixels.flip(3))
+            mirrored = self.vae.encode(pixels.flip(3), self.work.budget_bytes)
             moments |= {"mean_flip": mirrored.mean, "logvar_flip": mirrored.logvar}
         return moments
 
@@ -210,7 +217,8 @@ class _Run:
             lot = int.from_bytes(hashlib.sha256(record.key.encode()).digest()[:8], "big") / 2**64
             stored = mean[row : row + 1].to(dtype).float()
             if failure is None and lot < self.work.audit and bool(stored.isfinite().all()):
-                after, before = to_images(self.vae.decode(stored))[0], to_images(pixels[row : row + 1])[0]
+                after = to_images(self.vae.decode(stored, self.work.budget_bytes))[0]
+                before = to_images(pixels[row : row + 1])[0]
                 self.times.psnr_db[record.key] = min(psnr(after, before), _NO_DIFFERENCE_DB)
 
 
@@ -222,7 +230,7 @@ def _choose_workers(device: torch.device) -> int:
 def _is_out_of_memory(error: Exception) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size  # knows how each device says it
 
-    return isinstance(error, MemoryError) or bool(should_reduce_batch_size(error))
+    return isinstance(error, MemoryError | BudgetError) or bool(should_reduce_batch_size(error))
 
 
 def _halves(num_rows: int) -> Iterator[int]:
@@ -230,17 +238,27 @@ def _halves(num_rows: int) -> Iterator[int]:
         yield num_rows
 
 
-def _explain(device: torch.device, pixels: Tensor, num_rows: int, fitting: int, batch_rows: int) -> str:
+def _explain(vae: VAE, pixels: Tensor, num_rows: int, fitting: int, batch_rows: int) -> str:
     height, width = pixels.shape[2:]
-    free = f" with {torch.cuda.mem_get_info(device)[0] / 2**30:.1f} GiB free" if device.type == "cuda" else ""
-    found = f"out of memory on {device}{free}: {num_rows} photos of {width}x{height} at once are too many"
+    free = f" with {torch.cuda.mem_get_info(vae.device)[0] / 2**30:.1f} GiB free" if vae.device.type == "cuda" else ""
+    found = f"out of memory on {vae.device}{free}: {num_rows} photos of {width}x{height} at once are too many"
+    needed = _predict_memory(vae, pixels, fitting or 1)
     if not fitting:
-        return f"{found}, and one is, too; use a smaller --size or another --device"
+        return f"{found}, and one is, too{needed}; use a smaller --size or another --device"
     batch_size = max(rows for rows in range(1, batch_rows) if rows_in_batch((height, width), rows) <= fitting)
     return (
-        f"{found}, {fitting} fit; start again with --batch-size {batch_size} --restart, "
+        f"{found}, {fitting} fit{needed}; start again with --batch-size {batch_size} --restart, "
         "or go on with --on-oom degrade, which marks the shards"
     )
+
+
+def _predict_memory(vae: VAE, pixels: Tensor, num_rows: int) -> str:
+    """What a budget has to be for so many photos; nothing for a TAESD, which keeps none."""
+    if not isinstance(vae.engine, Engine):
+        return ""
+    height, width = pixels.shape[2:]
+    needed = vae.engine.plan("encode", height, width, budget=sys.maxsize).predict_bytes(num_rows)
+    return f" ({math.ceil(needed / 2**20)} MiB beside the weights)"
 
 
 # --- Writing ---
