@@ -17,11 +17,12 @@ from torch import Tensor
 from sdvae.engine.ops import Norm
 from sdvae.errors import ShapeError
 
+NAME, ATTENTION = "Triton", "Triton's flash attention"
 _jit: Callable[[Callable[..., Any]], Any] = triton.jit
-_TILE_ELEMENTS = 4096  # of a program: each thread has several loads of 16 bytes under way
-_ROW_CHANNELS = 32  # of a program that sums a row up: 64 bytes of fp16, and no more, for a strip has few rows
-_NORM_CHANNELS = 128
+_ROW_TILE, _ROW_CHANNELS = 2048, 32  # of a program that goes along a row: narrow, for a strip has few rows
+_NORM_TILE, _NORM_CHANNELS = 4096, 128
 _MERGE_ELEMENTS = 2048
+_QUERIES = 64  # of a program: their sums over 512 channels take half of the registers that 8 warps have
 _ATTENTION_PROGRAMS = 128  # that should run at once: an H200 has 132 multiprocessors, and each holds one
 _SPLIT_KEYS = 512  # for a program at least, or the merge costs what the split gains
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -53,8 +54,9 @@ class Statistics:
         mean, variance = torch.empty((2, num_channels), device=parts.device)
         group = num_channels // num_groups
         block_c = triton.next_power_of_2(group)
-        tile = {"block_rows": min(_MERGE_ELEMENTS // block_c, triton.next_power_of_2(num_rows)), "block_c": block_c}
-        _merge_rows[(num_groups,)](*parts, mean, variance, self._width, num_rows, num_channels, group, **tile)
+        _merge_rows[(num_groups,)](
+            *parts, mean, variance, self._width, num_rows, num_channels, group, _MERGE_ELEMENTS // block_c, block_c
+        )
         return mean, variance
 
     def part_of(self, rows: Tensor, device: torch.device) -> Tensor:  # -> (2, rows, C)
@@ -102,7 +104,7 @@ def _write(
     _, num_channels, num_rows, width = target.shape
     width //= num_phases
     block_c = min(_ROW_CHANNELS, triton.next_power_of_2(num_channels))
-    block_w = min(_TILE_ELEMENTS // block_c, triton.next_power_of_2(width))  # whatever the strip: sums depend on it
+    block_w = min(_ROW_TILE // block_c, triton.next_power_of_2(width))  # whatever the strip: sums depend on it
     means, squares, part_row = (None, None, 0) if part is None else (*part, part.stride(1))
     _write_rows[(num_rows, triton.cdiv(num_channels, block_c))](
         made, bias, target, means, squares, *_strides(made), *_strides(target), part_row, width, num_channels,
@@ -114,7 +116,7 @@ def normalise(rows: Tensor, out: Tensor, norm: Norm, mean: Tensor, variance: Ten
     """GroupNorm from known statistics, then SiLU, into `out`: rounded once."""
     _, num_channels, num_rows, width = rows.shape
     block_c = min(_NORM_CHANNELS, triton.next_power_of_2(num_channels))
-    block_w = min(_TILE_ELEMENTS // block_c, triton.next_power_of_2(width))
+    block_w = min(_NORM_TILE // block_c, triton.next_power_of_2(width))
     num_tiles = triton.cdiv(width, block_w)
     _normalise_tile[(num_rows * num_tiles, triton.cdiv(num_channels, block_c))](
         rows, out, norm.weight, norm.bias, mean, variance, *_strides(rows), *_strides(out), num_tiles, width,
@@ -149,12 +151,24 @@ def attend(queries: Tensor, keys: Tensor) -> Tensor:  # (n, C), (m, C) -> (n, C)
     return out
 
 
-def _attention_tile(queries: Tensor) -> dict[str, Any]:
-    """Queries and keys of a program, and how it runs: what ptxas compiles for an H200 without spilled registers."""
+def _attention_tile(queries: Tensor) -> dict[str, int]:
+    """Queries and keys of a program: as many keys as its shared memory holds twice, one tile on its way."""
     block_c = max(16, triton.next_power_of_2(queries.shape[1]))
-    if queries.dtype == torch.float32:
+    if queries.dtype == torch.float32:  # which tensor cores do not multiply
         return {"block_n": 16, "block_m": 16, "block_c": block_c, "num_warps": 8, "num_stages": 1}
-    return {"block_n": 64, "block_m": 32, "block_c": block_c, "num_warps": 8, "num_stages": 2}
+    capability, shared_bytes = _device_limits(queries.device)
+    num_tokens = shared_bytes // (block_c * queries.element_size())
+    num_kept = _QUERIES * (2 if capability >= (10, 0) else 1)  # Triton stages as much again on Blackwell
+    block_m = next((num_keys for num_keys in (64, 32) if num_kept + 2 * num_keys <= num_tokens), 16)
+    return {"block_n": _QUERIES, "block_m": block_m, "block_c": block_c, "num_warps": 8, "num_stages": 2}
+
+
+def _device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and the shared memory of a program; the interpreter has an H200's."""
+    if device.type != "cuda":
+        return (9, 0), 232448
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return torch.cuda.get_device_capability(device), properties["max_shared_mem"]
 
 
 def _strides(strip: Tensor) -> tuple[int, int]:
@@ -166,14 +180,17 @@ def _strides(strip: Tensor) -> tuple[int, int]:
 
 @_jit
 def _write_rows(
-    made: Any, bias: Any, target: Any, means: Any, squares: Any, made_row: Any, made_pixel: Any, target_row: Any,
-    target_pixel: Any, part_row: Any, width: Any, num_channels: Any,
+    made: tl.tensor, bias: tl.tensor, target: tl.tensor, means: tl.tensor, squares: tl.tensor, made_row: tl.tensor,
+    made_pixel: tl.tensor, target_row: tl.tensor, target_pixel: tl.tensor, part_row: tl.tensor, width: tl.tensor,
+    num_channels: tl.tensor,
     adds: tl.constexpr, num_phases: tl.constexpr, block_w: tl.constexpr, block_c: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * block_c + tl.arange(0, block_c)
-    positions = tl.arange(0, block_w)
     is_channel = channels < num_channels
+    if bias is not None:
+        offset = tl.load(bias + channels, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    positions = tl.arange(0, block_w)
     source = made + row * made_row + channels[None, :]
     place = target + row * target_row + channels[None, :]
     num_seen = 0.0
@@ -186,7 +203,7 @@ def _write_rows(
             at = source + (phase * num_channels + (columns + phase) * made_pixel)[:, None]
             total = tl.load(at, mask=is_inside, other=0.0).to(tl.float32)
             if bias is not None:
-                total += tl.load(bias + channels, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+                total += offset
             at = place + ((columns * num_phases + phase) * target_pixel)[:, None]
             if adds:
                 total += tl.load(at, mask=is_inside, other=0.0).to(tl.float32)
@@ -208,7 +225,8 @@ def _write_rows(
 
 @_jit
 def _merge_rows(
-    means: Any, squares: Any, mean: Any, variance: Any, width: Any, num_rows: Any, num_channels: Any, group: Any,
+    means: tl.tensor, squares: tl.tensor, mean: tl.tensor, variance: tl.tensor, width: tl.tensor, num_rows: tl.tensor,
+    num_channels: tl.tensor, group: tl.tensor,
     block_rows: tl.constexpr, block_c: tl.constexpr,
 ) -> None:  # fmt: skip
     positions = tl.arange(0, block_c)
@@ -237,8 +255,9 @@ def _merge_rows(
 
 @_jit
 def _normalise_tile(
-    rows: Any, out: Any, weight: Any, bias: Any, mean: Any, variance: Any, rows_row: Any, rows_pixel: Any,
-    out_row: Any, out_pixel: Any, num_tiles: Any, width: Any, num_channels: Any, eps: Any,
+    rows: tl.tensor, out: tl.tensor, weight: tl.tensor, bias: tl.tensor, mean: tl.tensor, variance: tl.tensor,
+    rows_row: tl.tensor, rows_pixel: tl.tensor, out_row: tl.tensor, out_pixel: tl.tensor, num_tiles: tl.tensor,
+    width: tl.tensor, num_channels: tl.tensor, eps: tl.tensor,
     has_silu: tl.constexpr, block_w: tl.constexpr, block_c: tl.constexpr,
 ) -> None:  # fmt: skip
     row = (tl.program_id(0) // num_tiles).to(tl.int64)
@@ -260,26 +279,26 @@ def _normalise_tile(
 
 @_jit
 def _attend_block(
-    queries: Any, keys: Any, parts: Any, weights: Any, num_queries: Any, num_keys: Any, split_keys: Any,
+    queries: tl.tensor, keys: tl.tensor, parts: tl.tensor, weights: tl.tensor, num_queries: tl.tensor,
+    num_keys: tl.tensor, split_keys: tl.tensor,
     num_channels: tl.constexpr, block_n: tl.constexpr, block_m: tl.constexpr, block_c: tl.constexpr,
 ) -> None:  # fmt: skip
     rows = tl.program_id(0) * block_n + tl.arange(0, block_n)
     channels = tl.arange(0, block_c)
     is_row = (rows < num_queries)[:, None] & (channels < num_channels)[None, :]
-    at = rows.to(tl.int64)[:, None] * num_channels + channels[None, :]
-    query = tl.load(queries + at, mask=is_row, other=0.0)
+    at_row = rows.to(tl.int64)[:, None] * num_channels + channels[None, :]
+    query = tl.load(queries + at_row, mask=is_row, other=0.0)
     first = tl.program_id(1) * split_keys
-    last = tl.minimum(first + split_keys, num_keys)
-    keys += first.to(tl.int64) * num_channels
+    num_own = tl.minimum(split_keys, num_keys - first)
     positions = tl.arange(0, block_m)
     at_key = positions[:, None] * num_channels + channels[None, :]
     highest = tl.full((block_n,), float("-inf"), tl.float32)
     total = tl.zeros((block_n,), tl.float32)
     mixed = tl.zeros((block_n, block_c), tl.float32)
-    for start in range(first, last, block_m):
-        is_key = start + positions < last
-        key = tl.load(keys + at_key, mask=is_key[:, None] & (channels < num_channels)[None, :], other=0.0)
-        keys += block_m * num_channels
+    for start in range(0, num_own, block_m):
+        is_key = start + positions < num_own
+        at = (first + start).to(tl.int64) * num_channels + at_key
+        key = tl.load(keys + at, mask=is_key[:, None] & (channels < num_channels)[None, :], other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * _LOG2_E
         scores = tl.where(is_key[None, :], scores, float("-inf"))
         raised = tl.maximum(highest, tl.max(scores, 1))
@@ -289,14 +308,16 @@ def _attend_block(
         mixed = tl.dot(shares.to(key.dtype), key, mixed * faded[:, None], input_precision="ieee")
         highest = raised
     split = tl.program_id(1).to(tl.int64) * num_queries
-    tl.store(parts + split * num_channels + at, (mixed / total[:, None]).to(parts.dtype.element_ty), mask=is_row)
+    tl.store(parts + split * num_channels + at_row, (mixed / total[:, None]).to(parts.dtype.element_ty), mask=is_row)
     tl.store(weights + split + rows, highest + tl.log2(total), mask=rows < num_queries)
 
 
 @_jit
 def _merge_splits(
-    parts: Any, weights: Any, out: Any, num_queries: Any, num_splits: Any, num_channels: Any, block_c: tl.constexpr
-) -> None:
+    parts: tl.tensor, weights: tl.tensor, out: tl.tensor, num_queries: tl.tensor, num_splits: tl.tensor,
+    num_channels: tl.tensor,
+    block_c: tl.constexpr,
+) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, block_c)
     is_channel = channels < num_channels
