@@ -46,9 +46,15 @@ def to_device(images: NDArray[np.uint8], device: "torch.device") -> "Tensor":  #
                 band *= 2
                 band -= 1
         return torch.from_numpy(floats).permute(0, 3, 1, 2)
-    levels = torch.from_numpy(images).to(device)
+    return from_levels(torch.from_numpy(images).to(device))
+
+
+def from_levels(levels: "Tensor") -> "Tensor":  # (N, H, W, 3) uint8 -> (N, 3, H, W) fp32 in [-1, 1]
+    """The pixels of images that are on a device already, bit for bit those of `to_pixels`."""
+    import torch
+
     # CUDA divides by a number as it multiplies by the reciprocal, which rounds differently; by a tensor it divides.
-    pixels = levels.float().div_(torch.full((1,), 255.0, device=device)).mul_(2).sub_(1)
+    pixels = levels.float().div_(torch.full((1,), 255.0, device=levels.device)).mul_(2).sub_(1)
     return pixels.permute(0, 3, 1, 2)
 
 
@@ -69,10 +75,16 @@ def to_images(pixels: "Tensor") -> NDArray[np.uint8]:  # (N, 3, H, W) of any flo
             band = pixels.detach()[i, :, top : top + num_rows]
             if not bool(torch.isfinite(band).all()):
                 raise ImageError(f"image {i} of the batch holds NaN or infinite pixels; a wider dtype may help")
-            unit = (band * 0.5 + 0.5).clamp(0, 1)  # in the dtype of the pixels, as diffusers does
-            levels = unit.float().mul_(255).round_().to(torch.uint8)
-            images[i, top : top + num_rows] = levels.permute(1, 2, 0).cpu().numpy()
+            images[i, top : top + num_rows] = to_levels(band).cpu().numpy()
     return images
+
+
+def to_levels(pixels: "Tensor") -> "Tensor":  # (..., 3, H, W) of any float dtype -> (..., H, W, 3) uint8
+    """The levels of finite pixels, on their device."""
+    import torch
+
+    unit = (pixels * 0.5 + 0.5).clamp(0, 1)  # in the dtype of the pixels, as diffusers does
+    return unit.float().mul_(255).round_().to(torch.uint8).movedim(-3, -1)
 
 
 def pad(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:  # (H, W, 3) -> (height, width, 3)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdvae import latents as latent_scaling
 from sdvae.config import VAEConfig
 from sdvae.engine.blend import blended_decode, blended_encode
-from sdvae.engine.precision import choose_device, choose_dtype
+from sdvae.engine.precision import choose_device, choose_dtype, full_precision
 from sdvae.engine.run import Budget, Engine
 from sdvae.errors import LatentsError, ShapeError
 from sdvae.images import from_pil
@@ -247,7 +247,5 @@ def _described(tensor: Tensor) -> str:
 
 @contextmanager
 def _inference() -> Iterator[None]:
-    """No gradients; and no TF32: torch lets cuDNN round fp32 convolutions to 10 bits, but fp32 here means fp32."""
-    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with torch.no_grad(), cudnn:
+    with torch.no_grad(), full_precision():
         yield

@@ -13,6 +13,10 @@ from sdvae.vae import VAE
 settings.register_profile("sdvae", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("sdvae")
 
+# Where no GPU runs Triton's kernels its interpreter does; that is settled when anything imports Triton first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 SMALL = VAEConfig(
     block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4,
     mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,

@@ -1,5 +1,7 @@
 """Plans are integers: what they promise is checked without running anything."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,3 +79,35 @@ def test_operations_are_those_of_the_literature() -> None:
     config = FAMILIES["sd1"]
     assert network(config, "decode").flops(64, 64) / 1e9 == pytest.approx(2128 - 4.3, rel=1e-3)
     assert network(config, "encode").flops(512, 512) / 1e9 == pytest.approx(1116.7 - 4.3, rel=1e-3)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_a_gpu_takes_its_hosts_memory_only_where_its_own_cannot_do(direction: Direction) -> None:
+    line, side = network(FAMILIES["sd1"], direction), 512 * SIDES[direction]  # 4096 px
+    arguments: dict[str, Any] = {"is_gpu": True, "host_bytes": 64 << 30}
+    near = make_plan(line, side, side, 2, budget_bytes=9 << 30, **arguments)
+    assert not near.is_on_host and near.predict_bytes() <= 9 << 30
+    far = make_plan(line, side, side, 2, budget_bytes=4 << 30, **arguments)
+    assert far.is_on_host and far.predict_bytes() <= 4 << 30 and far.arena_bytes > 4 << 30
+    assert far.levels == make_plan(line, side, side, 2, is_gpu=True).levels, "the strips that the cache likes"
+    with pytest.raises(BudgetError):
+        make_plan(line, side, side, 2, budget_bytes=4 << 30, is_gpu=True, host_bytes=far.arena_bytes - 1)
+
+
+def test_8192_px_fit_a_gpu_of_16_gib() -> None:
+    for direction in ("encode", "decode"):
+        line, side = network(FAMILIES["sd1"], direction), 1024 * SIDES[direction]
+        plan = make_plan(line, side, side, 2, budget_bytes=16 << 30, is_gpu=True, host_bytes=64 << 30)
+        assert plan.is_on_host and plan.predict_bytes() <= 16 << 30
+
+
+def test_strips_of_a_gpu_make_three_waves_of_tiles() -> None:
+    """Tiles of 128x128 outputs on 132 multiprocessors, wherever a level has as many at all."""
+    for direction in ("encode", "decode"):
+        line, side = network(FAMILIES["sd1"], direction), 64 * SIDES[direction]  # 512 px
+        plan = make_plan(line, side, side, 2, is_gpu=True)
+        for stage in line.stages:
+            level = plan.levels[stage.level]
+            rows = min(level.bounds[1], level.height)
+            tiles, all_tiles = (n * level.width * max(128, stage.out_channels) / 128**2 for n in (rows, level.height))
+            assert tiles >= min(3 * 132, all_tiles) or stage.kind == "down"

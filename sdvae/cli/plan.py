@@ -8,6 +8,7 @@ from sdvae.cli.shared import BUDGET, FAMILY, SIZES, Console, with_console
 from sdvae.config import VAEConfig
 from sdvae.errors import ShapeError
 
+_HOST_BYTES = 2**40  # a plan for any machine supposes that its host has enough
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -15,6 +16,13 @@ _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 @SIZES
 @BUDGET
 @click.option("--dtype", type=click.Choice(list(_ELEMENT_BYTES)), default="bf16", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="A GPU has higher strips, and may borrow its host's memory.",
+)
 @click.option("--vae", metavar="VAE", help="A folder, a file, a hub id: its shapes are read, not its weights.")
 @FAMILY
 @with_console
@@ -22,6 +30,7 @@ def plan(
     sizes: tuple[tuple[int, int], ...],
     budget: int | None,
     dtype: Literal["fp32", "bf16", "fp16"],
+    device: Literal["cpu", "cuda"],
     vae: str | None,
     family: str | None,
     console: Console,
@@ -43,12 +52,22 @@ def plan(
             raise ShapeError(f"{width}x{height} px: both sides must be multiples of {config.downscale}")
         for direction, scale in scales.items():
             line = network(config, direction)
-            found = make_plan(line, height // scale, width // scale, _ELEMENT_BYTES[dtype], budget_bytes=budget)
+            found = make_plan(
+                line,
+                height // scale,
+                width // scale,
+                _ELEMENT_BYTES[dtype],
+                budget_bytes=budget,
+                is_gpu=device == "cuda",
+                host_bytes=_HOST_BYTES if device == "cuda" else 0,
+            )
             num_images = None if budget is None else max_images(found, budget)
             within = [] if num_images is None else [f"within the budget: {num_images} image(s) in one call"]
             lines.append("\n".join([describe_plan(found), *within]))
             values.append({"height": height, "width": width} | plan_values(found) | {"max_images": num_images})
-    console.result("\n\n".join(lines), vae=vae, family=family, dtype=dtype, budget_bytes=budget, plans=values)
+    console.result(
+        "\n\n".join(lines), vae=vae, family=family, dtype=dtype, device=device, budget_bytes=budget, plans=values
+    )
 
 
 def _config(vae: str | None, family: str | None) -> VAEConfig:

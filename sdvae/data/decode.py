@@ -24,7 +24,7 @@ from sdvae.data.names import plan_names
 from sdvae.data.store import Size, Store
 from sdvae.errors import LatentsError, StoreError
 from sdvae.images import encode_image
-from sdvae.pixels import to_images
+from sdvae.staging import download
 from sdvae.vae import VAE, Tiling
 
 Format = Literal["png", "jpeg", "webp"]
@@ -116,9 +116,9 @@ def _decode(
     for one in series:
         image_pixels = math.prod(one.latents_px) * vae.config.downscale**2
         num_rows = settings.batch_size or max(1, _AUTO_PIXELS.get(vae.device.type, 512**2) // image_pixels)
-        for first in range(0, len(one.keys), num_rows):
-            rows = slice(first, first + num_rows)
-            images = to_images(vae.decode(one.read(rows), settings.budget_bytes, settings.tiling))
+        batches = [slice(first, first + num_rows) for first in range(0, len(one.keys), num_rows)]
+        pixels = (vae.decode(one.read(rows), settings.budget_bytes, settings.tiling) for rows in batches)
+        for rows, images in zip(batches, download(pixels), strict=True):
             cropped = [image[: size[0], : size[1]] for image, size in zip(images, one.sizes_px[rows], strict=True)]
             yield list(zip(one.keys[rows], cropped, strict=True))
 

@@ -1,5 +1,6 @@
 """Runs a program; on a GPU, what is asked for a second time is captured as a CUDA graph and replayed."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,14 +33,14 @@ class Runner:
 
     def run(self, program: Program, plan: Plan, images: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', H', W') fp32
         """All images through the network, on the device of the program."""
-        if program.device.type != "cuda":
-            return execute(program, plan, images)
-        with torch.cuda.device(program.device):
+        with torch.cuda.device(program.device) if program.device.type == "cuda" else nullcontext():
+            if not _is_repeatable(program, plan):
+                self._last = None
+                return execute(program, plan, images)
             if self._last is None or self._last.program is not program or self._last.plan != plan:
                 self._last = None  # its memory is free before the next is allocated
                 out = execute(program, plan, images)
-                if program.kernels is not ops and not plan.is_on_host:
-                    self._last = _Shape(program, plan)
+                self._last = _Shape(program, plan)
                 return out
             if self._last.graph is None:  # libraries have chosen their algorithms in the first run
                 self._last.graph = _Graph(program, plan, images[0])
@@ -49,6 +50,11 @@ class Runner:
             return out
 
 
+def _is_repeatable(program: Program, plan: Plan) -> bool:
+    """Whether a graph can hold a run: torch's statistics are merged with the host's help."""
+    return program.device.type == "cuda" and program.kernels is not ops and not plan.is_on_host
+
+
 class _Graph:
     """The run of one image, from and to memory of its own."""
 
@@ -56,6 +62,7 @@ class _Graph:
         self._image = torch.empty(image.shape, device=program.device)
         self._out = empty_output(program, plan, 1)[0]
         self._graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # of the run before, whose memory a graph cannot use
         with allocate(plan, program.dtype, program.device) as self._memory, torch.cuda.graph(self._graph):
             execute_image(program, plan, self._memory, self._image, self._out)
 

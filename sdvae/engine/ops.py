@@ -159,11 +159,11 @@ class Statistics:
         self._means: list[Tensor] = []
         self._variances: list[Tensor] = []
 
-    def add(self, strip: Tensor) -> None:  # (1, C, rows, W)
+    def add(self, rows: Tensor) -> None:  # (1, C, rows, W)
         """Count a strip in."""
-        for rows in torch.split(strip, self._row_block, 2):
-            mean, variance = _mean_and_variance(rows.contiguous(memory_format=torch.channels_last))
-            self._counts.append(rows.shape[2] * rows.shape[3])
+        for block in torch.split(rows, self._row_block, 2):
+            mean, variance = _mean_and_variance(block.contiguous(memory_format=torch.channels_last))
+            self._counts.append(block.shape[2] * block.shape[3])
             self._means.append(mean)
             self._variances.append(variance)
 

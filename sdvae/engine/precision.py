@@ -1,6 +1,8 @@
 """Which device and dtype a VAE computes in, and why."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -50,6 +52,29 @@ def choose_dtype(name: str, device: torch.device) -> DtypeChoice:
     if device.type == "cpu":
         return _probe_cpu()
     return DtypeChoice(torch.float32, f"the safe choice on {device.type}")
+
+
+@contextmanager
+def full_precision(*, is_deterministic: bool = True, is_tuned: bool = False) -> Iterator[None]:
+    """Inside, fp32 means fp32: no TF32, which rounds what is multiplied to 10 bits, whatever the program allows.
+
+    `is_tuned` lets cuDNN try algorithms and keep the fastest: it takes memory, and the clock decides on the last bits.
+    """
+    cudnn = torch.backends.cudnn.flags(
+        enabled=True,
+        benchmark=is_tuned,
+        deterministic=is_deterministic,
+        allow_tf32=False,
+        fp32_precision="ieee",
+    )
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with cudnn:
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
 
 @cache

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from sdvae.engine.describe import describe_plan
 from sdvae.engine.graphs import Runner
 from sdvae.engine.memory import free_bytes, parse_bytes
 from sdvae.engine.plan import Plan, make_plan
+from sdvae.engine.precision import full_precision
 from sdvae.engine.program import Program, choose_kernels, compile_program
 from sdvae.engine.stages import Direction, network
 from sdvae.errors import BudgetError
@@ -166,7 +166,8 @@ class Engine:
         if obstacle is None and self._fits(direction, batch):
             height, width = batch.shape[2:]
             plan = self.plan(direction, height, width, len(batch), budget)
-            with self._precision(budget):
+            is_free = budget is None and not self.is_deterministic
+            with full_precision(is_deterministic=self.is_deterministic, is_tuned=is_free):
                 out = self._execute(direction, plan, batch)
             if self._place()[1] != torch.float32:
                 self._mend(out, direction, batch, budget)
@@ -185,15 +186,6 @@ class Engine:
             if packed[0] == self._state(self._weights(direction)):
                 return out
         return runner.run(self.program(direction), plan, batch)
-
-    @contextmanager
-    def _precision(self, budget: Budget) -> Iterator[None]:
-        """No TF32; and algorithms by trial, which takes memory and answers by the clock, only where both may vary."""
-        is_free = budget is None and not self.is_deterministic
-        with torch.backends.cudnn.flags(
-            enabled=True, benchmark=is_free, deterministic=self.is_deterministic, allow_tf32=False
-        ):
-            yield
 
     def _mend(self, out: Tensor, direction: Direction, batch: Tensor, budget: Budget) -> None:
         """Compute the images again in fp32 that overflowed, and say so."""

@@ -1,0 +1,146 @@
+"""The engine as it runs on a GPU, in Triton's interpreter: kernels, plans, arenas on the host, repeated runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from inspect import signature
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdvae.engine import arena, graphs, ops
+from sdvae.engine import calibrate as calibrating
+from sdvae.engine import plan as planning
+from sdvae.engine import program as programs
+from sdvae.engine import run as running
+from sdvae.engine.execute import execute
+from sdvae.engine.plan import Plan, make_plan
+from sdvae.engine.program import Program
+from sdvae.engine.run import Engine
+from sdvae.engine.stages import Direction
+from tests import triton_interpreter
+from tests.test_execute import MODELS, compiled, error, inputs, reference
+
+HEIGHT, WIDTH = 3, 2  # of latents: the interpreter takes a second for a hundred programs
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        module = triton_interpreter.triton_ops(patch)
+        for place in (programs, running):
+            patch.setattr(place, "choose_kernels", lambda device: module)
+        patch.setattr(planning, "GPU_STRIP_BYTES", 0)
+        yield module
+
+
+def gpu_plan(program: Program, images: Tensor, num_strips: int | None = None, **arguments: Any) -> Plan:
+    element_bytes, (height, width) = program.dtype.itemsize, images.shape[2:]
+    return make_plan(program.network, height, width, element_bytes, num_strips=num_strips, is_gpu=True, **arguments)
+
+
+def test_twins_have_one_signature(kernels: ModuleType) -> None:
+    for name in ("write", "write_upsampled", "normalise", "attend"):
+        ours, theirs = (list(signature(getattr(module, name)).parameters) for module in (ops, kernels))
+        assert ours == theirs, name
+    for name in ("__init__", "add", "merge"):
+        ours, theirs = (list(signature(getattr(module.Statistics, name)).parameters) for module in (ops, kernels))
+        assert ours == theirs, name
+
+
+@pytest.mark.parametrize("name", ["all parts", "odd widths"])
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_the_network_is_the_reference_in_any_number_of_strips(name: str, direction: Direction) -> None:
+    images = inputs(name, direction, HEIGHT, WIDTH)
+    program = compiled(name, direction)
+    whole, parts = (execute(program, gpu_plan(program, images, num), images) for num in (1, HEIGHT))
+    assert program.kernels is not ops
+    assert error(whole, reference(name, direction, images)) <= 2e-5
+    assert parts.equal(whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_worse_than_by_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = inputs("all parts", "decode", HEIGHT, WIDTH)
+    program = compiled("all parts", "decode", dtype)
+    ours = execute(program, gpu_plan(program, latents), latents)
+    monkeypatch.setattr(programs, "choose_kernels", lambda device: ops)
+    program = compiled("all parts", "decode", dtype)
+    theirs = execute(program, gpu_plan(program, latents), latents)
+    exact = reference("all parts", "decode", latents)
+    assert error(ours, exact) <= 1.2 * error(theirs, exact)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_an_arena_on_the_host_changes_no_bit(direction: Direction, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def unpinned(num_elements: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        yield torch.full((num_elements,), torch.nan, dtype=dtype)
+
+    monkeypatch.setattr(arena, "_pinned", unpinned)
+    images = inputs("odd widths", direction, HEIGHT, WIDTH)
+    program = compiled("odd widths", direction)
+    near = gpu_plan(program, images)
+    far = gpu_plan(program, images, budget_bytes=near.predict_bytes() - 1, host_bytes=2**30, is_deterministic=True)
+    assert far.is_on_host and far.predict_bytes() < near.predict_bytes()
+    assert execute(program, far, images).equal(execute(program, near, images))
+
+
+def test_the_engine_mends_what_overflows(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrating, "_SIZE", 4)
+    model = MODELS["plain"]
+    loud = {
+        name: values * (3e4 if name.endswith("conv_out.weight") else 1) for name, values in model.state_dict().items()
+    }
+    source = type(model)(model.config)
+    source.load_state_dict(loud)
+    engine = Engine(source, model.config, torch.device("cpu"), torch.float16)
+    latents = inputs("plain", "decode", 1, 1)
+    with torch.no_grad():
+        out = engine.decode(latents)
+        assert error(out, source.decode(latents)) <= 1e-4, "in fp32, in the end"
+    assert "overflowed in float16" in caplog.text
+
+
+def test_the_second_run_of_a_shape_is_captured_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[Plan] = []
+
+    class Graph:
+        def __init__(self, program: Program, plan: Plan, image: Tensor) -> None:
+            captured.append(plan)
+            self._program, self._plan = program, plan
+
+        def replay(self, image: Tensor, out: Tensor) -> None:
+            out.copy_(execute(self._program, self._plan, image[None])[0])
+
+    monkeypatch.setattr(graphs, "_Graph", Graph)
+    monkeypatch.setattr(graphs, "_is_repeatable", lambda program, plan: True)
+    monkeypatch.setattr(programs, "choose_kernels", lambda device: ops)  # any will do
+    small, large = (inputs("plain", "decode", 1, width, batch=2) for width in (1, 2))
+    program = compiled("plain", "decode")
+    runner = graphs.Runner()
+
+    def run(images: Tensor) -> Tensor:
+        return runner.run(program, gpu_plan(program, images), images)
+
+    first = run(small)
+    assert captured == []
+    assert run(small).equal(first) and run(small).equal(first)
+    assert len(captured) == 1, "captured once, then replayed"
+    run(large)
+    assert run(small).equal(first) and len(captured) == 1, "another shape has taken its place"
+    run(small)
+    assert len(captured) == 2
+
+
+def test_a_graph_is_only_for_triton_on_a_gpu() -> None:
+    program = compiled("plain", "decode")
+    plan = gpu_plan(program, inputs("plain", "decode", 1, 1))
+    on_gpu = replace(program, device=torch.device("cuda"))
+    assert graphs._is_repeatable(on_gpu, plan)
+    assert not graphs._is_repeatable(program, plan)
+    assert not graphs._is_repeatable(replace(on_gpu, kernels=ops), plan)
+    assert not graphs._is_repeatable(on_gpu, replace(plan, is_on_host=True))
