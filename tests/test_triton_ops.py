@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdvae.engine import ops
 from sdvae.engine.ops import Norm
 from sdvae.errors import ShapeError
 from tests import triton_interpreter
@@ -186,7 +189,7 @@ def test_normalise_is_one_rounding(
 ) -> None:
     channels = size[2]
     rows, out = filled(*size, dtype), room(*size, dtype)
-    norm = Norm(1 + 0.3 * torch.randn(channels), torch.randn(channels), 1e-6, 1)
+    norm = Norm(1 + 0.3 * torch.randn(channels), torch.randn(channels), 0.1, 1)
     mean, variance = torch.randn(channels), torch.rand(channels) + 0.1
     kernels.normalise(rows, out, norm, mean, variance, has_silu=has_silu)
     assert is_filled_exactly(out)
@@ -249,6 +252,77 @@ def test_attention_to_one_key_among_large_scores(kernels: ModuleType) -> None:
     exact = attention(queries, keys)
     assert kernels.attend(queries, keys).isfinite().all()
     torch.testing.assert_close(kernels.attend(queries, keys).double(), exact, rtol=0, atol=5e-3)
+
+
+@of_dtype
+def test_kernels_do_as_their_twins(kernels: ModuleType, dtype: torch.dtype) -> None:
+    """The same bits where a sum is rounded once; else as near as two roundings are."""
+    made, bias = filled(4, 9, 16, dtype), torch.randn(16)
+    norm = Norm(1 + 0.3 * torch.randn(8), torch.randn(8), 1e-6, 4)
+    keys = torch.randn(100, 8).to(dtype)
+    results = []
+    for module in (ops, kernels):
+        wide, image, normed = (torch.zeros(1, *shape, dtype=dtype) for shape in [(16, 4, 9), (8, 8, 16), (8, 8, 16)])
+        wide, image, normed = (each.contiguous(memory_format=torch.channels_last) for each in (wide, image, normed))
+        statistics = module.Statistics(2)
+        module.write(made, bias, wide, adds=False, statistics=None)
+        module.write(made, None, wide, adds=True, statistics=None)
+        for parity in (0, 1):
+            module.write_upsampled(made, bias[:8], image[:, :, parity::2], statistics=statistics)
+        mean, variance = statistics.merge(4)
+        module.normalise(image, normed, norm, mean, variance, has_silu=True)
+        results.append((wide, image, mean, variance, normed, module.attend(keys[:5], keys)))
+    (*equal, mean, variance, normed, attended), twins = results[1], results[0]
+    assert all(map(torch.equal, equal, twins))
+    torch.testing.assert_close((mean, variance), twins[2:4], rtol=1e-5, atol=1e-6)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close((normed, attended), twins[4:], rtol=4 * eps, atol=8 * eps)
+
+
+@pytest.fixture
+def only_touch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Names the tensors that kernels may touch; what points elsewhere fails the test before it breaks the process."""
+    from triton.runtime.interpreter import _interpreter
+
+    load, store = _interpreter.load, _interpreter.store
+    allowed: list[Tensor] = []
+
+    def check(pointers: Any, mask: Any) -> None:
+        starts = torch.tensor([tensor.data_ptr() for tensor in allowed])
+        ends = starts + torch.tensor([tensor.nbytes for tensor in allowed])
+        aimed = torch.from_numpy(pointers[mask].astype("int64"))[:, None]
+        assert ((aimed >= starts) & (aimed < ends)).any(1).all(), "a kernel points beyond its tensors"
+
+    def checked_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return load(pointers, mask, *rest)
+
+    def checked_store(pointers: Any, values: Any, mask: Any) -> None:
+        check(pointers, mask)
+        store(pointers, values, mask)
+
+    monkeypatch.setattr(_interpreter, "load", checked_load)
+    monkeypatch.setattr(_interpreter, "store", checked_store)
+    return lambda *tensors: allowed.extend(tensors)
+
+
+def test_rows_may_lie_further_apart_than_32_bits_count(
+    kernels: ModuleType, only_touch: Callable[..., None], tmp_path: Path
+) -> None:
+    """The third of three rows that are 2^30 elements apart, in a file of holes, is beyond integers of 32 bits."""
+    memory = torch.from_file(str(tmp_path / "holes"), shared=True, size=2**31 + 40, dtype=torch.float16)
+    far = memory.as_strided((1, 8, 3, 5), (len(memory), 1, 2**30, 8))
+    near, ones, zeros = torch.randn(1, 3, 5, 8).half().permute(0, 3, 1, 2), torch.ones(8), torch.zeros(8)
+    out = torch.zeros_like(near)
+    only_touch(*far[0].permute(1, 2, 0), near, out, ones, zeros)
+    kernels.write(near, None, far, adds=False, statistics=None)
+    assert torch.equal(far, near)
+    kernels.write(near, None, far, adds=True, statistics=None)
+    kernels.normalise(far, out, Norm(ones, zeros, 0.0, 1), zeros, ones, has_silu=False)
+    assert torch.equal(out, 2 * near)
+    kernels.normalise(near, far, Norm(ones, zeros, 0.0, 1), zeros, ones, has_silu=False)
+    kernels.write(far, None, out, adds=False, statistics=None)
+    assert torch.equal(out, near)
 
 
 def test_channels_apart_are_refused(kernels: ModuleType) -> None:
