@@ -3,7 +3,7 @@
 
     benchmarks/throughput.py [--write] [options of sdvae bench]
 
-With --write, results/<device>-<dtype>.json and its plot. Sizes given by --size replace those two.
+With --write, results/<device>-<dtype>-<sizes>[x<batch>].json and its plot. Sizes given by --size replace those two.
 """
 
 import argparse
@@ -19,15 +19,18 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--size", action="append")
+    parser.add_argument("--batch-size", default="1")
     chosen, arguments = parser.parse_known_args()
     device = choose_device(chosen.device)
     choice = choose_dtype(chosen.dtype, device)
     dtype = next(name for name, known in DTYPES.items() if known == choice.dtype)
-    arguments = ["bench", "--device", chosen.device, "--dtype", dtype, *arguments]
-    if "--size" not in arguments:
-        arguments += ["--size", "512", "--size", "1024"]
+    sizes = chosen.size or ["512", "1024"]
+    arguments = ["bench", "--device", chosen.device, "--dtype", dtype, "--batch-size", chosen.batch_size, *arguments]
+    arguments += [argument for size in sizes for argument in ("--size", size)]
     if chosen.write:
-        path = RESULTS / f"{device.type}-{dtype}.json"
+        batch = "" if chosen.batch_size == "1" else f"x{chosen.batch_size}"
+        path = RESULTS / f"{device.type}-{dtype}-{'-'.join(sizes)}{batch}.json"
         arguments += ["--output", str(path), "--plot", str(path.with_suffix(".png"))]
     cli(arguments, prog_name="sdvae")
 

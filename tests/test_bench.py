@@ -22,6 +22,7 @@ from sdvae.bench.peak import measure_peak
 from sdvae.bench.rivals import Contender, diffusers_compiled, diffusers_tiled
 from sdvae.bench.throughput import Settings, measure, seeded_model
 from sdvae.bench.timing import in_turns, seconds_of
+from sdvae.bench.twins import time_twins
 from sdvae.cli.main import cli
 from sdvae.config import VAEConfig
 from sdvae.engine.stages import Direction, network
@@ -246,6 +247,17 @@ def test_every_kernel_of_a_network_is_timed(monkeypatch: pytest.MonkeyPatch) -> 
     assert operations.count("group_norm") == 3, "8 channels at the first level, 8 and 16 at the second"
     assert all(timing.seconds > 0 and timing.gb_per_s > 0 for timing in timings)
     assert [timing.tflops is None for timing in timings] == [name == "group_norm" for name in operations]
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_every_function_of_the_engine_is_timed_on_a_strip(direction: Direction) -> None:
+    timings = time_twins(
+        network(WITH_ATTENTION, direction), *((16, 24) if direction == "encode" else (2, 3)), CPU, "fp32", 1
+    )
+    operations = {timing.operation for timing in timings}
+    expected = {"write and count, torch", "normalise, SiLU, torch", "attend, torch"}
+    assert operations == expected | ({"write upsampled, torch"} if direction == "decode" else set())
+    assert all(timing.seconds > 0 and timing.gb_per_s > 0 for timing in timings)
 
 
 def test_a_convolution_is_below_the_roofline() -> None:

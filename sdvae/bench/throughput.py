@@ -22,7 +22,7 @@ from sdvae.bench.rivals import (
 )
 from sdvae.bench.timing import in_turns
 from sdvae.config import VAEConfig
-from sdvae.engine.plan import make_plan
+from sdvae.engine.run import Engine
 from sdvae.engine.stages import Direction, network
 from sdvae.model import AutoencoderKL
 from sdvae.vae import VAE
@@ -117,16 +117,19 @@ def measure(vae: VAE, model: AutoencoderKL, settings: Settings) -> Measurement:
         if "best" in settings.rivals:
             contenders.append(diffusers(model, direction, device, *best_configuration, title="diffusers at its best"))
         if "compile" in settings.rivals:
-            logger.info("compiling diffusers")
-            contenders.append(diffusers_compiled(model, direction, device, *best_configuration))
+            for is_reindexed in (True, False) if device.type == "cuda" else (True,):
+                logger.info("compiling diffusers")
+                contenders.append(
+                    diffusers_compiled(model, direction, device, *best_configuration, is_reindexed=is_reindexed)
+                )
     if "tiled" in settings.rivals:
         side_px = max(settings.height, settings.width)
         contenders.append(diffusers_tiled(model, direction, device, dtype, memory_format, side_px))
     rows = _race(contenders, batch, expected, settings.rounds, device)
-    line = network(model.config, direction)
     height, width = batch.shape[2:]
-    predicted = make_plan(line, height, width, vae.dtype.itemsize).predict_bytes(len(batch))
-    flops = len(batch) * line.flops(height, width)
+    assert isinstance(vae.engine, Engine)  # a TAESD is not measured
+    predicted = vae.engine.plan(direction, height, width, len(batch)).predict_bytes(len(batch))
+    flops = len(batch) * network(model.config, direction).flops(height, width)
     size = settings.height, settings.width
     return Measurement(direction, *size, len(batch), flops, predicted, tuple(rows), survey)
 

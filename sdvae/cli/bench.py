@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sdvae.model import AutoencoderKL
 
 SCHEMA = 1  # of the JSON, which benchmarks/README.md describes
+_KERNEL_BATCHES = (1, 8)
 _LARGE_PX = 16384  # whose plans must be made in no time
 
 
@@ -87,7 +88,7 @@ def bench(
     ]
     peaks = rooflines(measurements, place)
     planning_s = _planning_seconds(model.config, choice.dtype.itemsize)
-    kernels = _kernels(model, sizes[0], batch_size, rounds, directions, place) if place.type == "cuda" else None
+    kernels = _kernels(model, sizes[0], rounds, directions, place) if place.type == "cuda" else None
     result = {
         "schema": SCHEMA,
         "machine": machine_card(),
@@ -144,26 +145,32 @@ def _planning_seconds(config: "VAEConfig", element_bytes: int) -> float:
 def _kernels(
     model: "AutoencoderKL",
     size: tuple[int, int],
-    batch_size: int,
     rounds: int,
     directions: "tuple[Direction, ...]",
     device: "torch.device",
 ) -> list[dict[str, Any]]:
-    """The network's operations one by one on the GPU, in both half precisions."""
+    """The network's operations one by one on the GPU, torch's and ours, in both half precisions."""
     from dataclasses import asdict
 
     from sdvae.bench.kernels import time_kernels
+    from sdvae.bench.twins import time_twins
     from sdvae.engine.stages import network
 
     timings: list[dict[str, Any]] = []
     for way in directions:
         scale = 1 if way == "encode" else model.config.downscale
-        line = network(model.config, way)
+        line, (height, width) = network(model.config, way), (side // scale for side in size)
         for dtype in ("fp16", "bf16"):
-            height, width = size[0] // scale, size[1] // scale
-            found = time_kernels(line, height, width, batch_size, device, dtype, rounds)
-            timings += [{"direction": way, "dtype": dtype} | asdict(timing) for timing in found]
+            for batch_size in _KERNEL_BATCHES:
+                found = time_kernels(line, height, width, batch_size, device, dtype, rounds)
+                timings += [_kernel_values(way, dtype, batch_size) | asdict(timing) for timing in found]
+            twins = time_twins(line, height, width, device, dtype, rounds)
+            timings += [_kernel_values(way, dtype, 1) | asdict(timing) for timing in twins]
     return timings
+
+
+def _kernel_values(direction: "Direction", dtype: str, batch_size: int) -> dict[str, Any]:
+    return {"direction": direction, "dtype": dtype, "batch_size": batch_size}
 
 
 def _values(measurement: "Measurement", peaks: dict[str, float]) -> dict[str, Any]:
@@ -248,11 +255,9 @@ def _figures(values: dict[str, Any]) -> str:
 def _kernel_lines(kernels: list[dict[str, Any]]) -> list[str]:
     if not kernels:
         return []
-    lines = ["", f"{'kernel':<30}{'shape':<36}{'dtype':<7}{'ms':>8}{'TFLOP/s':>9}{'GB/s':>8}"]
+    lines = ["", f"{'kernel':<30}{'shape':<36}{'batch':<7}{'dtype':<7}{'ms':>8}{'TFLOP/s':>9}{'GB/s':>8}"]
     for one in kernels:
         tflops = "" if one["tflops"] is None else f"{one['tflops']:.0f}"
-        lines.append(
-            f"{one['operation']:<30}{one['shape']:<36}{one['dtype']:<7}{one['seconds'] * 1e3:>8.3f}{tflops:>9}"
-            f"{one['gb_per_s']:>8.0f}"
-        )
+        what = f"{one['operation']:<30}{one['shape']:<36}{one['batch_size']:<7}{one['dtype']:<7}"
+        lines.append(f"{what}{one['seconds'] * 1e3:>8.3f}{tflops:>9}{one['gb_per_s']:>8.0f}")
     return lines
