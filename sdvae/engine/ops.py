@@ -30,7 +30,7 @@ class Convolution:
     _kernels_bias: Tensor | None = None  # that is left for the kernels
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> None:
-        """`padding_px` is on the left and on the right; rows beyond the image are part of a strip."""
+        """`bias` is fp32; `padding_px` is on the left and on the right; rows beyond the image are part of a strip."""
         self.weight = weight.contiguous(memory_format=torch.channels_last)
         self.num_bytes = weight.nbytes + bias.nbytes
         self._kernels_bias = bias
@@ -98,7 +98,7 @@ class OneDnnConvolution(Convolution):
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, self._padding, self._stride, [1, 1], 1, None
             )
-        self._library_bias, self._kernels_bias = bias, None
+        self._library_bias, self._kernels_bias = bias.to(weight.dtype), None
 
     def write(
         self,

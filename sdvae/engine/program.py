@@ -134,7 +134,8 @@ class _Compiler:
         return fold_attention(q, k, v, out)
 
     def _pack(self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> Convolution:
-        return self._convolution(*self._place(weight, bias), stride, padding_px)
+        weight, bias = weight.to(self._device, self._dtype), bias.to(self._device)
+        return self._convolution(weight, bias, stride, padding_px)
 
     def _place(self, weight: Tensor, bias: Tensor) -> Pair:
         return weight.to(self._device, self._dtype), bias.to(self._device, self._dtype)
