@@ -17,9 +17,10 @@ from PIL import Image
 from skimage import data as skimage_data
 
 from sdvae.data.encode import encode_source
-from sdvae.data.manifest import EncodeSettings, num_cores, recorded_settings
+from sdvae.data.manifest import EncodeSettings, num_cores, recorded_dtype, recorded_settings
 from sdvae.data.preprocess import Preprocess, choose_resizer
 from sdvae.data.runners import Ranks, RayRunner, VAESpec
+from sdvae.data.sources import open_source
 from sdvae.data.store import Store
 from sdvae.data.tasks import Work
 from sdvae.data.verify import verify
@@ -99,19 +100,66 @@ def require_bytes_of_one_process(photos: Path, out: Path, vae: VAE) -> None:
     assert files(out) == files(one)
 
 
+ACCELERATE = [
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "sdvae"),
+]
+
+
 def test_two_ranks_of_accelerate_write_what_one_process_writes(
     photos: Path, vae_folder: Path, tmp_path: Path, small_vae: VAE
 ) -> None:
     out = tmp_path / "out"
-    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "sdvae"]
-    done = launch(*encode_arguments(photos, out, vae_folder), launcher=accelerate, environment={})
+    done = launch(*encode_arguments(photos, out, vae_folder), launcher=ACCELERATE, environment={})
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(results) == 2, done.stderr
     assert {result["num_seen"] for result in results} == {NUM_PHOTOS + 1}
     assert min(result["num_shards_left"] for result in results) == 0  # who came last finished it
     assert all(result["steps_s"]["encode"] > 0 for result in results)  # both had work
     require_bytes_of_one_process(photos, out, small_vae)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_what_a_killed_rank_left_is_done_by_the_next_launch(
+    photos: Path, vae_folder: Path, tmp_path: Path, small_vae: VAE, killed: int
+) -> None:
+    out = tmp_path / "out"
+    arguments = encode_arguments(photos, out, vae_folder)
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, *ACCELERATE, *map(str, arguments)], **quiet) as launcher:
+        while not list(out.glob("done/*.json")):
+            assert launcher.poll() is None, "it ended before it was killed"
+            time.sleep(0.001)
+        processes = psutil.Process(launcher.pid).children(recursive=True)
+        (rank,) = [one for one in processes if "encode" in one.cmdline() and one.environ()["RANK"] == str(killed)]
+        rank.kill()
+        assert launcher.wait(60) != 0
+    assert psutil.wait_procs(processes, 10)[1] == [], "orphans"
+    left_behind = {path: path.stat().st_mtime_ns for path in out.glob("done/*.json")}
+    assert len(left_behind) < Store.open(out).num_shards
+    done = launch(*arguments, launcher=ACCELERATE, environment={})
+    assert done.returncode == 0, done.stderr
+    assert left_behind.items() <= {path: path.stat().st_mtime_ns for path in out.glob("done/*.json")}.items()
+    require_bytes_of_one_process(photos, out, small_vae)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_two_ranks_write_what_one_process_writes_of_thousands_of_photos(data_dir: Path, tmp_path: Path) -> None:
+    """At 256 px, with the embedded VAE, as on the command line."""
+    photos, out = data_dir / "train", tmp_path / "out"
+    arguments = ["encode", photos, out, "--size", "256", "--device", "cpu", "--json", "-q"]
+    command = [sys.executable, *ACCELERATE, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == 2, done.stderr
+    assert results[0]["num_seen"] == len(open_source(photos).entries()) > 2000
+    dtype = recorded_dtype(out)
+    assert dtype is not None
+    require_bytes_of_one_process(photos, out, VAE.load(device="cpu", dtype=dtype))
+    seconds = [round(result["seconds"]) for result in results]
+    print(f"\n{results[0]['num_seen']} photos at 256 px: the bytes of one process; two ranks took {seconds} s")
 
 
 def test_ranks_one_after_the_other_finish_each_others_store(

@@ -2,11 +2,16 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -172,8 +177,8 @@ def test_a_driver_that_is_not_there_is_named(photos: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment in which s3:// is a server of this machine."""
+def s3() -> Iterator[dict[str, str]]:
+    """The environment in which s3:// is a server of this machine, with a bucket."""
     pytest.importorskip("moto", reason="moto is not installed")
     pytest.importorskip("s3fs", reason="s3fs is not installed")
     with socket.socket() as free:
@@ -189,14 +194,29 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break
         time.sleep(0.1)
-    yield {
+    environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
+    assert _finish(_start(environment, "import fsspec; fsspec.filesystem('s3').mkdir('bucket')")) == 0
+    yield environment
     server.kill()
     server.wait()
+
+
+def _start(environment: dict[str, str], code: str, *arguments: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], env=os.environ | environment,
+    )  # fmt: skip
+
+
+def _finish(process: "subprocess.Popen[str]") -> int:
+    _, said = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), said
+    return process.returncode
 
 
 _ENCODE = """
@@ -239,33 +259,95 @@ assert found == read_store(Path(sys.argv[2])), sorted(found)
 """
 
 
+def _require_finished_elsewhere(s3: dict[str, str], photos: Path, url: str, folder: Path, pristine: Path) -> None:
+    """By the same command, on a machine that has only the objects."""
+    assert _finish(_start(s3, _ENCODE, photos, url, folder / "elsewhere", 1000)) == 0
+    assert _finish(_start(s3, _COMPARE, url, pristine)) == 0
+    for name in ("here", "elsewhere"):
+        shutil.rmtree(folder / name)
+
+
 @pytest.mark.slow
-def test_killed_in_the_middle_of_an_upload_to_s3(
+@pytest.mark.timeout(1800)
+def test_killed_between_uploads_to_s3(photos: Path, pristine: Path, tmp_path: Path, s3: dict[str, str]) -> None:
+    """SIGKILL before the n-th object, for every n."""
+    num_kills = 0
+    while _finish(_start(s3, _ENCODE, photos, f"s3://bucket/{num_kills}", tmp_path / "here", num_kills)):
+        _require_finished_elsewhere(s3, photos, f"s3://bucket/{num_kills}", tmp_path, pristine)
+        num_kills += 1
+    print(f"\nkilled before each of {num_kills} objects, each resumed to the same objects")
+    assert num_kills > 12
+
+
+class _Proxy(ThreadingHTTPServer):
+    """Passes requests on to an S3 server, but of one upload only half of the body; then it says so, and waits."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int, stall_at: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Passing)
+        self.to_port, self.stall_at = port, stall_at
+        self.num_uploads = 0
+        self.is_stalled = threading.Event()
+
+
+class _Passing(BaseHTTPRequestHandler):
+    server: _Proxy
+    protocol_version = "HTTP/1.1"
+
+    def _pass(self) -> None:
+        there = HTTPConnection("127.0.0.1", self.server.to_port)
+        there.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            if name != "Expect":  # it is answered here
+                there.putheader(name, value)
+        there.endheaders()
+        num_bytes = int(self.headers.get("Content-Length", 0))
+        if self.command == "PUT":
+            self.server.num_uploads += 1
+            if self.server.num_uploads == self.server.stall_at:
+                there.send(self.rfile.read(num_bytes // 2))
+                self.server.is_stalled.set()
+                self.close_connection = True
+                with suppress(ConnectionResetError):
+                    self.rfile.read()  # until the client is dead
+                there.close()
+                return
+        there.send(self.rfile.read(num_bytes))
+        answer = there.getresponse()
+        data = answer.read()
+        self.send_response_only(answer.status, answer.reason)
+        for name, value in answer.getheaders():
+            if name not in ("Transfer-Encoding", "Content-Length", "Connection"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", answer.getheader("Content-Length") or str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass  # noqa: N815 (their names are http.server's)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_while_an_upload_to_s3_is_in_flight(
     photos: Path, pristine: Path, tmp_path: Path, s3: dict[str, str]
 ) -> None:
-    """SIGKILL before the n-th object, for every n; then the same command on a machine that has only the objects."""
-    root = Path(__file__).parents[2]
-
-    def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            capture_output=True, text=True, cwd=root, env=os.environ | s3,
-        )  # fmt: skip
-
-    assert run("import fsspec; fsspec.filesystem('s3').mkdir('bucket')").returncode == 0
+    """SIGKILL when half of the n-th object has reached the server, for every n."""
     num_kills = 0
     while True:
-        url = f"s3://bucket/{num_kills}"
-        first = run(_ENCODE, photos, url, tmp_path / "here", num_kills)
-        if first.returncode == 0:
+        url = f"s3://bucket/half-{num_kills}"
+        with _Proxy(int(s3["AWS_ENDPOINT_URL"].rpartition(":")[2]), stall_at=num_kills + 1) as proxy:
+            threading.Thread(target=proxy.serve_forever, daemon=True).start()
+            through = s3 | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}"}
+            writer = _start(through, _ENCODE, photos, url, tmp_path / "here", 1000)
+            while writer.poll() is None and not proxy.is_stalled.wait(0.01):
+                pass
+            writer.kill()
+            is_done = _finish(writer) == 0
+            proxy.shutdown()
+        if is_done:
             break
-        assert first.returncode == -9, first.stderr
+        _require_finished_elsewhere(s3, photos, url, tmp_path, pristine)
         num_kills += 1
-        second = run(_ENCODE, photos, url, tmp_path / "elsewhere", 1000)
-        assert second.returncode == 0, second.stderr
-        compared = run(_COMPARE, url, pristine)
-        assert compared.returncode == 0, compared.stderr
-        for folder in ("here", "elsewhere"):
-            shutil.rmtree(tmp_path / folder)
-    print(f"\nkilled before each of {num_kills} objects, each resumed to the same objects")
+    print(f"\nkilled in the middle of each of {num_kills} uploads, each resumed to the same objects")
     assert num_kills > 12
