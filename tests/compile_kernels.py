@@ -36,7 +36,7 @@ class Recorder:
 
     def compile(self, launch: dict[str, Any], capability: int) -> Any:
         """As Triton's own launcher: what is 1, None or constexpr is compiled in; multiples of 16 are known as such."""
-        options = {name: launch[name] for name in ("num_warps", "num_stages") if name in launch}
+        options = {name: value for name, value in launch.items() if name not in self.kernel.arg_names}
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             value = launch[parameter.name]

@@ -19,6 +19,7 @@ from sdvae.errors import ShapeError
 
 NAME, ATTENTION = "Triton", "Triton's flash attention"
 _jit: Callable[[Callable[..., Any]], Any] = triton.jit
+_FUSED = {"enable_fp_fusion": True}  # a product and a sum, rounded once: said, for Triton 3.10 has another default
 _ROW_TILE, _ROW_CHANNELS = 2048, 32  # of a program that goes along a row: narrow, for a strip has few rows
 _NORM_TILE, _NORM_CHANNELS = 4096, 128
 _MERGE_ELEMENTS = 2048
@@ -55,8 +56,9 @@ class Statistics:
         group = num_channels // num_groups
         block_c = triton.next_power_of_2(group)
         _merge_rows[(num_groups,)](
-            *parts, mean, variance, self._width, num_rows, num_channels, group, _MERGE_ELEMENTS // block_c, block_c
-        )
+            *parts, mean, variance, self._width, num_rows, num_channels, group,
+            block_rows=_MERGE_ELEMENTS // block_c, block_c=block_c, **_FUSED,
+        )  # fmt: skip
         return mean, variance
 
     def part_of(self, rows: Tensor, device: torch.device) -> Tensor:  # -> (2, rows, C)
@@ -108,7 +110,7 @@ def _write(
     means, squares, part_row = (None, None, 0) if part is None else (*part, part.stride(1))
     _write_rows[(num_rows, triton.cdiv(num_channels, block_c))](
         made, bias, target, means, squares, *_strides(made), *_strides(target), part_row, width, num_channels,
-        adds=adds, num_phases=num_phases, block_w=block_w, block_c=block_c, num_warps=8,
+        adds=adds, num_phases=num_phases, block_w=block_w, block_c=block_c, num_warps=8, **_FUSED,
     )  # fmt: skip
 
 
@@ -120,7 +122,7 @@ def normalise(rows: Tensor, out: Tensor, norm: Norm, mean: Tensor, variance: Ten
     num_tiles = triton.cdiv(width, block_w)
     _normalise_tile[(num_rows * num_tiles, triton.cdiv(num_channels, block_c))](
         rows, out, norm.weight, norm.bias, mean, variance, *_strides(rows), *_strides(out), num_tiles, width,
-        num_channels, norm.eps, has_silu=has_silu, block_w=block_w, block_c=block_c,
+        num_channels, norm.eps, has_silu=has_silu, block_w=block_w, block_c=block_c, **_FUSED,
     )  # fmt: skip
 
 
@@ -140,13 +142,13 @@ def attend(queries: Tensor, keys: Tensor) -> Tensor:  # (n, C), (m, C) -> (n, C)
     parts = torch.empty((num_splits, num_queries, num_channels), dtype=dtype, device=queries.device)
     weights = torch.empty((num_splits, num_queries), device=queries.device)
     _attend_block[(num_blocks, num_splits)](
-        queries, keys, parts, weights, num_queries, len(keys), split_keys, num_channels, **tile
+        queries, keys, parts, weights, num_queries, len(keys), split_keys, num_channels, **tile, **_FUSED
     )
     if num_splits == 1:
         return parts[0]
     out = torch.empty_like(queries)
     _merge_splits[(num_queries,)](
-        parts, weights, out, num_queries, num_splits, num_channels, triton.next_power_of_2(num_channels)
+        parts, weights, out, num_queries, num_splits, num_channels, triton.next_power_of_2(num_channels), **_FUSED
     )
     return out
 
