@@ -141,6 +141,21 @@ def test_a_killed_process_blames_no_photo(tmp_path: Path) -> None:
     assert failures == [None] * NUM_PHOTOS
 
 
+@pytest.mark.parametrize("deed", [("sleep", 0), ("SIGSEGV", 1)])
+def test_whoever_forks_may_be_killed(tmp_path: Path, deed: tuple[str, int]) -> None:
+    """Its processes work on; for those that are missing, another one takes its place."""
+    source = Photos(tmp_path, {"8": deed})
+    with decoders(source, 2) as made:
+        iterator = iter(made)
+        images = [next(iterator)[0]]
+        (nursery,) = psutil.Process().children()
+        nursery.kill()
+        nursery.wait()
+        images += [batch for batch, _ in iterator]
+    require_right(np.concatenate(images))
+    assert children() == []
+
+
 def test_processes_that_are_killed_over_and_over_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(
         StoreError, match=r"killed 3 times by SIGKILL, at last at 4; should memory be short, give fewer"
@@ -199,7 +214,7 @@ def encoder(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_encoder(encoder: subprocess.Popen[bytes], end: signal.Signals) -> None:
     workers = psutil.Process(encoder.pid).children(recursive=True)
-    assert len(workers) == 2
+    assert len(workers) == 1 + 2
     os.killpg(encoder.pid, end)
     encoder.wait(10)
     wait_for(lambda: not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers), 5)

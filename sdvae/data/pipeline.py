@@ -3,6 +3,7 @@
 A decoder is native code fed with files from anywhere. It runs where its crash costs one photo and not the run.
 """
 
+import gc
 import hashlib
 import importlib
 import math
@@ -23,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -80,6 +82,7 @@ class Decoders(Generic[Staged]):
         self._making: deque[_Batch] = deque()
         self._ready: queue.Queue[tuple[Staged, list[Failure | None]] | None] = queue.Queue()
         self._workers: list[_Worker] = []
+        self._nursery: _Nursery | None = None
         self._is_stopping = False
 
     def __enter__(self) -> "Decoders[Staged]":
@@ -97,6 +100,8 @@ class Decoders(Generic[Staged]):
         self._thread.shutdown()
         for worker in self._workers:
             worker.kill()
+        if self._nursery:
+            self._nursery.close()
         for connection in (self._wake_up, self._woken):
             connection.close()
         self._memory.close()
@@ -174,7 +179,15 @@ class Decoders(Generic[Staged]):
                     self._workers[place] = self._replace(worker)
 
     def _start_worker(self) -> "_Worker":
-        return _Worker(self._source, self._preprocess, self._memory)
+        if self._nursery is None or self._nursery.is_dead():
+            self._nursery = _Nursery(self._preprocess, self._memory)
+        try:
+            return _Worker(self._source, self._preprocess, self._nursery)
+        except (EOFError, ConnectionResetError, BrokenPipeError) as error:
+            self._require_killed(self._nursery.close(), "its start")
+            raise StoreError(
+                "decoding processes are killed at their start; run the same command again to go on"
+            ) from error
 
     def _replace(self, dead: "_Worker") -> "_Worker":
         """A process for a dead one, with the record it died of, should that be to blame, and no other."""
@@ -285,24 +298,22 @@ class _SharedMemory:
         os.close(self.descriptor)
 
 
-class _Worker:
-    """A decoding process, and the records it was given, in the order in which it works.
+class _Nursery:
+    """A process that has imported what decoding takes, and forks the processes that decode.
 
-    Not a process of multiprocessing: forked, it would hold the locks of threads it does not have; spawned, it would run
-    the user's script again. It ends when its connection does, however this process ended.
+    So they start at once and share what the import of torch costs: a second, and 150 MB. They are no forks of this
+    process, for they would hold the locks of threads they do not have, and none of multiprocessing, which would run the
+    user's script again. It ends when its connection does, however this process ended.
     """
 
-    def __init__(self, source: Source, preprocess: Preprocess, memory: _SharedMemory) -> None:
-        self.jobs: deque[_Job] = deque()
-        self.is_ready = False  # a death before says nothing about a record
-        self.is_alone = False  # with a record that a process died of
-        ours, theirs = socket.socketpair()
-        self.connection = Connection(ours.detach())
+    def __init__(self, preprocess: Preprocess, memory: _SharedMemory) -> None:
+        self._connection, theirs = _pipe()
+        modules = ["sdvae.images", *(["torch"] if preprocess.resizer == "torch" else [])]
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; from sdvae.data.pipeline import bring_up; "
+            f"bring_up({theirs.fileno()}, {memory.descriptor}, {memory.num_bytes}, {modules})"
+        )
         with theirs:
-            code = (
-                f"import sys; sys.path[:] = {sys.path!r}; from sdvae.data.pipeline import work; "
-                f"work({theirs.fileno()}, {memory.descriptor}, {memory.num_bytes})"
-            )
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
@@ -310,6 +321,45 @@ class _Worker:
                 env=os.environ | {"OMP_NUM_THREADS": "1"},  # the processes themselves share the cores
                 process_group=0,  # Ctrl-C is for the encoder, which then ends the processes
             )
+
+    def fork(self) -> tuple[int, Connection]:
+        """The number of a new process, and the connection to it; EOFError or an OSError where none is made any more."""
+        ours, theirs = _pipe()
+        with theirs:
+            self._connection.send(None)
+            send_handle(self._connection, theirs.fileno(), self._process.pid)
+        return self._connection.recv(), ours
+
+    def wait(self, number: int) -> int:
+        """The exit code of a process that ended; that of a kill where nobody knows it any more."""
+        try:
+            self._connection.send(number)
+            return int(self._connection.recv())
+        except (EOFError, ConnectionResetError, BrokenPipeError):
+            return -signal.SIGKILL
+
+    def is_dead(self) -> bool:
+        return self._process.poll() is not None
+
+    def close(self) -> int:
+        """End the process, whose forks have ended; the exit code, should it have ended before."""
+        self._connection.close()
+        self._process.kill()
+        return self._process.wait()
+
+
+class _Worker:
+    """A decoding process, and the records it was given, in the order in which it works.
+
+    It ends when its connection does, however this process ended.
+    """
+
+    def __init__(self, source: Source, preprocess: Preprocess, nursery: _Nursery) -> None:
+        self.jobs: deque[_Job] = deque()
+        self.is_ready = False  # a death before says nothing about a record
+        self.is_alone = False  # with a record that a process died of
+        self._nursery = nursery
+        self._number, self.connection = nursery.fork()
         self._send((source, preprocess))
 
     def give(self, job: _Job, memory: _SharedMemory) -> None:
@@ -331,10 +381,11 @@ class _Worker:
     def wait(self) -> int:
         """The exit code of a process that ended."""
         self.connection.close()
-        return self._process.wait()
+        return self._nursery.wait(self._number)
 
     def kill(self) -> None:
-        self._process.kill()
+        with suppress(ProcessLookupError):
+            os.kill(self._number, signal.SIGKILL)
         self.wait()
 
     def _send(self, message: object) -> None:
@@ -347,20 +398,38 @@ def _pipe() -> tuple[Connection, Connection]:
     return Connection(one.detach()), Connection(other.detach())
 
 
-# --- In the process ---
+# --- In the processes ---
 
 
-def work(connection_descriptor: int, memory_descriptor: int, num_bytes: int) -> None:
-    """Decode what comes, until nobody is left who could send."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a launcher tells everyone; the encoder decides
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(connection_descriptor,), daemon=True).start()
+def bring_up(connection_descriptor: int, memory_descriptor: int, num_bytes: int, modules: Sequence[str]) -> None:
+    """Fork a process for each None that comes, and wait for each number, until nobody is left who could send."""
+    for told in (signal.SIGINT, signal.SIGTERM):  # by a launcher, to everyone; the encoder decides
+        signal.signal(told, signal.SIG_IGN)
     connection = Connection(connection_descriptor)
     memory = np.frombuffer(mmap.mmap(memory_descriptor, num_bytes), np.uint8)
+    for module in modules:
+        importlib.import_module(module)
+    gc.freeze()  # a collection in a fork would write to, and so copy, what all of them share
+    with suppress(EOFError, ConnectionResetError, BrokenPipeError):
+        while True:
+            number = connection.recv()
+            if number is not None:
+                connection.send(os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]))
+                continue
+            descriptor = recv_handle(connection)
+            number = os.fork()
+            if not number:
+                connection.close()
+                return work(Connection(descriptor), memory)
+            os.close(descriptor)
+            connection.send(number)
+
+
+def work(connection: Connection, memory: NDArray[np.uint8]) -> None:
+    """Decode what comes, until nobody is left who could send."""
+    threading.Thread(target=_end_with, args=(connection.fileno(),), daemon=True).start()
     with suppress(EOFError, ConnectionResetError, BrokenPipeError):
         source, preprocess = connection.recv()
-        if preprocess.resizer == "torch":
-            importlib.import_module("torch")  # before it is ready: should this end the process, no photo is to blame
         connection.send("ready")
         while True:
             record, offset, shape = connection.recv()
