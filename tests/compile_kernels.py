@@ -66,8 +66,8 @@ def launch_everything(dtype: torch.dtype, channels: int) -> None:
     triton_ops.write(made, bias, target, adds=True, statistics=statistics)
     norm = Norm(bias, bias, 1e-6, 32)
     triton_ops.normalise(made, target, norm, *statistics.merge(32), has_silu=True)
-    narrow = strip_of(torch.empty(2 * 129 * 2 * channels, dtype=dtype), 2, 129)
-    triton_ops.write_upsampled(narrow, bias, target, statistics=triton_ops.Statistics(1))
+    narrow = strip_of(torch.empty(129 * 2 * channels, dtype=dtype), 1, 129)
+    triton_ops.write_upsampled(narrow, narrow, bias, target, statistics=triton_ops.Statistics(1))
 
 
 def resources(compiled: Any) -> dict[str, int]:

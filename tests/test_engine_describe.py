@@ -47,7 +47,7 @@ def test_a_program_names_the_kernel_of_each_stage() -> None:
     program = compile_program(WITH_ATTENTION, "decode", model.state_dict(), torch.float32, torch.device("cpu"))
     plan = make_plan(program.network, 4, 4, 4)
     rows = [row for row in describe_plan(plan, program).splitlines() if row.startswith("decoder.")]
-    kernels = [packed.convolutions[0].kernel for packed in program.stages if packed.convolutions]
+    kernels = [packed.convolution.kernel for packed in program.stages if packed.convolution]
     assert len(rows) == len(kernels) + 1
     assert [row.endswith("torch's scaled_dot_product_attention") for row in rows].count(True) == 1
     assert all(f"{kernels[0]}, torch" in row for row in rows if "attention" not in row) and len(set(kernels)) == 1

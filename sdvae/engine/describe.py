@@ -87,9 +87,11 @@ def _row(name: str, name_width: int, kind: str, channels: str, size: str, strips
 
 
 def _kernel(packed: "PackedStage", program: "Program") -> str:
-    """What runs a stage; the two convolutions of an upsampling are of one kind."""
+    """What runs a stage."""
     return (
-        f"{packed.convolutions[0].kernel}, {program.kernels.NAME}" if packed.convolutions else program.kernels.ATTENTION
+        program.kernels.ATTENTION
+        if packed.convolution is None
+        else f"{packed.convolution.kernel}, {program.kernels.NAME}"
     )
 
 

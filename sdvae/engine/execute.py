@@ -51,8 +51,7 @@ class _Run:
     def run(self, program: Program) -> None:
         for packed in program.stages:
             level = self._plan.levels[packed.stage.level]
-            is_upsampled = packed.stage.kind == "up"  # even rows and odd ones are counted apart
-            statistics = self._kernels.Statistics(level.row_block // 2 if is_upsampled else level.row_block)
+            statistics = self._kernels.Statistics(level.row_block)
             counted = statistics if packed.stage.has_statistics else None
             if packed.stage.kind == "attention":
                 self._attend(packed, counted)
@@ -61,30 +60,22 @@ class _Run:
             self._statistics[packed.stage.target] = statistics
 
     def _convolve(self, packed: PackedStage, statistics: ops.Statistics | None) -> None:
-        stage, kernels = packed.stage, self._kernels
+        stage, kernels, convolution = packed.stage, self._kernels, packed.convolution
+        assert convolution is not None  # as in all stages but attention
         level = self._plan.levels[stage.level]
         window = self._window(packed)
         for start, end in level.strips:
             rows = window.read(*input_rows(stage, start, end))
             if stage.target == "output":
-                packed.convolutions[0].write_over(rows, self._out[None, :, start:end], level.call_rows, ops)
+                assert not isinstance(convolution, ops.Upsampling)
+                convolution.write_over(rows, self._out[None, :, start:end], level.call_rows, ops)
                 continue
             target = self._strip(level, start, end, stage.target, stage.out_channels)
             if packed.shortcut is not None:  # x is read to the end before x and h take its place
                 projected = self._strip(level, start, end, "x", stage.out_channels)
                 packed.shortcut.write_over(self._read_x(packed, start, end), projected, level.call_rows, kernels)
                 self._note(stage.shortcut, projected)
-            if stage.kind == "up":
-                for parity, convolution in enumerate(packed.convolutions):
-                    part = rows[:, :, parity : parity + (end - start) // 2 + 1]
-                    every_second = target[:, :, parity::2]
-                    convolution.write_upsampled(
-                        part, every_second, level.call_rows // 2, kernels, statistics=statistics
-                    )
-            else:
-                packed.convolutions[0].write(
-                    rows, target, level.call_rows, kernels, adds=stage.adds, statistics=statistics
-                )
+            convolution.write(rows, target, level.call_rows, kernels, adds=stage.adds, statistics=statistics)
             self._note(stage.name, target)
 
     def _read_x(self, packed: PackedStage, start: int, end: int) -> Tensor:

@@ -63,14 +63,9 @@ class Convolution:
         for first, last, rows in made:
             kernels.write(rows, self._kernels_bias, target[:, :, first:last], adds=False, statistics=None)
 
-    def write_upsampled(
-        self, strip: Tensor, target: Tensor, call_rows: int, kernels: Kernels, *, statistics: "Statistics | None"
-    ) -> None:
-        """Write what is two columns for each of the strip's: every second row of an image twice its size."""
-        bias = None if self._kernels_bias is None else self._kernels_bias[: target.shape[1]]  # the columns share it
-        for first, last, part in self._parts(strip, call_rows):
-            made = self._apply(part)
-            kernels.write_upsampled(made, bias, target[:, :, first:last], statistics=statistics)
+    def make(self, strip: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The convolution of a strip, and the bias that it still lacks."""
+        return self._apply(strip), self._kernels_bias
 
     def _parts(self, strip: Tensor, call_rows: int) -> Iterator[tuple[int, int, Tensor]]:
         """Blocks of output rows, and the rows of the strip that they are made of."""
@@ -129,6 +124,34 @@ class OneDnnConvolution(Convolution):
         return out
 
 
+class Upsampling:
+    """A folded upsampling: a 2x2 convolution for the even rows of its output, one for the odd rows."""
+
+    def __init__(self, even: Convolution, odd: Convolution) -> None:
+        self._even, self._odd = even, odd
+        self.kernel, self.num_bytes = even.kernel, even.num_bytes + odd.num_bytes
+
+    def write(
+        self,
+        strip: Tensor,
+        target: Tensor,
+        call_rows: int,
+        kernels: Kernels,
+        *,
+        adds: bool = False,
+        statistics: "Statistics | None" = None,
+    ) -> None:
+        """As a convolution's, where the target has two rows and columns for each of the strip's; it is not added to."""
+        assert not adds
+        step, num_rows = call_rows // 2, target.shape[2] // 2
+        for first in range(0, num_rows, step):
+            last = min(first + step, num_rows)
+            even, biases = self._even.make(strip[:, :, first : last + 1])
+            odd, _ = self._odd.make(strip[:, :, first + 1 : last + 2])
+            bias = None if biases is None else biases[: target.shape[1]]  # that of even columns, and of odd ones
+            kernels.write_upsampled(even, odd, bias, target[:, :, 2 * first : 2 * last], statistics=statistics)
+
+
 def pack(weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> Convolution:
     """The fastest convolution there is for the device and dtype of `weight`."""
     is_onednn = weight.device.type == "cpu" and weight.dtype != torch.float16 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -162,7 +185,7 @@ class Statistics:
     def add(self, rows: Tensor) -> None:  # (1, C, rows, W)
         """Count a strip in."""
         for block in torch.split(rows, self._row_block, 2):
-            mean, variance = _mean_and_variance(block.contiguous(memory_format=torch.channels_last))
+            mean, variance = _mean_and_variance(block)
             self._counts.append(block.shape[2] * block.shape[3])
             self._means.append(mean)
             self._variances.append(variance)
@@ -198,12 +221,16 @@ def write(
 
 
 def write_upsampled(
-    made: Tensor, bias: Tensor | None, target: Tensor, *, statistics: Statistics | None
-) -> None:  # (1, 2C, rows, W + 1) -> (1, C, rows, 2W)
-    """The same for a folded upsampling: C channels of even columns, then C of odd ones, which begin a column later."""
-    even, odd = torch.split(made, target.shape[1], 1)
-    target[..., 0::2].copy_(_total(even[..., :-1], bias))
-    target[..., 1::2].copy_(_total(odd[..., 1:], bias))
+    even: Tensor, odd: Tensor, bias: Tensor | None, target: Tensor, *, statistics: Statistics | None
+) -> None:  # both (1, 2C, rows, W + 1) -> (1, C, 2 rows, 2W)
+    """The same for a folded upsampling's even and odd rows: C channels of even columns, then C of odd ones.
+
+    Odd columns begin a column later.
+    """
+    for parity, made in enumerate((even, odd)):
+        left, right = torch.split(made, target.shape[1], 1)
+        target[:, :, parity::2, 0::2].copy_(_total(left[..., :-1], bias))
+        target[:, :, parity::2, 1::2].copy_(_total(right[..., 1:], bias))
     if statistics is not None:
         statistics.add(target)
 

@@ -22,6 +22,7 @@ STRIP_BYTES = 2**23
 GPU_STRIP_BYTES = 2**25
 ATTENTION_QUERIES = 1024  # at a time; fixed, so that no plan changes a sum
 GPU_ATTENTION_QUERIES = 2**14
+_SPLIT_TOKENS = 2**14
 _INPUT = {"encode": "pixels", "decode": "latents"}
 PIXEL_BYTES = 4  # images and latents enter and leave in fp32
 
@@ -279,10 +280,11 @@ def _made_elements(stage: Stage, source: Level, target: Level, num_queries: int,
     if stage.kind == "attention":
         num_tokens = source.height * source.width
         num_queries = min(num_tokens, max(1, num_queries // source.width) * source.width)
-        packed = 0 if is_gpu else 2 * num_tokens  # torch's kernel for CPUs packs keys and values
-        return (3 * num_queries + packed) * stage.out_channels
-    if stage.kind == "up":  # even and odd rows are made one after the other, with a column to spare
-        return rows * (source.width + 1) * stage.out_channels
+        # Torch's kernel for CPUs packs keys and values; Triton's splits the keys of few queries, and merges in fp32.
+        beside = _SPLIT_TOKENS if is_gpu else 2 * num_tokens
+        return (3 * num_queries + beside) * stage.out_channels
+    if stage.kind == "up":  # even and odd rows, with a column to spare
+        return 2 * rows * (source.width + 1) * stage.out_channels
     made = stage.out_channels if is_gpu or stage.shortcut or stage.target == "output" else 0  # oneDNN writes in place
     read = stage.in_channels if is_on_host and stage.shortcut else 0
     return rows * target.width * (made + read)

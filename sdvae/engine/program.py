@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdvae.config import VAEConfig
 from sdvae.engine import ops
-from sdvae.engine.ops import Convolution, Kernels, Norm
+from sdvae.engine.ops import Convolution, Kernels, Norm, Upsampling
 from sdvae.engine.scaling import Exponents, Scale, plan_scales
 from sdvae.engine.stages import Direction, Network, Stage, network
 from sdvae.model import NORM_EPS
@@ -23,12 +23,11 @@ Pair = tuple[Tensor, Tensor]  # weight and bias
 class PackedStage:
     """A stage and its weights on the device.
 
-    `convolutions` are one, but for "up" two (even rows, odd rows) and none for "attention", whose `projections` make
-    queries and output.
+    Attention has no `convolution` but `projections`, which make queries and output.
     """
 
     stage: Stage
-    convolutions: tuple[Convolution, ...] = ()
+    convolution: Convolution | Upsampling | None = None
     shortcut: Convolution | None = None
     projections: tuple[Pair, ...] = ()
     norm: Norm | None = None
@@ -37,7 +36,7 @@ class PackedStage:
     @property
     def num_bytes(self) -> int:
         """Memory of the weights."""
-        convolutions = [*self.convolutions, *filter(None, [self.shortcut])]
+        convolutions = [each for each in (self.convolution, self.shortcut) if each is not None]
         tensors = [tensor for pair in self.projections for tensor in pair]
         return sum(each.num_bytes for each in convolutions) + sum(tensor.nbytes for tensor in tensors)
 
@@ -112,15 +111,15 @@ class _Compiler:
         weight, bias = weight * scale.weight, bias * scale.bias
         if stage.kind == "up":
             even, odd = fold_upsample(weight)
-            both = bias.repeat(2)
-            return PackedStage(stage, (self._pack(even, both, padding_px=1), self._pack(odd, both, padding_px=1)))
+            halves = (self._pack(weight, bias.repeat(2), padding_px=1) for weight in (even, odd))
+            return PackedStage(stage, Upsampling(*halves))
         if stage.kind == "down":
-            return PackedStage(stage, (self._pack(weight, bias, stride=2),))
+            return PackedStage(stage, self._pack(weight, bias, stride=2))
         shortcut = None
         if stage.shortcut:
             projection, offset = self._pair(stage.shortcut)
             shortcut = self._pack(projection * scale.shortcut_weight, offset * scale.shortcut_bias)
-        return PackedStage(stage, (self._pack(weight, bias, padding_px=1),), shortcut, norm=norm, has_ones=has_ones)
+        return PackedStage(stage, self._pack(weight, bias, padding_px=1), shortcut, norm=norm, has_ones=has_ones)
 
     def _pair(self, name: str) -> Pair:
         return self._weights[f"{name}.weight"].detach().float(), self._weights[f"{name}.bias"].detach().float()

@@ -40,7 +40,6 @@ class Statistics:
         """`row_block` is what the torch twin counts by; here it is always one row of pixels."""
         self._width = 0
         self._parts: list[Tensor] = []  # (2, rows, C): means and squared distances
-        self._halves: dict[int, Tensor] = {}  # parts of every second row, by the address where those between begin
 
     def add(self, rows: Tensor) -> None:  # (1, C, rows, W)
         """Count a strip in; it is written over itself, which is rare enough not to ask for a kernel of its own."""
@@ -48,8 +47,6 @@ class Statistics:
 
     def merge(self, num_groups: int) -> tuple[Tensor, Tensor]:  # both (C,) fp32, equal within a group
         """Mean and variance of the group that each channel belongs to."""
-        if self._halves:
-            raise ShapeError("only every second row was counted; count the rows between them, too, before the merge")
         parts = torch.cat(self._parts, 1)
         _, num_rows, num_channels = parts.shape
         mean, variance = torch.empty((2, num_channels), device=parts.device)
@@ -68,31 +65,20 @@ class Statistics:
         self._parts.append(part)
         return part
 
-    def half_of(self, rows: Tensor, device: torch.device) -> Tensor:  # -> (2, rows, C)
-        """The same for every second row; those between follow, in parts as high, and get the places between."""
-        address = rows.data_ptr()
-        if address in self._halves:
-            return self._halves.pop(address)
-        _, num_channels, num_rows, self._width = rows.shape
-        part = torch.empty((2, num_rows, 2, num_channels), device=device)
-        self._parts.append(part.flatten(1, 2))
-        self._halves[address + rows.stride(2) * rows.element_size() // 2] = part[:, :, 1]
-        return part[:, :, 0]
-
 
 def write(made: Tensor, bias: Tensor | None, target: Tensor, *, adds: bool, statistics: Statistics | None) -> None:
     """What a convolution made, and its bias, into `target` or added to it; rounded once, and counted."""
-    part = statistics.part_of(target, _device(made)) if statistics else None
-    _write(made, bias, target, part, adds=adds, num_phases=1)
+    _write(made, made, bias, target, statistics, adds=adds, num_phases=1)
 
 
-def write_upsampled(made: Tensor, bias: Tensor | None, target: Tensor, *, statistics: Statistics | None) -> None:
-    """The same for a folded upsampling, (1, 2C, rows, W + 1) -> (1, C, rows, 2W): every second row of an image.
+def write_upsampled(
+    even: Tensor, odd: Tensor, bias: Tensor | None, target: Tensor, *, statistics: Statistics | None
+) -> None:
+    """The same for a folded upsampling's even and odd rows, both (1, 2C, rows, W + 1) -> (1, C, 2 rows, 2W).
 
     The first C channels are even columns, the others odd ones, which begin a column later.
     """
-    part = statistics.half_of(target, _device(made)) if statistics else None
-    _write(made, bias, target, part, adds=False, num_phases=2)
+    _write(even, odd, bias, target, statistics, adds=False, num_phases=2)
 
 
 def _device(rows: Tensor) -> torch.device:
@@ -101,15 +87,24 @@ def _device(rows: Tensor) -> torch.device:
 
 
 def _write(
-    made: Tensor, bias: Tensor | None, target: Tensor, part: Tensor | None, *, adds: bool, num_phases: int
+    even: Tensor,
+    odd: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    statistics: Statistics | None,
+    *,
+    adds: bool,
+    num_phases: int,
 ) -> None:
+    if _strides(even) != _strides(odd):
+        raise ShapeError(f"even rows lie {_strides(even)} elements apart, odd ones {_strides(odd)}; make them alike")
     _, num_channels, num_rows, width = target.shape
     width //= num_phases
     block_c = min(_ROW_CHANNELS, triton.next_power_of_2(num_channels))
     block_w = min(_ROW_TILE // block_c, triton.next_power_of_2(width))  # whatever the strip: sums depend on it
-    means, squares, part_row = (None, None, 0) if part is None else (*part, part.stride(1))
+    means, squares = statistics.part_of(target, _device(even)) if statistics else (None, None)
     _write_rows[(num_rows, triton.cdiv(num_channels, block_c))](
-        made, bias, target, means, squares, *_strides(made), *_strides(target), part_row, width, num_channels,
+        even, odd, bias, target, means, squares, *_strides(even), *_strides(target), width, num_channels,
         adds=adds, num_phases=num_phases, block_w=block_w, block_c=block_c, num_warps=8, **_FUSED,
     )  # fmt: skip
 
@@ -182,8 +177,8 @@ def _strides(strip: Tensor) -> tuple[int, int]:
 
 @_jit
 def _write_rows(
-    made: tl.tensor, bias: tl.tensor, target: tl.tensor, means: tl.tensor, squares: tl.tensor, made_row: tl.tensor,
-    made_pixel: tl.tensor, target_row: tl.tensor, target_pixel: tl.tensor, part_row: tl.tensor, width: tl.tensor,
+    even: tl.tensor, odd: tl.tensor, bias: tl.tensor, target: tl.tensor, means: tl.tensor, squares: tl.tensor,
+    made_row: tl.tensor, made_pixel: tl.tensor, target_row: tl.tensor, target_pixel: tl.tensor, width: tl.tensor,
     num_channels: tl.tensor,
     adds: tl.constexpr, num_phases: tl.constexpr, block_w: tl.constexpr, block_c: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -193,7 +188,10 @@ def _write_rows(
     if bias is not None:
         offset = tl.load(bias + channels, mask=is_channel, other=0.0).to(tl.float32)[None, :]
     positions = tl.arange(0, block_w)
-    source = made + row * made_row + channels[None, :]
+    made = even
+    if row % num_phases == 1:
+        made = odd
+    source = made + row // num_phases * made_row + channels[None, :]
     place = target + row * target_row + channels[None, :]
     num_seen = 0.0
     mean = tl.zeros((block_w, block_c), tl.float32)  # of what was seen at each position of the tile
@@ -220,7 +218,7 @@ def _write_rows(
         counts = (num_phases * ((width - positions + block_w - 1) // block_w)).to(tl.float32)[:, None]
         row_mean = tl.sum(counts * mean, 0) / (width * num_phases)
         distance = mean - row_mean[None, :]
-        at_part = row * part_row + channels
+        at_part = row * num_channels + channels
         tl.store(means + at_part, row_mean, mask=is_channel)
         tl.store(squares + at_part, tl.sum(square + counts * distance * distance, 0), mask=is_channel)
 
