@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from sdvae.config import FAMILIES
 from sdvae.engine import arena, graphs, ops
 from sdvae.engine import calibrate as calibrating
 from sdvae.engine import plan as planning
@@ -21,6 +22,7 @@ from sdvae.engine.plan import Plan, make_plan
 from sdvae.engine.program import Program
 from sdvae.engine.run import Engine
 from sdvae.engine.stages import Direction
+from sdvae.model import AutoencoderKL
 from tests import triton_interpreter
 from tests.test_execute import MODELS, compiled, error, inputs, reference
 
@@ -144,3 +146,64 @@ def test_a_graph_is_only_for_triton_on_a_gpu() -> None:
     assert not graphs._is_repeatable(program, plan)
     assert not graphs._is_repeatable(replace(on_gpu, kernels=ops), plan)
     assert not graphs._is_repeatable(on_gpu, replace(plan, is_on_host=True))
+
+
+def test_a_run_asks_the_host_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device no value can be asked for, and all tensors must lie there: what a CUDA graph needs."""
+    calls: list[str] = []
+
+    def require(*tensors: Tensor | None) -> None:
+        assert all(tensor is None or tensor.is_meta for tensor in tensors)
+
+    class Statistics:
+        def __init__(self, row_block: int) -> None:
+            self._num_channels = 0
+
+        def add(self, rows: Tensor) -> None:
+            require(rows)
+            self._num_channels = rows.shape[1]
+
+        def merge(self, num_groups: int) -> tuple[Tensor, Tensor]:
+            assert self._num_channels % num_groups == 0 < self._num_channels
+            mean, variance = torch.empty(2, self._num_channels, device="meta")
+            return mean, variance
+
+    def write(made: Tensor, bias: Any, target: Tensor, *, adds: bool, statistics: Any) -> None:
+        require(made, bias, target)
+        assert made.shape == target.shape and made.dtype == target.dtype
+        if statistics is not None:
+            statistics.add(target)
+        calls.append("write")
+
+    def write_upsampled(even: Tensor, odd: Tensor, bias: Any, target: Tensor, *, statistics: Any) -> None:
+        require(even, odd, bias, target)
+        assert even.shape == odd.shape
+        _, channels, rows, width = target.shape
+        assert even.shape == (1, 2 * channels, rows // 2, width // 2 + 1)
+        if statistics is not None:
+            statistics.add(target)
+        calls.append("write_upsampled")
+
+    def normalise(rows: Tensor, out: Tensor, norm: ops.Norm, mean: Tensor, variance: Tensor, *, has_silu: bool) -> None:
+        require(rows, out, norm.weight, norm.bias, mean, variance)
+        assert rows.shape == out.shape
+        calls.append("normalise")
+
+    def attend(queries: Tensor, keys: Tensor) -> Tensor:
+        require(queries, keys)
+        calls.append("attend")
+        return torch.empty_like(queries)
+
+    stub = SimpleNamespace(
+        Statistics=Statistics, write=write, write_upsampled=write_upsampled, normalise=normalise, attend=attend
+    )
+    monkeypatch.setattr(programs, "choose_kernels", lambda device: stub)
+    shapes: dict[Direction, tuple[int, ...]] = {"encode": (2, 3, 128, 136), "decode": (2, 4, 16, 17)}
+    for way, shape in shapes.items():
+        with torch.device("meta"):
+            weights = AutoencoderKL(FAMILIES["sd1"]).state_dict()
+        program = programs.compile_program(FAMILIES["sd1"], way, weights, torch.float16, torch.device("meta"))
+        images = torch.empty(shape, device="meta")
+        out = execute(program, gpu_plan(program, images), images)
+        assert out.is_meta and len(out) == 2
+    assert set(calls) == {"write", "write_upsampled", "normalise", "attend"}
