@@ -19,6 +19,7 @@ from sdvae.engine import program as programs
 from sdvae.engine import run as running
 from sdvae.engine.execute import execute
 from sdvae.engine.plan import Plan, make_plan
+from sdvae.engine.precision import full_precision
 from sdvae.engine.program import Program
 from sdvae.engine.run import Engine
 from sdvae.engine.stages import Direction
@@ -125,8 +126,9 @@ def test_the_second_run_of_a_shape_is_captured_and_replayed(monkeypatch: pytest.
     program = compiled("plain", "decode")
     runner = graphs.Runner()
 
-    def run(images: Tensor) -> Tensor:
-        return runner.run(program, gpu_plan(program, images), images)
+    def run(images: Tensor, **precision: bool) -> Tensor:
+        with full_precision(**precision):
+            return runner.run(program, gpu_plan(program, images), images)
 
     first = run(small)
     assert captured == []
@@ -136,6 +138,14 @@ def test_the_second_run_of_a_shape_is_captured_and_replayed(monkeypatch: pytest.
     assert run(small).equal(first) and len(captured) == 1, "another shape has taken its place"
     run(small)
     assert len(captured) == 2
+    run(small, is_tuned=True, is_deterministic=False)
+    assert len(captured) == 2, "other algorithms would give other bits"
+    runner.make_room(small.shape[2:])
+    run(small, is_tuned=True, is_deterministic=False)
+    assert len(captured) == 3
+    runner.make_room(large.shape[2:])
+    run(small, is_tuned=True, is_deterministic=False)
+    assert len(captured) == 3, "its memory was given back"
 
 
 def test_a_graph_is_only_for_triton_on_a_gpu() -> None:

@@ -1,7 +1,7 @@
 """Runs a program; on a GPU, what is asked for a second time is captured as a CUDA graph and replayed."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,33 +14,41 @@ from sdvae.engine.program import Program
 
 
 @dataclass
-class _Shape:
-    """A program and the plan it ran under last."""
+class _Run:
+    """What ran last."""
 
     program: Program
     plan: Plan
+    size: torch.Size  # of its images
+    algorithms: tuple[bool, bool]  # whether cuDNN chose them by trial, and whether among deterministic ones
     graph: "_Graph | None" = None
 
 
 class Runner:
-    """Runs one direction; keeps one graph, that of the last shape.
+    """Runs one direction; keeps one graph, that of the last size.
 
-    A graph saves the host some hundred launches an image. Its memory stays reserved until another shape comes.
+    A graph saves the host some hundred launches an image. Its memory stays reserved until another size comes.
     """
 
     def __init__(self) -> None:
-        self._last: _Shape | None = None
+        self._last: _Run | None = None
+
+    def make_room(self, size: torch.Size) -> None:
+        """Forget the graph of another size, so that its memory counts as free."""
+        if self._last is not None and self._last.size != size:
+            self._last = None
 
     def run(self, program: Program, plan: Plan, images: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', H', W') fp32
         """All images through the network, on the device of the program."""
         with torch.cuda.device(program.device) if program.device.type == "cuda" else nullcontext():
             if not _is_repeatable(program, plan):
-                self._last = None
                 return execute(program, plan, images)
-            if self._last is None or self._last.program is not program or self._last.plan != plan:
+            cudnn = torch.backends.cudnn
+            now = _Run(program, plan, images.shape[2:], (cudnn.benchmark, cudnn.deterministic))
+            if self._last is None or replace(self._last, graph=None) != now:
                 self._last = None  # its memory is free before the next is allocated
                 out = execute(program, plan, images)
-                self._last = _Shape(program, plan)
+                self._last = now
                 return out
             if self._last.graph is None:  # libraries have chosen their algorithms in the first run
                 self._last.graph = _Graph(program, plan, images[0])

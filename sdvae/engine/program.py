@@ -41,7 +41,7 @@ class PackedStage:
         return sum(each.num_bytes for each in convolutions) + sum(tensor.nbytes for tensor in tensors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors are neither equal nor unequal
 class Program:
     """One direction of a VAE, ready to run in one dtype on one device."""
 

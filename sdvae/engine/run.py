@@ -165,6 +165,7 @@ class Engine:
         obstacle = self.obstacle(batch)
         if obstacle is None and self._fits(direction, batch):
             height, width = batch.shape[2:]
+            self._runners.setdefault(direction, Runner()).make_room(batch.shape[2:])
             plan = self.plan(direction, height, width, len(batch), budget)
             is_free = budget is None and not self.is_deterministic
             with full_precision(is_deterministic=self.is_deterministic, is_tuned=is_free):
@@ -178,7 +179,7 @@ class Engine:
         return model.encode_moments(batch) if direction == "encode" else model.decode(batch)
 
     def _execute(self, direction: Direction, plan: Plan, batch: Tensor) -> Tensor:
-        runner = self._runners.setdefault(direction, Runner())
+        runner = self._runners[direction]
         packed = self._programs.get(direction)
         if packed is not None and packed[1].device.type == "cuda":
             # Whether it is stale is asked while it runs, for the answer takes as long to reach the host.
