@@ -162,3 +162,14 @@ def test_pictures_keep_a_budget(verb: str, vae_folder: Path, tmp_path: Path) -> 
     free = run(*arguments, "-o", tmp_path / "free.png")
     assert (kept.exit_code, free.exit_code) == (0, 0), kept.stderr
     assert (tmp_path / "kept.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_gpu_may_borrow_its_hosts_memory() -> None:
+    arguments = ("plan", "--family", "sd1", "--size", "8192", "--dtype", "fp16", "--budget", "16GiB")
+    assert run(*arguments).exit_code == 1, "a CPU has nothing to borrow"
+    result = run(*arguments, "--device", "cuda")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("and in the host's memory: arena 34.4 GB") == 2
+    values = json.loads(run(*arguments, "--device", "cuda", "--json").stdout)
+    assert values["device"] == "cuda"
+    assert all(plan["is_arena_on_host"] and plan["predicted_bytes"] <= 16 << 30 for plan in values["plans"])
