@@ -115,7 +115,7 @@ def test_options_are_the_documented_ones() -> None:
         "convert": f"{rewriting} --layout --dtype",
         "extract": rewriting,
         "swap": f"{rewriting} --vae --dtype",
-        "plan": f"{console} --size --budget --dtype --vae --family",
+        "plan": f"{shared} --size --budget",
         "bench": f"{shared} --size --direction --rounds --batch-size --rivals --output --plot",
         "doctor": "--json",
     }

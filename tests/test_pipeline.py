@@ -145,10 +145,11 @@ def test_a_killed_process_blames_no_photo(tmp_path: Path) -> None:
 def test_whoever_forks_may_be_killed(tmp_path: Path, deed: tuple[str, int]) -> None:
     """Its processes work on; for those that are missing, another one takes its place."""
     source = Photos(tmp_path, {"8": deed})
+    before = set(psutil.Process().children())  # of other tests
     with decoders(source, 2) as made:
         iterator = iter(made)
         images = [next(iterator)[0]]
-        (nursery,) = psutil.Process().children()
+        (nursery,) = set(psutil.Process().children()) - before
         nursery.kill()
         nursery.wait()
         images += [batch for batch, _ in iterator]
