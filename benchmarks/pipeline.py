@@ -82,7 +82,7 @@ def _encode(source: Any, vae: Any, num_workers: int, threads: int, **preprocess:
 
 
 @click.command()
-@click.option("--photos", "num_photos", default=96, show_default=True, help="With a real network.")
+@click.option("--photos", "num_photos", default=192, show_default=True, help="With a real network.")
 @click.option("--no-network", "num_fast", default=2242, show_default=True, help="Photos without one.")
 @click.option("--threads", type=int, default=num_cores, show_default="all cores", help="Of every network.")
 @click.option("--write", is_flag=True, help="Write results/pipeline.json.")
