@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,10 +152,22 @@ def test_whoever_forks_may_be_killed(tmp_path: Path, deed: tuple[str, int]) -> N
         images = [next(iterator)[0]]
         (nursery,) = set(psutil.Process().children()) - before
         nursery.kill()
-        nursery.wait()
         images += [batch for batch, _ in iterator]
     require_right(np.concatenate(images))
     assert children() == []
+
+
+def test_processes_that_cannot_start_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for executable, message in (
+        ("false", r"of photos ended with exit code 1 at its start"),
+        ("kills", r"killed 3 times at their start"),
+    ):
+        (tmp_path / "kills").write_text("#!/bin/sh\nkill -KILL $$\n")
+        (tmp_path / "kills").chmod(0o755)
+        monkeypatch.setattr(sys, "executable", shutil.which(executable) or tmp_path / executable)
+        with pytest.raises(StoreError, match=message):
+            run(Photos(tmp_path), 2)
+        assert children() == []
 
 
 def test_processes_that_are_killed_over_and_over_stop_the_run(tmp_path: Path) -> None:

@@ -179,15 +179,17 @@ class Decoders(Generic[Staged]):
                     self._workers[place] = self._replace(worker)
 
     def _start_worker(self) -> "_Worker":
-        if self._nursery is None or self._nursery.is_dead():
-            self._nursery = _Nursery(self._preprocess, self._memory)
-        try:
-            return _Worker(self._source, self._preprocess, self._nursery)
-        except (EOFError, ConnectionResetError, BrokenPipeError) as error:
-            self._require_killed(self._nursery.close(), "its start")
-            raise StoreError(
-                "decoding processes are killed at their start; run the same command again to go on"
-            ) from error
+        for _ in range(_MAX_KILLS):
+            self._nursery = self._nursery or _Nursery(self._preprocess, self._memory)
+            try:
+                return _Worker(self._source, self._preprocess, self._nursery)
+            except (EOFError, ConnectionResetError, BrokenPipeError):
+                self._require_killed(self._nursery.close(), "its start")
+                self._nursery = None
+        raise StoreError(
+            f"decoding processes were killed {_MAX_KILLS} times at their start; should memory be short, give fewer "
+            "workers; run the same command again to go on"
+        )
 
     def _replace(self, dead: "_Worker") -> "_Worker":
         """A process for a dead one, with the record it died of, should that be to blame, and no other."""
@@ -335,11 +337,8 @@ class _Nursery:
         try:
             self._connection.send(number)
             return int(self._connection.recv())
-        except (EOFError, ConnectionResetError, BrokenPipeError):
+        except (EOFError, OSError):
             return -signal.SIGKILL
-
-    def is_dead(self) -> bool:
-        return self._process.poll() is not None
 
     def close(self) -> int:
         """End the process, whose forks have ended; the exit code, should it have ended before."""
