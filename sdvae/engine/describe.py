@@ -25,7 +25,7 @@ def plan_values(plan: Plan, num_images: int = 1) -> dict[str, object]:
         "gflop": plan.network.flops(height, width) / 1e9,
         "arena_bytes": plan.arena_bytes,
         "is_arena_on_host": plan.is_on_host,
-        "strip_bytes": _strip_bytes(plan),
+        "strip_bytes": plan.strip_bytes,
         "images_bytes": num_images * plan.image_bytes,
         "predicted_bytes": plan.predict_bytes(num_images),
         "stages": [
@@ -68,18 +68,13 @@ def _lines(plan: Plan, program: "Program | None", num_images: int) -> Iterator[s
     yield f"{network.flops(height, width) / 1e9:.1f} GFLOP an image"
     place = "" if plan.is_on_host else f"arena {as_bytes(plan.arena_bytes)} + "
     yield (
-        f"memory beside the weights: {place}strips {as_bytes(_strip_bytes(plan))} + {num_images} "
+        f"memory beside the weights: {place}strips {as_bytes(plan.strip_bytes)} + {num_images} "
         f"image(s) in and out {as_bytes(num_images * plan.image_bytes)} = {as_bytes(plan.predict_bytes(num_images))}"
     )
     if plan.is_on_host:
         yield f"and in the host's memory: arena {as_bytes(plan.arena_bytes)}"
     if program is not None:
         yield f"weights: {as_bytes(program.num_bytes)}, packed"
-
-
-def _strip_bytes(plan: Plan) -> int:
-    """What the strips of a stage need beside the arena."""
-    return (plan.window_elements + plan.keys_elements) * plan.element_bytes + plan.scratch_bytes
 
 
 def _row(name: str, name_width: int, kind: str, channels: str, size: str, strips: str, gflop: str, kernel: str) -> str:

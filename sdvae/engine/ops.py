@@ -26,8 +26,7 @@ class Convolution:
     rows, and the last bits with it.
     """
 
-    _library_bias: Tensor | None = None  # that the library adds
-    _kernels_bias: Tensor | None = None  # that is left for the kernels
+    _kernels_bias: Tensor | None  # that the library leaves for the kernels
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> None:
         """`bias` is fp32; `padding_px` is on the left and on the right; rows beyond the image are part of a strip."""

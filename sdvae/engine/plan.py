@@ -90,11 +90,15 @@ class Plan:
         """Memory of the arena, wherever it lies."""
         return self.arena_elements * self.element_bytes
 
+    @property
+    def strip_bytes(self) -> int:
+        """What the strips of a stage need beside the arena."""
+        return (self.window_elements + self.keys_elements) * self.element_bytes + self.scratch_bytes
+
     def predict_bytes(self, num_images: int = 1) -> int:
         """Peak memory of a run on its device, beside the weights."""
         arena = 0 if self.is_on_host else self.arena_bytes
-        beside = (self.window_elements + self.keys_elements) * self.element_bytes + self.scratch_bytes
-        return arena + beside + num_images * self.image_bytes
+        return arena + self.strip_bytes + num_images * self.image_bytes
 
     def num_strips(self, stage: Stage) -> int:
         """How many strips a stage runs in; the attention sees all rows at once."""
