@@ -12,9 +12,10 @@ from skimage import data
 
 from sdvae import atomic
 from sdvae.cli.pictures import grid
-from sdvae.data.preprocess import Preprocess, apply, plan_geometry
+from sdvae.encoding.resize import apply
 from sdvae.images import encode_image, read_image
 from sdvae.metrics import psnr
+from sdvae.store.geometry import Preprocess, plan_geometry
 
 FOLDER = Path("demo")
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket")  # free photos that come with scikit-image

@@ -25,10 +25,10 @@ def export(path: Path, name: str, output: Path, seed: int, console: Console) -> 
     OUT/sdvae-export.json says what that is: sample, mean or moments, scaled or raw, the range of pixels, mirrored
     latents, what to set in the trainer. A store that the format cannot hold, or its reader would misread, is refused.
     """
-    from sdvae.data.export import export_store
+    from sdvae.reading.export import export
 
     with console.progress() as show:
-        done = export_store(path, name, output, seed, show)
+        done = export(path, name, output, seed, show)
     console.result(
         f"{done['num_records']} records are in {output} for {done['reader']}: {done['value']}, {done['scaling']}; "
         f"mirrored latents: {done['flips']}",

@@ -9,7 +9,7 @@ import click
 from sdvae.cli.shared import PATH, Console, with_console
 
 if TYPE_CHECKING:
-    from sdvae.data.stats import StoreStats
+    from sdvae.reading.stats import StoreStats
 
 
 @click.command(short_help="Measure the latents of a store.")
@@ -20,10 +20,10 @@ def stats(path: Path, console: Console) -> None:
 
     One pass over every number, in fp64. Latents are measured as a training loop draws them, from the posterior.
     """
-    from sdvae.data.dataset import latent_config
-    from sdvae.data.remote import local_copy
-    from sdvae.data.stats import measure
-    from sdvae.data.store import Store
+    from sdvae.reading.dataset import latent_config
+    from sdvae.reading.stats import measure
+    from sdvae.store.remote import local_copy
+    from sdvae.store.store import Store
 
     store = Store.open(local_copy(path))
     found = measure(store)
