@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from sdvae.config import FAMILIES
 from sdvae.errors import ConfigError, DeviceError, ShapeError, StoreError, VerifyError
 from sdvae.latents import scale
-from sdvae.reading.dataset import LatentDataset, latent_config, record_stream
+from sdvae.reading.dataset import LatentDataset, record_stream
 from sdvae.store.store import Store
 from sdvae.tiny import TinyConfig
 from sdvae.vae import VAE
@@ -219,8 +219,11 @@ def test_whitened_latents_are_whitened_per_channel(tmp_path: Path) -> None:
 
 def test_a_store_of_a_taesd_is_scaled_as_its_family(tmp_path: Path) -> None:
     tiny = TinyConfig.from_family("sdxl")
-    store = make_store(tmp_path / "store", {SIZE: 1}, latent_space="sdxl", config=tiny)
-    assert latent_config(store).scaling_factor == 0.13025
+    old = make_store(tmp_path / "store", {SIZE: 1}, latent_space="sdxl", config=tiny)
+    assert b"latent_scaling" not in old.paths.manifest.read_bytes(), "what sdvae wrote before there was this member"
+    assert old.manifest["vae"]["config"]["scaling_factor"] == 1.0
+    assert old.latent_scaling == tiny.latent_scaling and tiny.scaling_factor == 0.13025
+    assert LatentDataset(old.paths.root).latent_scaling == tiny.latent_scaling
 
 
 def test_numbers_index_as_they_do_in_a_list(store: Store) -> None:

@@ -20,6 +20,7 @@ from sdvae.store.paths import StorePaths
 from sdvae.store.shard import TensorPlaces, commit_shard, row_sha256
 from sdvae.store.store import FORMAT, VERSION, Store, commit_roster, differences
 
+SCALING = {"scaling_factor": 0.5}
 KEYS = ["cats/a.jpg", "cats/b.jpg", "c.jpg", "é\u2028.jpg"]
 
 
@@ -50,7 +51,13 @@ def store(tmp_path: Path) -> Store:
     roster = b"the roster\n"
     sha256 = atomic.write_bytes(paths.roster(0), roster)
     entry = {"sha256": sha256, "num_bytes": len(roster), "num_records": 6, "num_shards": 3}
-    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "store_dtype": "fp16", "roster": entry}
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "store_dtype": "fp16",
+        "roster": entry,
+        "latent_scaling": SCALING,
+    }
     manifest["preprocess"] = {"flip": False}
     sealed.write_json(paths.manifest, manifest)
     first, second = _moments(2), _moments(1, seed=1)
@@ -227,7 +234,7 @@ def flipped(tmp_path: Path) -> Store:
     paths.make_folders()
     sha256 = atomic.write_bytes(paths.roster(0), b"the roster\n")
     entry = {"sha256": sha256, "num_bytes": 11, "num_records": 2, "num_shards": 1}
-    manifest = {"format": FORMAT, "version": VERSION, "store_dtype": "fp16", "roster": entry}
+    manifest = {"format": FORMAT, "version": VERSION, "store_dtype": "fp16", "roster": entry, "latent_scaling": SCALING}
     sealed.write_json(paths.manifest, manifest | {"preprocess": {"flip": True}})
     moments = _flipped_moments()
     commit_shard(paths, 0, (16, 24), _lines(KEYS[:2], "", moments), moments, degraded=1)

@@ -20,7 +20,6 @@ def stats(path: Path, console: Console) -> None:
 
     One pass over every number, in fp64. Latents are measured as a training loop draws them, from the posterior.
     """
-    from sdvae.reading.dataset import latent_config
     from sdvae.reading.stats import measure
     from sdvae.store.remote import local_copy
     from sdvae.store.store import Store
@@ -28,7 +27,7 @@ def stats(path: Path, console: Console) -> None:
     store = Store.open(local_copy(path))
     found = measure(store)
     num_shards = len(store.shards())
-    vae_factor = latent_config(store).scaling_factor
+    vae_factor = store.latent_scaling.scaling_factor
     console.result(
         "\n".join(_lines(path, found, vae_factor)),
         store=str(path),

@@ -96,6 +96,7 @@ def identify_run(
         "format": stores.FORMAT,
         "version": stores.VERSION,
         "latents": "raw",  # scaling belongs to whoever trains on them
+        "latent_scaling": vae.config.latent_scaling.to_json(),
         "pixel_range": [-1, 1],
         "vae": {"fingerprint": vae.fingerprint, "latent_space": vae.latent_space, "config": vae.config.to_diffusers()},
         "preprocess": settings.preprocess.to_json(),

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from sdvae.config import VAEConfig
 from sdvae.errors import ConfigError, DeviceError, ShapeError, StoreError, VerifyError
 from sdvae.latents import scale
 from sdvae.posterior import DiagonalGaussian
@@ -39,7 +38,7 @@ class LatentDataset(Dataset[Example]):
     `dataset[i]` is a record in the epoch of `set_epoch`, `dataset[i, epoch]` in that one, and `dataset[[...]]` a
     batch of either. A record is a dict:
 
-        latents        (C, h, w) float32, (latents - shift_factor) * scaling_factor of the store's VAE
+        latents        (C, h, w) float32, (latents - shift_factor) * scaling_factor, by the store's `latent_scaling`
         key, caption   str; the caption is "" where there is none
         label          index into `classes`, -1 where there is none
         original_size  (height, width) of the photo, as SDXL is conditioned; int64, like
@@ -73,7 +72,7 @@ class LatentDataset(Dataset[Example]):
         self.store = Store.open(local_copy(path))
         if expect_vae is not None:
             _require_vae(self.store, expect_vae)
-        self.config = latent_config(self.store)
+        self.latent_scaling = self.store.latent_scaling
         self.sample, self.seed, self.preload = sample, seed, preload
         self.has_flips: bool = self.store.manifest["preprocess"].get("flip", False)
         self._shards = _written_shards(self.store)
@@ -168,7 +167,7 @@ class LatentDataset(Dataset[Example]):
             if self.sample:
                 posterior = DiagonalGaussian(latents, stacked("logvar", chunk))
                 latents = posterior.mean + posterior.std * _noise(streams[chunk], shards[0].shape).to(device)
-            batch[chunk] = scale(latents, self.config)
+            batch[chunk] = scale(latents, self.latent_scaling)
         return batch
 
     def _find(self, record: int) -> tuple[int, int]:  # (position in self._shards, row)
@@ -187,14 +186,6 @@ class LatentDataset(Dataset[Example]):
             ordered = sorted(found, key=lambda label: (isinstance(label, str), label))
             self._classes = {label: number for number, label in enumerate(ordered)}
         return self._classes
-
-
-def latent_config(store: Store) -> VAEConfig:
-    """The config of the VAE whose latents a store holds: shapes and scaling."""
-    vae = store.manifest["vae"]
-    if vae["config"]["_class_name"] == "AutoencoderTiny":  # its config is the same for SD 1 and SDXL
-        return VAEConfig.from_family(vae["latent_space"])
-    return VAEConfig.from_diffusers(vae["config"])
 
 
 def record_stream(seed: int, key: str, epoch: int) -> Philox:

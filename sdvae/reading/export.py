@@ -49,6 +49,7 @@ def export(
         "num_records": len(dataset),
         "classes": dataset.classes,
         "settings": form.settings(dataset),
+        "latent_scaling": manifest["latent_scaling"],
         "vae": manifest["vae"],
     }
     _claim(out, dataset.store.paths.root)

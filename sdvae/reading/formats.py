@@ -173,7 +173,7 @@ def _fast_dit_files(dataset: LatentDataset, rows: Iterator[Row]) -> Iterator[Fil
     for row in rows:
         # Zero-padded: the reader sorts the names of both folders as text, and pairs them by place.
         name = f"{row.number:08d}.npy"
-        scaled_latents = scale(row.samples()[""][None], dataset.config)
+        scaled_latents = scale(row.samples()[""][None], dataset.latent_scaling)
         yield f"imagenet256_features/{name}", _npy(scaled_latents)
         yield f"imagenet256_labels/{name}", _npy(torch.tensor([row.label]))
 
@@ -247,7 +247,7 @@ FORMATS = {
     "webdataset": Format(
         reader="webdataset",
         value="mean and logvar",
-        scaling="raw; scale by the config of the VAE below",
+        scaling="raw; `latent_scaling` below scales them",
         flips="mean_flip.npy and logvar_flip.npy, from the mirrored photo",
         latent_spaces=None,
         settings=lambda dataset: {},

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sdvae import atomic, sealed
+from sdvae.config import LatentScaling, VAEConfig
 from sdvae.errors import StoreError, VerifyError
 from sdvae.store.paths import StorePaths
 from sdvae.store.records import Line, pack_index, quarantine
@@ -33,7 +34,13 @@ class Store:
         manifest = sealed.read_json(path)
         if manifest["version"] != VERSION:
             raise StoreError(f"{root} is a store of version {manifest['version']}; this sdvae reads {VERSION}")
+        manifest.setdefault("latent_scaling", _latent_scaling_of_old(manifest["vae"]))
         return cls(root, manifest)
+
+    @property
+    def latent_scaling(self) -> LatentScaling:
+        """What makes scaled latents of the raw ones stored here."""
+        return LatentScaling.from_json(self.manifest["latent_scaling"])
 
     @property
     def rosters(self) -> list[CommittedFile]:
@@ -88,6 +95,13 @@ class Store:
     def finalise(self) -> None:
         """Write `quarantine.jsonl`, once every shard is committed; may be repeated."""
         atomic.write_bytes(self.paths.quarantine, pack_index(self.quarantined()))
+
+
+def _latent_scaling_of_old(vae: Mapping[str, Any]) -> dict[str, Any]:
+    """The member `latent_scaling` of a manifest that was written before there was one."""
+    if vae["config"]["_class_name"] == "AutoencoderTiny":  # it says 1.0: to itself, its latents are scaled ones
+        return VAEConfig.from_family(vae["latent_space"]).latent_scaling.to_json()
+    return VAEConfig.from_diffusers(vae["config"]).latent_scaling.to_json()
 
 
 def commit_roster(store: Store, lines: Sequence[bytes]) -> None:
