@@ -234,8 +234,8 @@ def flipped(tmp_path: Path) -> Store:
     paths.make_folders()
     sha256 = atomic.write_bytes(paths.roster(0), b"the roster\n")
     entry = {"sha256": sha256, "num_bytes": 11, "num_records": 2, "num_shards": 1}
-    manifest = {"format": FORMAT, "version": VERSION, "store_dtype": "fp16", "roster": entry, "latent_scaling": SCALING}
-    sealed.write_json(paths.manifest, manifest | {"preprocess": {"flip": True}})
+    manifest = {"format": FORMAT, "version": VERSION, "store_dtype": "fp16", "roster": entry}
+    sealed.write_json(paths.manifest, manifest | {"preprocess": {"flip": True}, "latent_scaling": SCALING})
     moments = _flipped_moments()
     commit_shard(paths, 0, (16, 24), _lines(KEYS[:2], "", moments), moments, degraded=1)
     store = Store.open(paths.root)

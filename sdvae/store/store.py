@@ -34,7 +34,8 @@ class Store:
         manifest = sealed.read_json(path)
         if manifest["version"] != VERSION:
             raise StoreError(f"{root} is a store of version {manifest['version']}; this sdvae reads {VERSION}")
-        manifest.setdefault("latent_scaling", _latent_scaling_of_old(manifest["vae"]))
+        if "latent_scaling" not in manifest:
+            manifest["latent_scaling"] = _latent_scaling_of_old(manifest["vae"])
         return cls(root, manifest)
 
     @property
