@@ -376,13 +376,12 @@ def test_what_was_chosen_once_is_not_chosen_again(
 
 
 def test_what_to_continue_with_is_told(begun: Path, tmp_path: Path) -> None:
-    assert manifest.recorded_dtype(begun) == "fp32"
-    assert manifest.recorded_dtype(tmp_path / "new") is None
-    assert manifest.recorded_resizer(begun) == "pillow"
-    assert manifest.recorded_resizer(tmp_path / "new") is None
+    store = Store.find(begun)
+    assert store is not None and store.manifest["compute"]["dtype"] == "fp32"
+    assert Store.find(tmp_path / "new") is None
     (begun / "manifest.json").write_text("{}")
     with pytest.raises(StoreError, match="not the manifest of a latent store"):
-        manifest.recorded_dtype(begun)
+        Store.find(begun)
 
 
 def test_a_lost_shard_is_encoded_again(photos: Path, begun: Path, small_vae: VAE) -> None:

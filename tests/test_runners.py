@@ -17,7 +17,7 @@ from PIL import Image
 from skimage import data as skimage_data
 
 from sdvae.encoding.encode import encode_dataset
-from sdvae.encoding.manifest import EncodeSettings, num_cores, recorded_dtype, recorded_settings
+from sdvae.encoding.manifest import EncodeSettings, num_cores, recorded_settings
 from sdvae.encoding.resize import choose_resizer
 from sdvae.encoding.runners import Ranks, RayRunner, VAESpec
 from sdvae.encoding.tasks import Work
@@ -156,7 +156,7 @@ def test_two_ranks_write_what_one_process_writes_of_thousands_of_photos(data_dir
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(results) == 2, done.stderr
     assert results[0]["num_seen"] == len(open_source(photos).entries()) > 2000
-    dtype = recorded_dtype(out)
+    dtype = Store.open(out).manifest["compute"]["dtype"]
     assert dtype is not None
     require_bytes_of_one_process(photos, out, VAE.load(device="cpu", dtype=dtype))
     seconds = [round(result["seconds"]) for result in results]

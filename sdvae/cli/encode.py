@@ -188,12 +188,13 @@ def encode(
     encodes its share.
     """
     from sdvae.encoding.encode import encode_dataset
-    from sdvae.encoding.manifest import EncodeSettings, recorded_dtype, recorded_resizer
+    from sdvae.encoding.manifest import EncodeSettings, recorded_settings
     from sdvae.encoding.resize import choose_resizer
     from sdvae.encoding.runners import Ranks
     from sdvae.encoding.tasks import Work, encode_tasks
     from sdvae.store.geometry import Preprocess
     from sdvae.store.remote import local_copy, url_of
+    from sdvae.store.store import Store
 
     if not resume and not yes:
         _ask_before_restart(out)
@@ -205,12 +206,12 @@ def encode(
     ranks = Ranks.of_environment()
     _take_own_gpu(ranks)
     place = url_of(out) or str(out)
-    folder = local_copy(out)
+    begun = Store.find(local_copy(out)) if resume else None
     with console.progress() as show:
         if resizer == "auto":
-            resizer = (resume and recorded_resizer(folder)) or choose_resizer(preprocess["resample"])
+            resizer = recorded_settings(begun).preprocess.resizer if begun else choose_resizer(preprocess["resample"])
         settings = replace(settings, preprocess=replace(settings.preprocess, resizer=resizer))
-        vae = load_vae((resume and recorded_dtype(folder)) or "auto")
+        vae = load_vae(begun.manifest["compute"]["dtype"] if begun else "auto")  # a store holds latents of one dtype
         report = encode_dataset(
             source,
             out,

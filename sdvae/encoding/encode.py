@@ -140,7 +140,7 @@ def _find_store(paths: StorePaths, restart: bool) -> Store | None:
     root = paths.root
     if root.exists() and not root.is_dir():
         raise StoreError(f"{root} is not a folder; give the store a folder of its own")
-    store = Store.open(root) if paths.manifest.exists() else None
+    store = Store.find(root)
     own, other = paths.contents()
     if other and (store is None or restart):
         names = ", ".join(path.relative_to(root).as_posix() for path in other[:5])
@@ -183,7 +183,7 @@ def _prepare(
     progress: Callable[[int, int], None],
 ) -> Store:
     """The store, with every entry in its rosters."""
-    store = Store.open(paths.root) if paths.manifest.exists() else None
+    store = Store.find(paths.root)
     listing = _hash(entries)
     if store is not None and _was_listed(store, listing):
         return store

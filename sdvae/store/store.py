@@ -38,6 +38,11 @@ class Store:
             manifest["latent_scaling"] = _latent_scaling_of_old(manifest["vae"])
         return cls(root, manifest)
 
+    @classmethod
+    def find(cls, root: Path) -> "Store | None":
+        """The store in `root`, None where none was begun; else as `open`."""
+        return cls.open(root) if StorePaths(root).manifest.exists() else None
+
     @property
     def latent_scaling(self) -> LatentScaling:
         """What makes scaled latents of the raw ones stored here."""
