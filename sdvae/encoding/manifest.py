@@ -135,9 +135,13 @@ def max_rows(vae: VAE, settings: EncodeSettings, bucket_px: Size | None) -> int:
     """Most records in a shard of this size."""
     if bucket_px is None:
         return settings.shard_rows
+    return min(settings.shard_rows, max(1, MAX_SHARD_BYTES // row_bytes(vae, settings, bucket_px)))
+
+
+def row_bytes(vae: VAE, settings: EncodeSettings, bucket_px: Size) -> int:
+    """The bytes of one photo of this size in each tensor."""
     num_latents = vae.config.latent_channels * bucket_px[0] * bucket_px[1] // vae.config.downscale**2
-    row_bytes = num_latents * STORE_DTYPES[settings.store_dtype].itemsize
-    return min(settings.shard_rows, max(1, MAX_SHARD_BYTES // row_bytes))
+    return num_latents * STORE_DTYPES[settings.store_dtype].itemsize
 
 
 def num_cores() -> int:
