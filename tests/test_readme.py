@@ -1,4 +1,4 @@
-"""README and docs say what is so: their Python runs, their commands exist, their numbers are those of the benchmarks."""
+"""README and docs are true: their Python runs, their commands exist, their numbers are those of the benchmarks."""
 
 import json
 import re

@@ -143,7 +143,9 @@ def test_the_reader_of_the_specification_works(store: Store, monkeypatch: pytest
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code, reader := {})
-    scaled = [np.float32(0.5) * mean.astype(np.float32) for mean in (*_moments(2)["mean"], *_moments(1, seed=1)["mean"])]
+    scaled = [
+        np.float32(0.5) * mean.astype(np.float32) for mean in (*_moments(2)["mean"], *_moments(1, seed=1)["mean"])
+    ]
     written = [KEYS[0], KEYS[2], KEYS[3]]
     expected = [f"{key} {mean.shape} {float(mean.std())}" for key, mean in zip(written, scaled, strict=True)]
     assert printed.getvalue().split("\n")[:-1] == expected
@@ -159,7 +161,9 @@ def test_the_reader_of_the_specification_scales_as_the_dataset(
 ) -> None:
     whitened = replace(FAMILIES["sd3"], latents_mean=(0.25,) * 16, latents_std=(2.0,) * 16)
     sizes = {(64, 64): 5, (64, 96): 3}
-    make_store(tmp_path / "a", sizes, has_flips=has_flips, store_dtype=store_dtype, config=whitened, broken=("cat/000.png",))
+    make_store(
+        tmp_path / "a", sizes, has_flips=has_flips, store_dtype=store_dtype, config=whitened, broken=("cat/000.png",)
+    )
     (code,) = _python_of_the_specification()
     exec(code.partition("\nfor record, mean, std")[0], reader := {})
     found = list(reader["read_store"](tmp_path / "a"))
