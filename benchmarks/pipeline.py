@@ -142,7 +142,7 @@ def pipeline(num_photos: int, num_fast: int, threads: int, write: bool) -> None:
 
 def _crops(source: Any) -> Iterator[np.ndarray]:
     from sdvae.data.preprocess import Preprocess, apply, plan_geometry
-    from sdvae.images import read_image
+    from sdvae.images.read import read_image
 
     for entry in source.entries():
         image = read_image(source.read(entry.key))

@@ -13,7 +13,8 @@ from skimage import data
 from sdvae import atomic
 from sdvae.cli.pictures import grid
 from sdvae.data.preprocess import Preprocess, apply, plan_geometry
-from sdvae.images import encode_image, read_image
+from sdvae.images.read import read_image
+from sdvae.images.write import encode_image
 from sdvae.metrics import psnr
 
 FOLDER = Path("demo")

@@ -20,7 +20,7 @@ from sdvae.engine.blend import blended_decode, blended_encode
 from sdvae.engine.precision import choose_device, choose_dtype, full_precision
 from sdvae.engine.run import Budget, Engine
 from sdvae.errors import LatentsError, ShapeError
-from sdvae.images import from_pil
+from sdvae.images.read import from_pil
 from sdvae.pixels import pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.tiny import AutoencoderTiny, TinyEngine

@@ -25,7 +25,7 @@ from sdvae.data.store import Store
 from sdvae.data.tasks import Work
 from sdvae.data.verify import verify
 from sdvae.errors import ConfigError, StoreError, VerifyError
-from sdvae.images import read_image
+from sdvae.images.read import read_image
 from sdvae.pixels import to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.vae import VAE

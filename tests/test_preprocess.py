@@ -27,7 +27,8 @@ from sdvae.data.preprocess import (
     read_crop,
 )
 from sdvae.errors import ConfigError, ImageError
-from sdvae.images import encode_image, read_image
+from sdvae.images.read import read_image
+from sdvae.images.write import encode_image
 
 SIDES = st.integers(1, 12_000)
 DOWNSCALES = st.sampled_from([4, 8, 16])
@@ -343,7 +344,7 @@ def test_a_draft_is_decoded_small_and_looks_the_same(monkeypatch: pytest.MonkeyP
         sizes.append(image.shape[:2])
         return image
 
-    monkeypatch.setattr("sdvae.images.read_image", noted)
+    monkeypatch.setattr("sdvae.images.read.read_image", noted)
     exact = Preprocess(64)
     geometry = plan_geometry(800, 1200, exact, 8)
     reference = read_crop(data, (800, 1200), geometry, exact).astype(int)
@@ -430,7 +431,7 @@ def test_a_store_that_was_begun_before_a_setting_existed_reads_and_writes_the_sa
 
 
 def test_the_default_limit_is_that_of_reading() -> None:
-    from sdvae.images import BACKGROUND, MAX_IMAGE_PIXELS
+    from sdvae.images.read import BACKGROUND, MAX_IMAGE_PIXELS
 
     assert (Preprocess().max_pixels, Preprocess().background) == (MAX_IMAGE_PIXELS, BACKGROUND)
 

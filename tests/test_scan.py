@@ -13,7 +13,7 @@ from sdvae.data.entries import Entry
 from sdvae.data.folders import FolderSource
 from sdvae.data.roster import Record
 from sdvae.data.scan import scan
-from sdvae.images import encode_image
+from sdvae.images.write import encode_image
 
 
 class CountingSource(FolderSource):

@@ -22,7 +22,8 @@ from PIL import Image
 from sdvae.data.scan import scan
 from sdvae.data.sources import Entry, Source, open_source
 from sdvae.errors import StoreError
-from sdvae.images import encode_image, read_image
+from sdvae.images.read import read_image
+from sdvae.images.write import encode_image
 
 
 def photo(number: int) -> bytes:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sdvae.cli.main import cli
 from sdvae.config import FAMILIES
 from sdvae.errors import ConfigError, WeightsError
-from sdvae.images import read_image
+from sdvae.images.read import read_image
 from sdvae.metrics import psnr
 from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers, named_as_taesd
 from sdvae.vae import VAE

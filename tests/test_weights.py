@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sdvae.config import FAMILIES
 from sdvae.engine.precision import DTYPES
 from sdvae.errors import ConfigError, UnsafeFileError, WeightsError
-from sdvae.images import read_image
+from sdvae.images.read import read_image
 from sdvae.pixels import to_pixels
 from sdvae.vae import VAE
 from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES

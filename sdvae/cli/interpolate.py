@@ -51,7 +51,7 @@ def interpolate(
     import numpy as np
 
     from sdvae.data.preprocess import Preprocess, apply, plan_geometry
-    from sdvae.images import read_image
+    from sdvae.images.read import read_image
 
     def read_square(path: Path) -> "NDArray[np.uint8]":
         photo = read_image(path)

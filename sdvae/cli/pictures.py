@@ -36,7 +36,7 @@ def check_output(output: Path, *inputs: Path, others: tuple[str, ...] = ()) -> N
 def write_picture(path: Path, image: "Image") -> None:
     """Write an image in the format its file name asks for."""
     from sdvae import atomic
-    from sdvae.images import encode_image
+    from sdvae.images.write import encode_image
 
     atomic.write_bytes(path, encode_image(image, _FORMATS[path.suffix.lower()]))
 

@@ -37,7 +37,7 @@ def roundtrip(
     import numpy as np
 
     from sdvae.data.preprocess import Preprocess, apply, plan_geometry
-    from sdvae.images import read_image
+    from sdvae.images.read import read_image
     from sdvae.metrics import psnr
 
     photo = read_image(image)

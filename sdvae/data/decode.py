@@ -23,7 +23,7 @@ from sdvae.data.latent_files import Scaling, list_latent_files, read_latents
 from sdvae.data.names import plan_names
 from sdvae.data.store import Size, Store
 from sdvae.errors import LatentsError, StoreError
-from sdvae.images import encode_image
+from sdvae.images.write import encode_image
 from sdvae.staging import download
 from sdvae.vae import VAE, Tiling
 

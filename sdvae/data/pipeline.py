@@ -310,7 +310,7 @@ class _Nursery:
 
     def __init__(self, preprocess: Preprocess, memory: _SharedMemory) -> None:
         self._connection, theirs = _pipe()
-        modules = ["sdvae.images", *(["torch"] if preprocess.resizer == "torch" else [])]
+        modules = ["sdvae.images.read", *(["torch"] if preprocess.resizer == "torch" else [])]
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; from sdvae.data.pipeline import bring_up; "
             f"bring_up({theirs.fileno()}, {memory.descriptor}, {memory.num_bytes}, {modules})"

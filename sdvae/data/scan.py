@@ -14,7 +14,8 @@ from sdvae.atomic import Journal, read_journal
 from sdvae.data.entries import Entry, Source
 from sdvae.data.roster import Record
 from sdvae.errors import ImageError
-from sdvae.images import muted_pillow, read_size
+from sdvae.images.failures import muted_pillow
+from sdvae.images.read import read_size
 
 # Reads wait for disks and networks, and hashing leaves the lock of the interpreter: threads overlap both, without
 # what a process costs to start or to lose.
