@@ -16,7 +16,8 @@ from skimage import data
 
 from sdvae import atomic
 from sdvae.cli.pictures import check_output, grid, write_picture
-from sdvae.images import encode_image, read_image
+from sdvae.images.read import read_image
+from sdvae.images.write import encode_image
 from sdvae.metrics import psnr
 
 FOLDER = Path("demo")

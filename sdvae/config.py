@@ -150,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}; mend it or move it away") from error
+        raise ConfigError(f"{path} cannot be read as JSON: {error}; repair the file or move it away") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no JSON object; it is not the config of a VAE")
     return content

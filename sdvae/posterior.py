@@ -1,4 +1,4 @@
-"""DiagonalGaussian: the encoder's posterior q(z|x), and the formulas of the VAE that speak of it."""
+"""DiagonalGaussian: the encoder's posterior q(z|x), and the VAE's formulas for it."""
 
 import math
 

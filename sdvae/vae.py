@@ -20,12 +20,12 @@ from sdvae.engine.blend import blended_decode, blended_encode
 from sdvae.engine.precision import choose_device, choose_dtype, full_precision
 from sdvae.engine.run import Budget, Engine
 from sdvae.errors import LatentsError, ShapeError
-from sdvae.images import from_pil
+from sdvae.images.read import from_pil
 from sdvae.pixels import pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.tiny import AutoencoderTiny, TinyEngine
 from sdvae.weights import identity
-from sdvae.weights.load import Network, build_model, load_weights, save_folder
+from sdvae.weights.load import Autoencoder, build_model, load_weights, save_folder
 
 AnyImage = Image.Image | NDArray[np.uint8]
 Tiling = Literal["exact", "blend"]
@@ -46,7 +46,7 @@ class VAE:
     the log says so. One call at a time.
     """
 
-    def __init__(self, model: Network, device: torch.device, dtype: torch.dtype, name: str) -> None:
+    def __init__(self, model: Autoencoder, device: torch.device, dtype: torch.dtype, name: str) -> None:
         """A model is neither copied nor changed: its weights are packed for `device` and `dtype` when they are used."""
         self.name = name
         self.config: VAEConfig = model.config

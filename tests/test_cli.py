@@ -151,10 +151,10 @@ def test_the_environment_sets_options_and_the_command_line_wins(run: Run, photos
 def test_encode_and_decode(run: Run, photos: Path, tmp_path: Path) -> None:
     encoded = run("encode", photos, tmp_path / "store", "--crop", "none")
     assert encoded.exit_code == 0, encoded.stderr
-    assert encoded.stdout.startswith(f"3 of 3 photos are in {tmp_path / 'store'}; ")
+    assert encoded.stdout.startswith(f"3 of 3 photos stored in {tmp_path / 'store'}; ")
     decoded = run("decode", tmp_path / "store", tmp_path / "out", "--format", "webp")
     assert decoded.exit_code == 0, decoded.stderr
-    assert decoded.stdout.startswith(f"3 images are in {tmp_path / 'out'}, ")
+    assert decoded.stdout.startswith(f"3 images written to {tmp_path / 'out'}, ")
     sizes = {}
     for path in (tmp_path / "out").iterdir():
         with Image.open(path) as image:
@@ -191,11 +191,11 @@ def test_quarantined_photos_are_told_and_give_exit_code_3(run: Run, photos: Path
         (source / name).write_bytes(b"no photo")
     result = run("encode", source, tmp_path / "store", "--size", 32)
     assert result.exit_code == 3
-    assert result.stdout.startswith("1 of 3 photos are in ")
-    assert f"2 in {tmp_path / 'store' / 'quarantine.jsonl'}" in result.stdout
+    assert result.stdout.startswith("1 of 3 photos stored in ")
+    assert f"2 quarantined in {tmp_path / 'store' / 'quarantine.jsonl'}" in result.stdout
     first, *table = result.stderr.splitlines()
-    assert first.startswith("sdvae: 2 in quarantine: ")
-    assert table[-1].startswith("sdvae: held up by: ") and len(table) == 7
+    assert first.startswith("sdvae: 2 photos quarantined: ")
+    assert table[-1].startswith("sdvae: slowest step: ") and len(table) == 7
     again = run("encode", source, tmp_path / "store", "--size", 32, "--json")
     assert again.exit_code == 3
     assert sum(json.loads(again.stdout)["quarantined"].values()) == 2
@@ -224,7 +224,7 @@ def test_encode_resumes_by_default_and_restarts_when_told(run: Run, photos: Path
     assert "preprocess.size_px was 32, now 16" in refused.stderr
     assert (out / "manifest.json").read_bytes() == manifest
     asked = run("encode", photos, out, "--size", 16, "--restart")  # nobody is there who could say yes
-    assert asked.exit_code == 1 and "Throw away the 1 shards" in asked.stderr and "nothing was touched" in asked.stderr
+    assert asked.exit_code == 1 and "Delete 1 shard in" in asked.stderr and "nothing was deleted" in asked.stderr
     assert run("encode", photos, out, "--size", 16, "--restart", "--yes").exit_code == 0
     assert (out / "manifest.json").read_bytes() != manifest
 

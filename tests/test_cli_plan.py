@@ -93,9 +93,9 @@ def test_the_shapes_of_a_file_are_planned(vae_folder: Path, small_vae: VAE) -> N
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "says"),
     [
-        (["--size", "1024x"], 2, "'1024x' is no size; write 512, or 1024x768"),
-        (["--size", "0"], 2, "'0' is no size"),
-        (["--size", "1x2x3"], 2, "is no size"),
+        (["--size", "1024x"], 2, "'1024x' is not a size; write 512, or 1024x768"),
+        (["--size", "0"], 2, "'0' is not a size"),
+        (["--size", "1x2x3"], 2, "is not a size"),
         (["--size", "100"], 1, "100x100 px: both sides must be multiples of 8"),
         (["--budget", "6 apples"], 2, "'6 apples' is no amount of memory; write 6GiB"),
         (["--dtype", "int8"], 2, "'int8' is not one of"),

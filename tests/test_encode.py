@@ -21,7 +21,7 @@ from sdvae.encoding.manifest import EncodeSettings, fixed_threads
 from sdvae.encoding.resize import apply
 from sdvae.encoding.tasks import Work
 from sdvae.errors import ConfigError, OutputError, SourceError, StoreError, VerifyError
-from sdvae.images import read_image
+from sdvae.images.read import read_image
 from sdvae.pixels import to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.sources.open import FolderSource

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sdvae.encoding import scan as scans
 from sdvae.encoding.scan import scan
-from sdvae.images import encode_image
+from sdvae.images.write import encode_image
 from sdvae.sealed import seal
 from sdvae.sources.entries import Entry
 from sdvae.sources.folders import FolderSource

@@ -21,7 +21,8 @@ from PIL import Image
 
 from sdvae.encoding.scan import scan
 from sdvae.errors import SourceError
-from sdvae.images import encode_image, read_image
+from sdvae.images.read import read_image
+from sdvae.images.write import encode_image
 from sdvae.sources.open import Entry, Source, open_source
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sdvae.config import FAMILIES
 from sdvae.engine.precision import DTYPES
 from sdvae.errors import ConfigError, UnsafeFileError, WeightsError
-from sdvae.images import read_image
+from sdvae.images.read import read_image
 from sdvae.pixels import to_pixels
 from sdvae.vae import VAE
 from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES
@@ -203,7 +203,7 @@ def test_real_files_that_only_look_like_weights_are_refused(data_dir: Path, tmp_
 
 
 def test_a_spec_that_is_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="no folder, file or hub id"):
+    with pytest.raises(WeightsError, match="not a folder, file or hub id"):
         load(tmp_path / "absent")
     with pytest.raises(WeightsError, match=r"holds no diffusion_pytorch_model\.safetensors"):
         load(tmp_path)

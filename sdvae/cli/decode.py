@@ -6,20 +6,26 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, with_console, with_vae
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, count, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE
 
 
-@click.command(short_help="Decode a store or files of latents to images in OUT.")
+@click.command(short_help="Decode a latent store or latent files to images.")
 @click.argument("source", metavar="SRC", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--format", type=click.Choice(["png", "jpeg", "webp"]), default="png", show_default=True)
+@click.option(
+    "--format",
+    type=click.Choice(["png", "jpeg", "webp"]),
+    default="png",
+    show_default=True,
+    help="Format of the image files.",
+)
 @click.option(
     "--latents",
     type=click.Choice(["raw", "scaled"]),
-    help="What files hold that do not say it: raw latents of a VAE, or a diffusion model's scaled ones.",
+    help="For files that do not declare it: a VAE's raw latents, or a diffusion model's scaled latents.",
 )
 @BATCH_SIZE
 @BUDGET
@@ -56,7 +62,7 @@ def decode(
     with console.progress() as show:
         report = decode_dataset(local_copy(source), out, vae, settings, show)
     console.result(
-        f"{report.num_written} images are in {out}, {report.images_per_s:.2f} images/s",
+        f"{count(report.num_written, 'image')} written to {out}, {report.images_per_s:.2f} images/s",
         output=str(out),
         num_written=report.num_written,
         seconds=report.seconds,

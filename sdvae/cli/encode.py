@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, with_console, with_vae
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, count, with_console, with_vae
 from sdvae.errors import StoreError
 
 if TYPE_CHECKING:
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 _STEPS = {
     "read": "read files", "decode": "decode, resize", "copy": "copy to the device", "encode": "encode",
-    "write": "copy back, write", "waiting": "encoder waiting",
+    "write": "copy back, write", "waiting": "encoder idle",
 }  # fmt: skip
 
 
 def _parse_share(ctx: click.Context, param: click.Parameter, value: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)%", value)
     if match is None or float(match[1]) > 100:
-        raise click.BadParameter(f"{value!r} is no share from 0% to 100%.")
+        raise click.BadParameter(f"{value!r} is not a share from 0% to 100%.")
     return float(match[1]) / 100
 
 
@@ -61,47 +61,53 @@ _PREPROCESS = (
         type=click.Choice(["center", "random", "none"]),
         default="center",
         show_default=True,
-        help="A square from the middle or from anywhere, or the whole photo.",
+        help="center and random cut a square; none keeps the whole photo.",
     ),
     click.option(
-        "--seed", type=click.IntRange(min=0), metavar="N", default=0, show_default=True, help="Places random crops."
+        "--seed", type=click.IntRange(min=0), metavar="N", default=0, show_default=True, help="Seed of random crops."
     ),
     click.option(
         "--buckets",
         metavar="sd1|sdxl|WxH,...",
         callback=_parse_buckets,
-        help="Sizes of several aspect ratios instead of a square; a photo gets the nearest.",
+        help="Several sizes instead of one square; each photo gets the size with the nearest aspect ratio.",
     ),
-    click.option("--flip", is_flag=True, help="Encode each photo mirrored, too."),
+    click.option("--flip", is_flag=True, help="Also encode each photo mirrored."),
     click.option(
         "--max-upscale",
         type=click.FloatRange(min=0, min_open=True),
         metavar="X",
-        help="Quarantine photos that would be enlarged more.  [default: no limit; 1.0 with --buckets]",
+        help="Quarantine photos that would be enlarged by more than X.  [default: no limit; 1.0 with --buckets]",
     ),
-    click.option("--min-size", type=click.IntRange(min=1), metavar="PX", help="Quarantine photos with a shorter side."),
+    click.option(
+        "--min-size", type=click.IntRange(min=1), metavar="PX", help="Quarantine smaller photos (shorter side)."
+    ),
     click.option(
         "--resample",
         type=click.Choice(["lanczos", "bicubic"]),
         default="lanczos",
         show_default=True,
-        help="How photos are resized, antialiased both.",
+        help="Filter for resizing; both are antialiased.",
     ),
     click.option(
         "--decoder",
         type=click.Choice(["pillow", "simplejpeg"]),
         default="pillow",
         show_default=True,
-        help="What decodes JPEG.",
+        help="Library that decodes JPEG.",
     ),
     click.option(
         "--resizer",
         type=click.Choice(["auto", "torch", "pillow"]),
         default="auto",
         show_default=True,
-        help="What resizes; auto: torch where it can, for it is faster, or what OUT was begun with.",
+        help="Library that resizes. auto: the one OUT was begun with, else torch if it has the filter (faster).",
     ),
-    click.option("--jpeg-draft", is_flag=True, help="Decode large JPEGs at a half, a quarter or an eighth. Faster."),
+    click.option(
+        "--jpeg-draft",
+        is_flag=True,
+        help="Decode large JPEGs at 1/2, 1/4 or 1/8 size: faster, a little softer.",
+    ),
 )
 
 
@@ -121,41 +127,45 @@ def _with_preprocess(function: Callable[..., None]) -> Callable[..., None]:
     metavar="N",
     default=1024,
     show_default=True,
-    help="Images in a shard, at most.",
+    help="Maximum number of records in a shard.",
 )
 @click.option(
     "--store-dtype",
     type=click.Choice(["fp16", "fp32"]),
     default="fp16",
     show_default=True,
-    help="What latents are stored in.",
+    help="The dtype that latents are stored in.",
 )
 @click.option(
-    "--resume/--restart", default=True, show_default=True, help="Continue what OUT holds, or throw it away first."
+    "--resume/--restart", default=True, show_default=True, help="Continue the store in OUT, or delete it first."
 )
-@click.option("--yes", is_flag=True, help="With --restart, do not ask.")
+@click.option("--yes", is_flag=True, help="With --restart: delete without asking.")
 @click.option(
     "--workers",
     metavar="auto|N",
     default="auto",
     show_default=True,
     callback=_parse_workers,
-    help="Processes that read and decode.",
+    help="Processes that read and decode photos.",
 )
 @click.option(
     "--on-oom",
     type=click.Choice(["stop", "degrade"]),
     default="stop",
     show_default=True,
-    help="Where memory is short: say what fits, or go on with less at once and mark the shards.",
+    help="When memory runs out: stop and report what fits, or go on with smaller batches and mark the shards.",
 )
 @click.option(
-    "--audit", metavar="P%", default="0%", callback=_parse_share, help="Decode this share back, and say its PSNR."
+    "--audit",
+    metavar="P%",
+    default="0%",
+    callback=_parse_share,
+    help="Decode this share of the photos; report the PSNR.",
 )
 @click.option(
-    "--runner", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Who encodes shards."
+    "--runner", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="What runs the encoding."
 )
-@click.option("--address", metavar="HOST:PORT", help="Of the Ray cluster.  [default: one on this machine]")
+@click.option("--address", metavar="HOST:PORT", help="Address of the Ray cluster.  [default: one on this machine]")
 @BATCH_SIZE
 @BUDGET
 @with_vae
@@ -183,9 +193,9 @@ def encode(
 ) -> None:
     """Encode the photos in SRC into the latent store OUT, a folder or s3://BUCKET/STORE.
 
-    Run again after an interruption, it continues; new photos in SRC are added. Photos that cannot be read are
-    quarantined with a reason; then the exit code is 3. Started by accelerate launch, torchrun or srun, each process
-    encodes its share.
+    After an interruption, the same command continues. It also adds photos that are new in SRC. A photo that cannot be
+    read is quarantined with a reason, and the exit code is then 3. Under accelerate launch, torchrun or srun, each
+    process encodes its share.
     """
     from sdvae.encoding.encode import encode_dataset
     from sdvae.encoding.manifest import EncodeSettings, recorded_settings
@@ -233,11 +243,11 @@ def _ask_before_restart(out: Path) -> None:
 
     num_shards = len(list(StorePaths(out).done(0).parent.glob("*.json")))
     try:
-        is_sure = not num_shards or click.confirm(f"Throw away the {num_shards} shards in {out}?", err=True)
-    except click.Abort:  # nobody is there to ask
+        is_sure = not num_shards or click.confirm(f"Delete {count(num_shards, 'shard')} in {out}?", err=True)
+    except click.Abort:  # there is no terminal to ask on
         is_sure = False
     if not is_sure:
-        raise StoreError(f"{out} holds {num_shards} shards, nothing was touched; --yes throws them away unasked")
+        raise StoreError(f"{out} holds {count(num_shards, 'shard')}, nothing was deleted; --yes deletes unasked")
 
 
 def _take_own_gpu(ranks: "Ranks") -> None:
@@ -256,10 +266,10 @@ def _ray_runner(address: str | None) -> "Runner":
 
 
 def _tell(console: Console, report: "EncodeReport", place: str, vae_name: str) -> None:
-    for reason, count in Counter(report.quarantined).most_common(10):
-        console.note(f"{count} in quarantine: {reason}")
+    for reason, number in Counter(report.quarantined).most_common(10):
+        console.note(f"{count(number, 'photo')} quarantined: {reason}")
     if report.num_degraded:
-        console.note(f"{report.num_degraded} shards are degraded: memory did not suffice for whole batches")
+        console.note(f"{count(report.num_degraded, 'shard')} degraded: there was not enough memory for whole batches")
     times = report.times
     if times.num_images:
         for line in _table(times):
@@ -268,13 +278,15 @@ def _tell(console: Console, report: "EncodeReport", place: str, vae_name: str) -
         values = times.psnr_db
         worst = min(values, key=values.__getitem__)
         mean = sum(values.values()) / len(values)
-        console.note(f"{len(values)} decoded back: {mean:.2f} dB PSNR, the worst {values[worst]:.2f} dB ({worst})")
+        console.note(
+            f"audit of {count(len(values), 'photo')}: {mean:.2f} dB PSNR, lowest {values[worst]:.2f} dB ({worst})"
+        )
     num_quarantined = sum(report.quarantined.values())
-    in_quarantine = f", {num_quarantined} in {place}/quarantine.jsonl" if num_quarantined else ""
-    unfinished = f", {report.num_shards_left} shards are left to others" if report.num_shards_left else ""
-    speed = f"{report.images_per_s:.2f} images/s" if report.images_per_s else "nothing was left to do"
+    quarantined = f", {num_quarantined} quarantined in {place}/quarantine.jsonl" if num_quarantined else ""
+    others = f", {count(report.num_shards_left, 'shard')} left to other processes" if report.num_shards_left else ""
+    speed = f"{report.images_per_s:.2f} images/s" if report.images_per_s else "nothing left to do"
     console.result(
-        f"{report.num_written} of {report.num_seen} photos are in {place}{in_quarantine}{unfinished}; {speed}",
+        f"{report.num_written} of {count(report.num_seen, 'photo')} stored in {place}{quarantined}{others}; {speed}",
         output=place,
         num_seen=report.num_seen,
         num_written=report.num_written,
@@ -291,8 +303,8 @@ def _tell(console: Console, report: "EncodeReport", place: str, vae_name: str) -
 
 
 def _table(times: "Times") -> list[str]:
-    """Where the time went, and which step held up the others."""
+    """Where the time went, and which step limited the speed."""
     shares = times.shares()
     rows = [f"{_STEPS[step]:>18} {seconds:8.1f} s {shares[step]:5.0%}" for step, seconds in times.steps().items()]
     who = f"{times.num_workers} processes" if times.num_workers > 1 else "one process"
-    return [*rows, f"held up by: {_STEPS[times.slowest()]} ({who} decoded)"]
+    return [*rows, f"slowest step: {_STEPS[times.slowest()]} ({who} decoded)"]

@@ -58,12 +58,12 @@ class _Sdvae(click.Group):
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
-    epilog="Every option can be set in the environment, too: SDVAE_DEVICE=cpu. "
-    "Exit codes: 0 done, 1 error, 2 usage, 3 some images quarantined, 4 an unsafe file refused, 5 verify mismatch.",
+    epilog="Every option can also be set in the environment, for example SDVAE_DEVICE=cpu. "
+    "Exit codes: 0 done, 1 error, 2 usage, 3 some photos quarantined, 4 an unsafe file refused, 5 verify mismatch.",
 )
 @click.version_option(__version__, prog_name="sdvae", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Images to latents and back, with a KL-VAE in Stable Diffusion's format."""
+    """Turn photos into latents and back, with a KL-VAE in Stable Diffusion's format."""
 
 
 _PICTURES = (encode, decode, verify, stats, export, roundtrip, sample, interpolate)

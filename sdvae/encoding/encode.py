@@ -114,7 +114,7 @@ def encode_dataset(
     source = open_source(source) if isinstance(source, str | Path) else source
     mirror = open_mirror(out)
     if mirror is not None and restart:
-        raise StoreError(f"{mirror.url} is not thrown away from here; remove it with the tools of its storage")
+        raise StoreError(f"sdvae does not delete {mirror.url}; remove it with the tools of its storage")
     if mirror is not None:
         mirror.pull()
         runner = uploading(runner, mirror)

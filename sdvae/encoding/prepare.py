@@ -123,10 +123,11 @@ def prepare(
 
 
 def tell_refused(planned: Iterable[Record]) -> None:
-    """Say before the work begins which photos will not be encoded, and why."""
-    for reason, count in Counter(record.reason for record in planned if record.reason).most_common(5):
+    """Say before the work begins which photos the settings refuse, and what would let them in."""
+    reasons = Counter(record.reason for record in planned if record.step == "preprocess" and record.reason)
+    for reason, count in reasons.most_common(5):
         hint = "; --max-upscale N allows it" if reason.startswith(TOO_SMALL) else ""
-        _LOG.warning("%d photos will not be encoded: %s%s", count, reason, hint)
+        _LOG.warning("%d %s not be encoded: %s%s", count, "photo will" if count == 1 else "photos will", reason, hint)
 
 
 def _hash(entries: Sequence[Entry]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdvae import atomic
 from sdvae.errors import LatentsError, OutputError, StoreError
-from sdvae.images import encode_image
+from sdvae.images.write import encode_image
 from sdvae.progress import Progress, silent
 from sdvae.reading.latent_files import Scaling, list_latent_files, read_latents
 from sdvae.reading.names import plan_names

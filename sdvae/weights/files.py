@@ -1,6 +1,6 @@
-"""Where the tensors of a file lie, and reading the ones that are needed. No file that is read here can run code.
+"""Reads safetensors and both containers of torch.save (their pickles: `pickles.py`) without executing code.
 
-safetensors, and both containers of torch.save (their pickles: `pickles.py`). Tensors stay on disk until `Entry.read`.
+A file is opened to an index: where each tensor lies. A tensor stays on disk until `Entry.read`.
 """
 
 import io
@@ -49,7 +49,7 @@ class Entry:
     def read(self) -> Tensor:
         """The tensor, in the memory of this process; WeightsError where the file ends before it."""
         if self.dtype not in DTYPES:
-            raise WeightsError(f"{self.path} holds a tensor of type {self.dtype}, which sdvae does not read")
+            raise WeightsError(f"{self.path} holds a tensor of type {self.dtype}, which sdvae cannot read")
         values = torch.empty(self.num_bytes, dtype=torch.uint8)
         with opened(self.path) as file:
             file.seek(self.offset)
@@ -58,7 +58,7 @@ class Entry:
         return flat.view(self.shape) if self.stride is None else flat.as_strided(self.shape, self.stride).contiguous()
 
     def chunks(self) -> Iterator[memoryview]:
-        """The tensor's bytes in order, some MB at a time: to copy what need not be understood."""
+        """The tensor's bytes in order, some MB at a time, for copies that need no tensor."""
         if self.stride is not None:
             yield as_bytes(self.read())
             return
@@ -72,7 +72,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """The index of a weights file: its tensors by key in file order, and what its header says beside them."""
+    """The index of a weights file: its tensors by key in file order, and the metadata of its header."""
 
     path: Path
     container: Container
@@ -83,8 +83,8 @@ class TensorFile:
 def open_weights(path: Path) -> TensorFile:
     """The index of a safetensors file, a file of torch.save (.ckpt, .pt, .bin), or the JSON index of a sharded one.
 
-    Reads headers only. Raises WeightsError for anything else, saying what it is, and UnsafeFileError for a file that
-    would run code in other programs.
+    Reads headers only. Raises WeightsError for any other file, with what it is, and UnsafeFileError for a file that
+    could run code in other programs.
     """
     if path.name.endswith(_INDEX_SUFFIX):
         return _open_shards(path)
@@ -108,7 +108,7 @@ def open_weights(path: Path) -> TensorFile:
 
 
 def shard_names(path: Path) -> list[str]:
-    """The files beside a JSON index that its tensors lie in; none for other files."""
+    """The files that hold the tensors of a JSON index, by name; none for other files."""
     return sorted(set(_read_weight_map(path).values())) if path.name.endswith(_INDEX_SUFFIX) else []
 
 
@@ -161,7 +161,7 @@ def _index_safetensors(path: Path, file: BinaryIO, size: int) -> TensorFile:
     data_start = 8 + header_bytes
     if data_start > size:
         raise WeightsError(
-            f"{path} is not a readable safetensors file: its header is to have {header_bytes:,} bytes, the whole file "
+            f"{path} is not a readable safetensors file: its header should have {header_bytes:,} bytes, the whole file "
             f"has {size:,}; download it again"
         )
     if header_bytes > _MAX_HEADER_BYTES:
@@ -318,14 +318,14 @@ def _entries(path: Path, value: Any, place: Callable[[Storage], tuple[int, int]]
 
 
 def _place_tensor(path: Path, tensor: PickledTensor, start: int, num_bytes: int) -> Entry:
-    """Where it lies, given where its storage does; ValueError where it reaches out of it."""
+    """Where a tensor lies, given the place of its storage; ValueError where it exceeds the storage."""
     numbers = (tensor.offset, *tensor.shape, *tensor.stride)
     if any(type(number) is not int or number < 0 for number in numbers) or len(tensor.shape) != len(tensor.stride):
         raise ValueError("impossible shape")
     num_elements = math.prod(tensor.shape)
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
     span = last + 1 if num_elements else 0
-    # An expanded tensor names elements more than once; no trained weight does.
+    # An expanded tensor repeats elements; no trained weight does.
     if (tensor.offset + span) * tensor.dtype.itemsize > num_bytes or num_elements > span:
         raise ValueError("a tensor reaches out of its storage")
     steps = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))

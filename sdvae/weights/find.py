@@ -24,7 +24,7 @@ def find_file(spec: str | Path) -> Path:
     if not path.is_dir():
         if _looks_like_hub_id(str(spec)):
             return _download(str(spec))
-        raise WeightsError(f"{spec} is no folder, file or hub id (org/name); check the path")
+        raise WeightsError(f"{spec} is not a folder, file or hub id (org/name); check the path")
     folder = path / "vae" if (path / "model_index.json").is_file() else path
     for name in WEIGHTS_NAMES:
         if (folder / name).is_file():

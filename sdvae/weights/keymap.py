@@ -1,4 +1,4 @@
-"""One table of names, LDM <-> diffusers: what diffusers calls a key of a file, whatever the file calls it."""
+"""One table of tensor names, LDM <-> diffusers, and which keys of a file are its VAE's."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -56,12 +56,12 @@ def find_vae(keys: Collection[str]) -> VAEKeys:
             f"{len(leftovers)} keys that are no part of a KL-VAE: {some(leftovers)}; is it another model?"
         )
     if len(set(names.values())) < len(names):
-        raise WeightsError("attention under old and new names at once; is it two files merged?")
+        raise WeightsError("attention under old and new names at once; are these two files merged into one?")
     return VAEKeys(prefix, layout, names)
 
 
 def ldm_names(keys: Iterable[str]) -> dict[str, str]:
-    """LDM's name for each of diffusers' keys; for all the keys of one VAE, whose number of levels turns the decoder."""
+    """LDM's name for each of diffusers' keys. Takes all keys of a VAE: LDM numbers the decoder's levels in reverse."""
     keys = list(keys)
     table = _table(_count_levels(keys))
     return {key: f"{table[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in keys}

@@ -1,6 +1,7 @@
-"""Pickles of torch.save in a closed world: what one names becomes a value of this module or is refused.
+"""Pickles of torch.save, parsed without executing code.
 
-Nothing is imported and nothing is called, so nothing can run. Tensors come out as places in storages.
+A name in a pickle becomes a value of this module, or the file is refused; nothing is imported or called. A tensor
+becomes its place in a storage.
 """
 
 import io
@@ -15,7 +16,7 @@ import torch
 
 from sdvae.errors import UnsafeFileError, WeightsError
 
-DAMAGED_PICKLE = (LookupError, ValueError, TypeError, OverflowError, struct.error)  # what nonsense raises here
+DAMAGED_PICKLE = (LookupError, ValueError, TypeError, OverflowError, struct.error)  # what a damaged pickle raises here
 
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _STORAGES = {  # torch's classes by name -> what they hold
@@ -24,7 +25,7 @@ _STORAGES = {  # torch's classes by name -> what they hold
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }  # fmt: skip
-# Bookkeeping of trainers, which no tensor depends on: these become objects that hold and do nothing.
+# Bookkeeping of trainers. No tensor depends on it, so these names become objects that hold and do nothing.
 _INERT_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf"}
 _INERT_NAMES = {
     "argparse": {"Namespace"},
@@ -58,7 +59,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """A tensor as `_rebuild_tensor` is told of it; `offset` and `stride` in elements. Nothing is checked yet."""
+    """The arguments of `_rebuild_tensor`, not checked yet; `offset` and `stride` in elements."""
 
     storage: Storage
     dtype: torch.dtype
@@ -76,7 +77,7 @@ class _Rebuild(Enum):
 
 
 class _Inert(Enum):
-    """Stands for every object that is no tensor, and for its class: takes anything, holds and does nothing."""
+    """Stands for any object that is not a tensor, and for its class: it accepts any arguments and keeps none."""
 
     THING = auto()
 
@@ -91,7 +92,7 @@ _CALLS = {
 
 
 class _Machine:
-    """Interprets a pickle in which nothing exists but text, numbers, lists, dicts, tensors and inert things.
+    """Interprets a pickle whose only values are text, numbers, lists, dicts, tensors and inert objects.
 
     Python's own unpickler is not used: even with every name refused, it crashes on tuples nested deeply enough.
     """
@@ -101,7 +102,7 @@ class _Machine:
         self.storages: dict[str, Storage] = {}
 
     def run(self, stream: BinaryIO) -> Any:
-        """The value of the pickle at the stream's position, which moves behind it."""
+        """The value of the pickle at the stream's position; the stream then stands behind the pickle."""
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -188,7 +189,7 @@ class _Machine:
             case _ if name.endswith(_VALUES):
                 stack.append(argument)
             case _:
-                raise ValueError(f"{name} has no business in a file of torch.save")
+                raise ValueError(f"torch.save does not write {name}")
 
     def _items(self) -> list[Any]:
         """What was pushed since the last mark, popped."""
@@ -202,7 +203,7 @@ class _Machine:
             self.stack[-1].extend(items)
 
     def _update(self, items: list[Any]) -> None:
-        # Keys that are no text name no tensor, and hashing what a stranger nested can overflow the stack.
+        # Only text can name a tensor, and hashing a deeply nested key can overflow the stack.
         if isinstance(self.stack[-1], dict):
             pairs = zip(items[::2], items[1::2], strict=True)
             self.stack[-1].update((key, value) for key, value in pairs if isinstance(key, str))
@@ -217,7 +218,7 @@ class _Machine:
         if module.partition(".")[0] in _INERT_PACKAGES or name in _INERT_NAMES.get(module, ()):
             return _Inert.THING
         raise UnsafeFileError(
-            f"{self.path} is refused: it asks for {module[:99]!a}.{name[:99]!a}, and reading it could run code; "
+            f"{self.path} is refused: it asks for {module[:99]!a}.{name[:99]!a}, which could run code; "
             "use a .safetensors version of these weights"
         )
 
@@ -234,7 +235,7 @@ class _Machine:
             case _Rebuild.TENSOR, (Storage() as storage, offset, tuple(shape), tuple(stride), *rest):
                 dtype = next((value for value in rest if isinstance(value, torch.dtype)), storage.dtype)
                 return PickledTensor(storage, dtype, offset, shape, stride)
-        raise ValueError("it calls what is no function")
+        raise ValueError("it calls something that is not a function")
 
     def _find_storage(self, kind: Any, dtype: Any, key: Any, device: Any, num_elements: Any, *_: Any) -> Storage:
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
@@ -243,7 +244,7 @@ class _Machine:
 
 
 def unpickle(path: Path, file: BinaryIO, max_bytes: int) -> tuple[Any, dict[str, Storage]]:
-    """The value of the pickle at the file's position, which moves behind it, and the storages it names."""
+    """The value of the pickle at the file's position, and its storages; the file then stands behind the pickle."""
     start = file.tell()
     machine, stream = _Machine(path), io.BytesIO(file.read(max_bytes))
     try:
@@ -255,7 +256,7 @@ def unpickle(path: Path, file: BinaryIO, max_bytes: int) -> tuple[Any, dict[str,
 
 
 def named_tensors(value: Any) -> dict[str, PickledTensor]:
-    """The named tensors of what was saved: itself, or under Lightning's "state_dict"."""
+    """The tensors of a saved dict by name; Lightning keeps them under "state_dict"."""
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]
     items = value.items() if isinstance(value, dict) else ()
