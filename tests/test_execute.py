@@ -220,3 +220,13 @@ def test_reduced_precision_is_no_worse_than_diffusers(direction: Direction, dtyp
     ours, plan = run(program, images, 5, is_deterministic=False)
     assert plan.num_strips(program.network.stages[0]) == 5
     assert error(ours, exact) <= 1.2 * error(theirs, exact)
+
+
+def test_a_cpu_without_bf16_rounds_sums_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN refuses bf16 weights before AVX512."""
+    monkeypatch.setattr(ops, "_has_bf16", lambda: False)
+    latents, program = inputs("all parts", "decode", 5, 3), compiled("all parts", "decode", torch.bfloat16)
+    assert {packed.convolution.kernel for packed in program.stages if packed.convolution} == {"torch"}
+    whole = run(program, latents, 1)[0]
+    assert 1e-4 < error(whole, reference("all parts", "decode", latents)) < 0.05
+    assert run(program, latents, 5)[0].equal(whole)

@@ -6,6 +6,7 @@ On a CPU, convolutions run in oneDNN with weights packed once; its results do no
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -153,7 +154,7 @@ class Upsampling:
 
 def pack(weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> Convolution:
     """The fastest convolution there is for the device and dtype of `weight`."""
-    is_onednn = weight.device.type == "cpu" and weight.dtype != torch.float16 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    is_onednn = weight.device.type == "cpu" and not _is_emulated(weight) and _has_onednn()
     return (OneDnnConvolution if is_onednn else Convolution)(weight, bias, stride, padding_px)
 
 
@@ -288,5 +289,17 @@ def strip_of(memory: Tensor, rows: int, width: int) -> Tensor:  # (rows * width 
 
 
 def _is_emulated(values: Tensor) -> bool:
-    """CPUs have no fp16 arithmetic worth the name: there, sums are made in fp32 and rounded."""
-    return values.dtype == torch.float16 and values.device.type == "cpu"
+    """Whether a CPU lacks arithmetic in this dtype: fp16 everywhere, bf16 before AVX512. Then fp32 sums are rounded."""
+    return values.device.type == "cpu" and (
+        values.dtype == torch.float16 or (values.dtype == torch.bfloat16 and not _has_bf16())
+    )
+
+
+@cache
+def _has_bf16() -> bool:
+    """Whether oneDNN multiplies bf16 on this CPU."""
+    return _has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
