@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from sdvae.bench.kernels import KernelTiming
 from sdvae.bench.timing import in_turns
 from sdvae.engine import ops
+from sdvae.engine.kernels import Kernels, Norm
 from sdvae.engine.plan import Level, make_plan
 from sdvae.engine.precision import DTYPES
 from sdvae.engine.program import choose_kernels
@@ -46,7 +46,7 @@ def time_twins(
     return timings
 
 
-Run = tuple[Callable[[ModuleType], object], int, int]  # what is run, the bytes it moves, its operations
+Run = tuple[Callable[[Kernels], object], int, int]  # what is run, the bytes it moves, its operations
 
 
 def _runs(stage: Stage, level: Level, num_queries: int, device: torch.device, dtype: torch.dtype) -> dict[str, Run]:
@@ -73,12 +73,12 @@ def _runs(stage: Stage, level: Level, num_queries: int, device: torch.device, dt
             )
         }
     made, out = strip(channels, rows, level.width), strip(channels, rows, level.width)
-    norm = ops.Norm(torch.ones(channels, device=device), bias, 1e-6, _NUM_GROUPS)
+    norm = Norm(torch.ones(channels, device=device), bias, 1e-6, _NUM_GROUPS)
 
-    def write(kernels: ModuleType) -> None:
+    def write(kernels: Kernels) -> None:
         kernels.write(made, bias, target, adds=True, statistics=kernels.Statistics(level.row_block))
 
-    def normalise(kernels: ModuleType) -> None:
+    def normalise(kernels: Kernels) -> None:
         kernels.normalise(made, out, norm, bias, bias.square(), has_silu=True)
 
     return {"write and count": (write, 3 * made.nbytes, 0), "normalise, SiLU": (normalise, 2 * made.nbytes, 0)}

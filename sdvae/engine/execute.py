@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sdvae.engine import ops
 from sdvae.engine.arena import Memory, allocate
+from sdvae.engine.kernels import Kernels, RunningStatistics
 from sdvae.engine.plan import Level, Plan, input_rows, window_shape
 from sdvae.engine.program import PackedStage, Program
 
@@ -35,18 +36,18 @@ def execute_image(
     program: Program, plan: Plan, memory: Memory, image: Tensor, out: Tensor, peaks: Peaks | None = None
 ) -> None:
     """One image (C, H, W) through the network into `out`; on a GPU, without a word to the host."""
-    _Run(program.kernels, plan, memory, image, out, peaks).run(program)
+    _ImageRun(program.kernels, plan, memory, image, out, peaks).run(program)
 
 
-class _Run:
+class _ImageRun:
     """One image on its way: where its rows are, and the statistics of x and h."""
 
     def __init__(
-        self, kernels: ops.Kernels, plan: Plan, memory: Memory, image: Tensor, out: Tensor, peaks: Peaks | None
+        self, kernels: Kernels, plan: Plan, memory: Memory, image: Tensor, out: Tensor, peaks: Peaks | None
     ) -> None:
         self._kernels, self._plan, self._memory = kernels, plan, memory
         self._image, self._out, self._peaks = image, out, peaks
-        self._statistics: dict[str, ops.Statistics] = {}
+        self._statistics: dict[str, RunningStatistics] = {}
 
     def run(self, program: Program) -> None:
         for packed in program.stages:
@@ -59,23 +60,22 @@ class _Run:
                 self._convolve(packed, counted)
             self._statistics[packed.stage.target] = statistics
 
-    def _convolve(self, packed: PackedStage, statistics: ops.Statistics | None) -> None:
-        stage, kernels, convolution = packed.stage, self._kernels, packed.convolution
+    def _convolve(self, packed: PackedStage, statistics: RunningStatistics | None) -> None:
+        stage, convolution = packed.stage, packed.convolution
         assert convolution is not None  # as in all stages but attention
         level = self._plan.levels[stage.level]
         window = self._window(packed)
         for start, end in level.strips:
             rows = window.read(*input_rows(stage, start, end))
-            if stage.target == "output":
-                assert not isinstance(convolution, ops.Upsampling)
-                convolution.write_over(rows, self._out[None, :, start:end], level.call_rows, ops)
-                continue
-            target = self._strip(level, start, end, stage.target, stage.out_channels)
             if packed.shortcut is not None:  # x is read to the end before x and h take its place
                 projected = self._strip(level, start, end, "x", stage.out_channels)
-                packed.shortcut.write_over(self._read_x(packed, start, end), projected, level.call_rows, kernels)
+                packed.shortcut.write(self._read_x(packed, start, end), projected, level.call_rows, None)
                 self._note(stage.shortcut, projected)
-            convolution.write(rows, target, level.call_rows, kernels, adds=stage.adds, statistics=statistics)
+            if stage.target == "output":
+                target = self._out[None, :, start:end]
+            else:
+                target = self._strip(level, start, end, stage.target, stage.out_channels)
+            convolution.write(rows, target, level.call_rows, statistics)
             self._note(stage.name, target)
 
     def _read_x(self, packed: PackedStage, start: int, end: int) -> Tensor:
@@ -89,7 +89,7 @@ class _Run:
         self._kernels.write(x, None, copy, adds=False, statistics=None)
         return copy
 
-    def _attend(self, packed: PackedStage, statistics: ops.Statistics | None) -> None:
+    def _attend(self, packed: PackedStage, statistics: RunningStatistics | None) -> None:
         """Add output(attention(queries(h), h, h)) to x, with h = norm(x): a fixed number of queries at a time."""
         stage = packed.stage
         level, channels = self._plan.levels[stage.level], stage.out_channels
