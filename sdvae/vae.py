@@ -1,5 +1,6 @@
 """VAE: what users hold. Weights, their identity, and a device and dtype to run them in."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +61,6 @@ class VAE:
             if isinstance(model, AutoencoderTiny)
             else Engine(model, self.config, device, dtype)
         )
-        self._in_float32: VAE | None = None
 
     @classmethod
     def load(
@@ -88,12 +88,12 @@ class VAE:
         save_folder(Path(folder), self.config, self.model.state_dict())
 
     def in_float32(self) -> "VAE":
-        """This VAE computing in fp32 on the same device; itself if it does already."""
+        """This VAE computing in fp32 on the same device, on the fp32 twin of its engine; itself if it does already."""
         if self.dtype == torch.float32:
             return self
-        if self._in_float32 is None:
-            self._in_float32 = VAE(self.model, self.device, torch.float32, self.name)
-        return self._in_float32
+        exact = copy.copy(self)
+        exact.dtype, exact.engine = torch.float32, self.engine.in_float32()
+        return exact
 
     def encode(self, pixels: Tensor, budget: Budget = None, tiling: Tiling = "exact") -> DiagonalGaussian:
         """(N, 3, H, W) in [-1, 1] -> the posterior over raw latents (N, C, H/8, W/8).
@@ -126,15 +126,15 @@ class VAE:
         What stores are encoded with. A budget that would cut the strips short is refused (BudgetError). Another number
         of threads, library or CPU may still round otherwise.
         """
-        engines = [self.engine, self.in_float32().engine]
-        before = [engine.is_deterministic for engine in engines]
+        engines = self.engine, self.engine.in_float32()
+        before = self.engine.is_deterministic
         for engine in engines:
             engine.is_deterministic = True
         try:
             yield
         finally:
-            for engine, was in zip(engines, before, strict=True):
-                engine.is_deterministic = was
+            for engine in engines:
+                engine.is_deterministic = before
 
     def encode_images(self, images: Sequence[AnyImage], budget: Budget = None) -> Encoded:
         """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.

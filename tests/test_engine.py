@@ -256,7 +256,7 @@ def test_fp16_is_scaled_by_itself() -> None:
     model = loud_model(6e4)
     vae = VAE(model, CPU, torch.float16, "loud")
     scaled = vae.decode(torch.randn(1, 4, 8, 8))
-    assert scaled.isfinite().all() and vae._in_float32 is None, "not run again in fp32"
+    assert scaled.isfinite().all() and vae.engine._float32 is None, "not run again in fp32"
     assert isinstance(vae.engine, Engine) and vae.engine.program("decode").exponents
 
 

@@ -704,7 +704,7 @@ def test_force_upcast_is_off_where_fp16_runs_on_the_engine(pipe: SimpleNamespace
     scaled = vae.decode(latents().half()).sample
     assert scaled.dtype == torch.float16 and scaled.isfinite().all()
     assert float((scaled - loud).norm() / loud.norm()) < 0.02 < float((exact - loud).norm() / loud.norm())
-    assert vae.engine._exact is None, "not run again in fp32"
+    assert vae.engine._float32 is None, "not run again in fp32"
     vae.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["force_upcast"] is True
     vae.decoder.register_forward_hook(lambda *_: None)

@@ -54,9 +54,8 @@ class Engine:
         self.source = source
         self.config = config
         self.calls = 0
-        self.is_deterministic = (
-            False  # the same bits whatever memory is free; a budget that would change them is refused
-        )
+        # Whether results have the same bits whatever memory is free; a budget that would change them is refused.
+        self.is_deterministic = False
         self._device, self._dtype = device, dtype
         with torch.device("meta"):
             self._model = AutoencoderKL(config)
@@ -66,11 +65,11 @@ class Engine:
         self._layers: dict[str, nn.Module] = {}
         self._programs: dict[Direction, tuple[object, Program]] = {}
         self._runners: dict[Direction, Runner] = {}
-        self._exact: Engine | None = None  # in fp32, for what overflows
+        self._float32: Engine | None = None  # the twin that runs what overflows
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts with: packed weights cannot be copied, and are made again when they are needed."""
-        return vars(self) | {"_programs": {}, "_runners": {}, "_exact": None}
+        return vars(self) | {"_programs": {}, "_runners": {}, "_float32": None}
 
     def encode_moments(self, pixels: Tensor, budget: Budget = None) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8), sizes floored: the encoder's output, after `quant_conv`."""
@@ -79,6 +78,16 @@ class Engine:
     def decode(self, latents: Tensor, budget: Budget = None) -> Tensor:  # raw (N, C, h, w) -> (N, 3, 8h, 8w)
         """Pixels of raw latents."""
         return self._run("decode", latents, budget)
+
+    def in_float32(self) -> "Engine":
+        """The twin that computes in fp32, as deterministic as this engine is now; itself if it computes in fp32."""
+        device, dtype = self._place()
+        if dtype == torch.float32:
+            return self
+        if self._float32 is None:
+            self._float32 = Engine(self.source, self.config, device, torch.float32)
+        self._float32.is_deterministic = self.is_deterministic
+        return self._float32
 
     def plan(self, direction: Direction, height: int, width: int, num_images: int = 1, budget: Budget = None) -> Plan:
         """The plan for inputs of this size; BudgetError where no plan keeps the budget."""
@@ -125,7 +134,7 @@ class Engine:
         """Forget what is packed and captured; it will be packed again when it is needed."""
         self._programs.clear()
         self._runners.clear()
-        self._exact = None
+        self._float32 = None
 
     def obstacle(self, batch: Tensor | None = None) -> str | None:
         """Why the reference network would run (on `batch`), or None."""
@@ -196,9 +205,7 @@ class Engine:
                 continue
             dtype = str(self._place()[1]).removeprefix("torch.")
             logger.warning("image %d of the batch overflowed in %s and runs again in fp32", index, dtype)
-            if self._exact is None:
-                self._exact = Engine(self.source, self.config, self._place()[0], torch.float32)
-            image.copy_(self._exact._run(direction, batch[index : index + 1], budget)[0])
+            image.copy_(self.in_float32()._run(direction, batch[index : index + 1], budget)[0])
 
     def _fits(self, direction: Direction, batch: Tensor) -> bool:
         """Whether the network takes such a batch; for one that it does not, torch's own layers find the words."""
