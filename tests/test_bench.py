@@ -25,7 +25,7 @@ from sdvae.bench.timing import in_turns, seconds_of
 from sdvae.bench.twins import time_twins
 from sdvae.cli.main import cli
 from sdvae.config import VAEConfig
-from sdvae.engine.stages import Direction, network
+from sdvae.engine.stages import Direction, build_network
 from sdvae.errors import BenchError
 from sdvae.vae import VAE
 from tests.conftest import SMALL
@@ -105,7 +105,7 @@ def test_all_rivals_compute_the_same(direction: Direction) -> None:
     fastest = min(measurement.survey, key=lambda row: row.median_s or 0)
     assert (timed[2].dtype, timed[2].memory_format) == (fastest.dtype, fastest.memory_format)
     height, width = (64, 48) if direction == "encode" else (8, 6)
-    assert measurement.flops == network(SMALL, direction).flops(height, width)
+    assert measurement.flops == build_network(SMALL, direction).flops(height, width)
 
 
 def test_what_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,9 +208,9 @@ def test_rivals_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_convolutions_of_a_network_are_those_it_runs(direction: Direction) -> None:
-    line = network(WITH_ATTENTION, direction)
-    shapes = convolutions(line, 16, 24)
-    assert len(shapes) == len(set(shapes)) < len(line.stages)
+    network = build_network(WITH_ATTENTION, direction)
+    shapes = convolutions(network, 16, 24)
+    assert len(shapes) == len(set(shapes)) < len(network.stages)
     strided = [shape for shape in shapes if shape.stride == 2]
     folded = [shape for shape in shapes if shape.kernel_px == 2]
     if direction == "encode":
@@ -220,15 +220,15 @@ def test_convolutions_of_a_network_are_those_it_runs(direction: Direction) -> No
     pointwise = [shape for shape in shapes if shape.kernel_px == 1]
     assert len(pointwise) == 1, "one shortcut"
     # All stages, not only the distinct ones: their operations are the network's.
-    total = sum(stage.flops(*line.sizes(16, 24)[stage.level]) for stage in line.stages)
-    assert total == line.flops(16, 24)
+    total = sum(stage.flops(*network.sizes(16, 24)[stage.level]) for stage in network.stages)
+    assert total == network.flops(16, 24)
     for shape in folded:
-        stage = next(stage for stage in line.stages if stage.kind == "up")
+        stage = next(stage for stage in network.stages if stage.kind == "up")
         assert shape.flops(1) == stage.flops(32, 48)
 
 
 def test_every_kernel_of_a_network_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = network(WITH_ATTENTION, "encode")
+    network = build_network(WITH_ATTENTION, "encode")
     outputs: list[torch.Size] = []
     convolve = F.conv2d
 
@@ -238,8 +238,8 @@ def test_every_kernel_of_a_network_is_timed(monkeypatch: pytest.MonkeyPatch) -> 
         return out
 
     monkeypatch.setattr(F, "conv2d", note)
-    timings = time_kernels(line, 16, 24, 2, CPU, "fp32", rounds=1)
-    shapes = convolutions(line, 16, 24)
+    timings = time_kernels(network, 16, 24, 2, CPU, "fp32", rounds=1)
+    shapes = convolutions(network, 16, 24)
     assert [size[1:] for size in outputs[::2]] == [(s.out_channels, s.height, s.width) for s in shapes]
     operations = [timing.operation for timing in timings]
     assert operations.count("conv2d") == len(shapes)
@@ -252,7 +252,7 @@ def test_every_kernel_of_a_network_is_timed(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_every_function_of_the_engine_is_timed_on_a_strip(direction: Direction) -> None:
     timings = time_twins(
-        network(WITH_ATTENTION, direction), *((16, 24) if direction == "encode" else (2, 3)), CPU, "fp32", 1
+        build_network(WITH_ATTENTION, direction), *((16, 24) if direction == "encode" else (2, 3)), CPU, "fp32", 1
     )
     operations = {timing.operation for timing in timings}
     expected = {"write and count, torch", "normalise, SiLU, torch", "attend, torch"}

@@ -115,11 +115,11 @@ def test_the_second_run_of_a_shape_is_captured_and_replayed(monkeypatch: pytest.
     monkeypatch.setattr(programs, "choose_kernels", lambda device: ops)  # any will do
     small, large = (inputs("plain", "decode", 1, width, batch=2) for width in (1, 2))
     program = compiled("plain", "decode")
-    runner = graphs.Runner()
+    executor = graphs.Executor()
 
     def run(images: Tensor, **precision: bool) -> Tensor:
         with full_precision(**precision):
-            return runner.run(program, gpu_plan(program, images), images)
+            return executor.run(program, gpu_plan(program, images), images)
 
     first = run(small)
     assert captured == []
@@ -131,10 +131,10 @@ def test_the_second_run_of_a_shape_is_captured_and_replayed(monkeypatch: pytest.
     assert len(captured) == 2
     run(small, is_tuned=True, is_deterministic=False)
     assert len(captured) == 2, "other algorithms would give other bits"
-    runner.make_room(small.shape[2:])
+    executor.make_room(small.shape[2:])
     run(small, is_tuned=True, is_deterministic=False)
     assert len(captured) == 3
-    runner.make_room(large.shape[2:])
+    executor.make_room(large.shape[2:])
     run(small, is_tuned=True, is_deterministic=False)
     assert len(captured) == 3, "its memory was given back"
 

@@ -23,7 +23,7 @@ from sdvae.bench.rivals import (
 from sdvae.bench.timing import in_turns
 from sdvae.config import VAEConfig
 from sdvae.engine.run import Engine
-from sdvae.engine.stages import Direction, network
+from sdvae.engine.stages import Direction, build_network
 from sdvae.model import AutoencoderKL
 from sdvae.vae import VAE
 
@@ -129,7 +129,7 @@ def measure(vae: VAE, model: AutoencoderKL, settings: Settings) -> Measurement:
     height, width = batch.shape[2:]
     assert isinstance(vae.engine, Engine)  # a TAESD is not measured
     predicted = vae.engine.plan(direction, height, width, len(batch)).predict_bytes(len(batch))
-    flops = len(batch) * network(model.config, direction).flops(height, width)
+    flops = len(batch) * build_network(model.config, direction).flops(height, width)
     size = settings.height, settings.width
     return Measurement(direction, *size, len(batch), flops, predicted, tuple(rows), survey)
 

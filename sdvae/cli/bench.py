@@ -133,12 +133,12 @@ def _model(vae: str | None, family: str | None) -> "tuple[AutoencoderKL, str]":
 def _planning_seconds(config: "VAEConfig", element_bytes: int) -> float:
     """How long the plans of both directions take for a picture that is larger than any."""
     from sdvae.engine.plan import make_plan
-    from sdvae.engine.stages import network
+    from sdvae.engine.stages import build_network
 
     start = time.perf_counter()
-    make_plan(network(config, "encode"), _LARGE_PX, _LARGE_PX, element_bytes)
+    make_plan(build_network(config, "encode"), _LARGE_PX, _LARGE_PX, element_bytes)
     side = _LARGE_PX // config.downscale
-    make_plan(network(config, "decode"), side, side, element_bytes)
+    make_plan(build_network(config, "decode"), side, side, element_bytes)
     return time.perf_counter() - start
 
 
@@ -154,17 +154,17 @@ def _kernels(
 
     from sdvae.bench.kernels import time_kernels
     from sdvae.bench.twins import time_twins
-    from sdvae.engine.stages import network
+    from sdvae.engine.stages import build_network
 
     timings: list[dict[str, Any]] = []
     for way in directions:
         scale = 1 if way == "encode" else model.config.downscale
-        line, (height, width) = network(model.config, way), (side // scale for side in size)
+        network, (height, width) = build_network(model.config, way), (side // scale for side in size)
         for dtype in ("fp16", "bf16"):
             for batch_size in _KERNEL_BATCHES:
-                found = time_kernels(line, height, width, batch_size, device, dtype, rounds)
+                found = time_kernels(network, height, width, batch_size, device, dtype, rounds)
                 timings += [_kernel_values(way, dtype, batch_size) | asdict(timing) for timing in found]
-            twins = time_twins(line, height, width, device, dtype, rounds)
+            twins = time_twins(network, height, width, device, dtype, rounds)
             timings += [_kernel_values(way, dtype, 1) | asdict(timing) for timing in twins]
     return timings
 

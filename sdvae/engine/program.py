@@ -13,7 +13,7 @@ from sdvae.engine import ops
 from sdvae.engine.convolutions import Convolution, CopiedConvolution, PackedConvolution, Upsampling, pack
 from sdvae.engine.kernels import Kernels, Norm
 from sdvae.engine.scaling import Exponents, Scale, plan_scales
-from sdvae.engine.stages import Direction, Network, Stage, network
+from sdvae.engine.stages import Direction, Network, Stage, build_network
 from sdvae.model import NORM_EPS
 
 Weights = Mapping[str, Tensor]  # a state dict of AutoencoderKL
@@ -70,10 +70,10 @@ def compile_program(
     """Rewrite and pack one direction of a VAE; weights are added up and scaled in fp32 and rounded once."""
     kernels = choose_kernels(device)
     compiler = _Compiler(weights, config.norm_num_groups, dtype, device, kernels)
-    line = network(config, direction)
-    scales = plan_scales(line, exponents)
-    stages = tuple(compiler.stage(stage, scale) for stage, scale in zip(line.stages, scales, strict=True))
-    return Program(line, stages, dtype, device, kernels, exponents)
+    network = build_network(config, direction)
+    scales = plan_scales(network, exponents)
+    stages = tuple(compiler.stage(stage, scale) for stage, scale in zip(network.stages, scales, strict=True))
+    return Program(network, stages, dtype, device, kernels, exponents)
 
 
 def choose_kernels(device: torch.device) -> Kernels:

@@ -11,12 +11,12 @@ from sdvae.config import VAEConfig
 from sdvae.engine import ops
 from sdvae.engine.calibrate import calibrate
 from sdvae.engine.describe import describe_plan
-from sdvae.engine.graphs import Runner
+from sdvae.engine.graphs import Executor
 from sdvae.engine.memory import free_bytes, parse_bytes
 from sdvae.engine.plan import Plan, make_plan
 from sdvae.engine.precision import full_precision
 from sdvae.engine.program import Program, choose_kernels, compile_program
-from sdvae.engine.stages import Direction, network
+from sdvae.engine.stages import Direction, build_network
 from sdvae.errors import BudgetError
 from sdvae.model import AutoencoderKL
 
@@ -64,12 +64,12 @@ class Engine:
         )
         self._layers: dict[str, nn.Module] = {}
         self._programs: dict[Direction, tuple[object, Program]] = {}
-        self._runners: dict[Direction, Runner] = {}
+        self._executors: dict[Direction, Executor] = {}
         self._float32: Engine | None = None  # the twin that runs what overflows
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts with: packed weights cannot be copied, and are made again when they are needed."""
-        return vars(self) | {"_programs": {}, "_runners": {}, "_float32": None}
+        return vars(self) | {"_programs": {}, "_executors": {}, "_float32": None}
 
     def encode_moments(self, pixels: Tensor, budget: Budget = None) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8), sizes floored: the encoder's output, after `quant_conv`."""
@@ -93,9 +93,8 @@ class Engine:
         """The plan for inputs of this size; BudgetError where no plan keeps the budget."""
         device, dtype = self._place()
         budget_bytes = free_bytes(device) if budget is None else parse_bytes(budget)
-        line = network(self.config, direction)
         return make_plan(
-            line,
+            build_network(self.config, direction),
             height,
             width,
             dtype.itemsize,
@@ -133,7 +132,7 @@ class Engine:
     def release(self) -> None:
         """Forget what is packed and captured; it will be packed again when it is needed."""
         self._programs.clear()
-        self._runners.clear()
+        self._executors.clear()
         self._float32 = None
 
     def obstacle(self, batch: Tensor | None = None) -> str | None:
@@ -174,7 +173,7 @@ class Engine:
         obstacle = self.obstacle(batch)
         if obstacle is None and self._fits(direction, batch):
             height, width = batch.shape[2:]
-            self._runners.setdefault(direction, Runner()).make_room(batch.shape[2:])
+            self._executors.setdefault(direction, Executor()).make_room(batch.shape[2:])
             plan = self.plan(direction, height, width, len(batch), budget)
             is_free = budget is None and not self.is_deterministic
             with full_precision(is_deterministic=self.is_deterministic, is_tuned=is_free):
@@ -188,14 +187,14 @@ class Engine:
         return model.encode_moments(batch) if direction == "encode" else model.decode(batch)
 
     def _execute(self, direction: Direction, plan: Plan, batch: Tensor) -> Tensor:
-        runner = self._runners[direction]
+        executor = self._executors[direction]
         packed = self._programs.get(direction)
         if packed is not None and packed[1].device.type == "cuda":
             # Whether it is stale is asked while it runs, for the answer takes as long to reach the host.
-            out = runner.run(packed[1], plan, batch)
+            out = executor.run(packed[1], plan, batch)
             if packed[0] == self._state(self._weights(direction)):
                 return out
-        return runner.run(self.program(direction), plan, batch)
+        return executor.run(self.program(direction), plan, batch)
 
     def _mend(self, out: Tensor, direction: Direction, batch: Tensor, budget: Budget) -> None:
         """Compute the images again in fp32 that overflowed, and say so."""
@@ -212,12 +211,12 @@ class Engine:
         device, dtype = self._place()
         if self._dtype is None and (batch.dtype != dtype or batch.device != device):
             return False
-        line = network(self.config, direction)
+        network = build_network(self.config, direction)
         return (
             batch.dim() == 4
-            and batch.shape[1] == line.in_channels
+            and batch.shape[1] == network.in_channels
             and batch.numel() > 0
-            and all(line.sizes(*batch.shape[2:])[-1])
+            and all(network.sizes(*batch.shape[2:])[-1])
         )
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
