@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.config import VAEConfig
+from sdvae.engine import run as running
 from sdvae.engine.calibrate import calibrate, calibration_images
 from sdvae.engine.execute import Peaks, execute
 from sdvae.engine.memory import free_bytes, parse_bytes
@@ -98,7 +99,23 @@ def test_a_copy_packs_for_itself(model: AutoencoderKL, engine: Engine) -> None:
     assert copied.decode(latents()).equal(expected)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_compared_where_they_lie(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    weights = random_model(SMALL).to(dtype).to(memory_format=memory_format).state_dict()
+    for name, values in weights.items():
+        bits = running._bits(values)
+        assert bits.data_ptr() == values.data_ptr() and bits.nbytes == values.nbytes, f"{name} was copied"
+
+
 # --- Who runs ---
+
+
+def test_a_budget_is_refused_for_the_true_reason(engine: Engine) -> None:
+    with pytest.raises(BudgetError, match=r"because the shape \(1, 5, 6, 5\) is none that it can decode"):
+        engine.decode(torch.zeros(1, 5, 6, 5), budget="1GiB")
+    with pytest.raises(BudgetError, match=r"because the input is torch.bfloat16 on cpu, and the weights are .*float32"):
+        engine.decode(latents().bfloat16(), budget="1GiB")
 
 
 def test_gradients_are_those_of_the_reference(model: AutoencoderKL, engine: Engine) -> None:
@@ -121,8 +138,9 @@ def test_what_is_more_than_weights_runs_as_it_is(model: AutoencoderKL, engine: E
     model.decoder.conv_out = louder
     assert engine.obstacle() == "decoder.conv_out is a Louder"
     assert is_close(engine.decode(latents()), model.decode(latents()))
-    with pytest.raises(BudgetError, match="reference network"):
+    with pytest.raises(BudgetError, match="reference network runs, because decoder.conv_out is a Louder"):
         engine.decode(latents(), budget="1GiB")
+    assert engine.describe() == "sdvae's reference network, float32 on cpu, because decoder.conv_out is a Louder"
 
 
 def test_hooks_on_a_layer_run(model: AutoencoderKL, engine: Engine) -> None:

@@ -66,6 +66,7 @@ class Engine:
         self._programs: dict[Direction, tuple[object, Program]] = {}
         self._executors: dict[Direction, Executor] = {}
         self._float32: Engine | None = None  # the twin that runs what overflows
+        self._last_obstacle: str | None = None  # to the last call
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts with: packed weights cannot be copied, and are made again when they are needed."""
@@ -154,10 +155,8 @@ class Engine:
         return None
 
     def describe(self) -> str:
-        """What runs, in words: stage by stage, with strips, kernels and memory, for one image of 512x512 pixels."""
-        # Who asks for a dtype of its own is a VAE, which runs nothing but inference.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._dtype is None):
-            obstacle = self.obstacle()
+        """What ran in the last call, or would run in a first: stages, strips, kernels and memory at 512x512 pixels."""
+        obstacle = self._last_obstacle or self._present_obstacle()
         device, dtype = self._place()
         where = f"{str(dtype).removeprefix('torch.')} on {device}"
         if obstacle is not None:
@@ -168,23 +167,29 @@ class Engine:
             lines.append(describe_plan(self.plan(direction, side, side), self.program(direction)))
         return "\n".join(lines)
 
+    def _present_obstacle(self) -> str | None:
+        """What keeps the engine from running; gradients count before the first call, which told whether they do."""
+        is_inference = self._dtype is not None or self.calls > 0  # who asks for a dtype of its own is a VAE
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference):
+            return self.obstacle()
+
     def _run(self, direction: Direction, batch: Tensor, budget: Budget) -> Tensor:
         self.calls += 1
-        obstacle = self.obstacle(batch)
-        if obstacle is None and self._fits(direction, batch):
-            height, width = batch.shape[2:]
-            self._executors.setdefault(direction, Executor()).make_room(batch.shape[2:])
-            plan = self.plan(direction, height, width, len(batch), budget)
-            is_free = budget is None and not self.is_deterministic
-            with full_precision(is_deterministic=self.is_deterministic, is_tuned=is_free):
-                out = self._execute(direction, plan, batch)
-            if self._place()[1] != torch.float32:
-                self._mend(out, direction, batch, budget)
-            return out if self._dtype is not None else out.to(batch.dtype)
-        if budget is not None:
-            raise BudgetError(f"no budget can be kept while the reference network runs, because {obstacle}")
-        model = self._reference()
-        return model.encode_moments(batch) if direction == "encode" else model.decode(batch)
+        self._last_obstacle = obstacle = self.obstacle(batch) or self._misfit(direction, batch)
+        if obstacle is not None:
+            if budget is not None:
+                raise BudgetError(f"no budget can be kept while the reference network runs, because {obstacle}")
+            model = self._reference()
+            return model.encode_moments(batch) if direction == "encode" else model.decode(batch)
+        height, width = batch.shape[2:]
+        self._executors.setdefault(direction, Executor()).make_room(batch.shape[2:])
+        plan = self.plan(direction, height, width, len(batch), budget)
+        is_free = budget is None and not self.is_deterministic
+        with full_precision(is_deterministic=self.is_deterministic, is_tuned=is_free):
+            out = self._execute(direction, plan, batch)
+        if self._place()[1] != torch.float32:
+            self._mend(out, direction, batch, budget)
+        return out if self._dtype is not None else out.to(batch.dtype)
 
     def _execute(self, direction: Direction, plan: Plan, batch: Tensor) -> Tensor:
         executor = self._executors[direction]
@@ -206,18 +211,16 @@ class Engine:
             logger.warning("image %d of the batch overflowed in %s and runs again in fp32", index, dtype)
             image.copy_(self.in_float32()._run(direction, batch[index : index + 1], budget)[0])
 
-    def _fits(self, direction: Direction, batch: Tensor) -> bool:
-        """Whether the network takes such a batch; for one that it does not, torch's own layers find the words."""
+    def _misfit(self, direction: Direction, batch: Tensor) -> str | None:
+        """Why the engine cannot take such a batch, or None; torch's own layers say what is wrong with it."""
         device, dtype = self._place()
         if self._dtype is None and (batch.dtype != dtype or batch.device != device):
-            return False
+            return f"the input is {batch.dtype} on {batch.device}, and the weights are {dtype} on {device}"
         network = build_network(self.config, direction)
-        return (
-            batch.dim() == 4
-            and batch.shape[1] == network.in_channels
-            and batch.numel() > 0
-            and all(network.sizes(*batch.shape[2:])[-1])
-        )
+        is_image = batch.dim() == 4 and batch.shape[1] == network.in_channels and batch.numel() > 0
+        if not is_image or not all(network.sizes(*batch.shape[2:])[-1]):
+            return f"the shape {tuple(batch.shape)} is none that it can {direction}"
+        return None
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
         parameter = next(self.source.parameters())
@@ -256,9 +259,9 @@ def _bit_sums(weights: dict[str, Tensor]) -> tuple[int, ...]:
 
 def _bits(values: Tensor) -> Tensor:
     """The values in the order of memory, as integers that torch adds fast: eight bytes each, where they fit."""
-    flat = values.permute(0, 2, 3, 1).reshape(-1) if values.dim() == 4 else values.reshape(-1)
-    if values.is_contiguous():
-        flat = values.reshape(-1)
+    if values.dim() == 4 and not values.is_contiguous():
+        values = values.permute(0, 2, 3, 1)  # the order of channels_last
+    flat = values.reshape(-1)  # no copy in either order
     if flat.nbytes % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0:
         return flat.view(torch.int64)
     return flat.view({2: torch.int16, 4: torch.int32}[flat.itemsize])
