@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from sdvae import latents as latent_scaling
 from sdvae.config import VAEConfig
-from sdvae.engine.blend import blended_decode, blended_encode
 from sdvae.engine.precision import choose_device, choose_dtype, full_precision
 from sdvae.engine.run import Budget, Engine
 from sdvae.errors import LatentsError, ShapeError
@@ -29,7 +27,6 @@ from sdvae.weights import identity
 from sdvae.weights.load import AnyModel, build_model, load_weights, save_folder
 
 AnyImage = Image.Image | NDArray[np.uint8]
-Tiling = Literal["exact", "blend"]
 
 
 @dataclass(frozen=True)
@@ -95,29 +92,25 @@ class VAE:
         exact.dtype, exact.engine = torch.float32, self.engine.in_float32()
         return exact
 
-    def encode(self, pixels: Tensor, budget: Budget = None, tiling: Tiling = "exact") -> DiagonalGaussian:
+    def encode(self, pixels: Tensor, budget: Budget = None) -> DiagonalGaussian:
         """(N, 3, H, W) in [-1, 1] -> the posterior over raw latents (N, C, H/8, W/8).
 
         `budget` is the memory it may take beside the weights, "6GiB" or bytes; by default, what the device has free.
-        However little that is, the result is that of the whole image at once. `tiling="blend"` gives what diffusers'
-        `enable_tiling` gives instead, seams and all, for comparison with it.
+        However little that is, the result is that of the whole image at once.
         ShapeError for sizes that are no multiple of the downscale, BudgetError before anything is allocated.
         """
         self._check_pixels(pixels)
-        run = partial(self.engine.encode_moments, budget=budget)
         with _inference():
-            moments = run(pixels) if tiling == "exact" else blended_encode(run, self.config, pixels)
-        return DiagonalGaussian.from_moments(moments)
+            return DiagonalGaussian.from_moments(self.engine.encode_moments(pixels, budget))
 
-    def decode(self, latents: Tensor, budget: Budget = None, tiling: Tiling = "exact") -> Tensor:
+    def decode(self, latents: Tensor, budget: Budget = None) -> Tensor:
         """Raw (N, C, h, w) -> pixels (N, 3, 8h, 8w), about [-1, 1]; `unscale` scaled latents first.
 
-        `budget` and `tiling` are those of `encode`. LatentsError for other channels, NaN or infinity.
+        `budget` is that of `encode`. LatentsError for other channels, NaN or infinity.
         """
         self._check_latents(latents)
-        run = partial(self.engine.decode, budget=budget)
         with _inference():
-            return run(latents) if tiling == "exact" else blended_decode(run, self.config, latents)
+            return self.engine.decode(latents, budget)
 
     @contextmanager
     def deterministic(self) -> Iterator[None]:

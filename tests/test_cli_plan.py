@@ -1,4 +1,4 @@
-"""`sdvae plan`, and `--budget` and `--tiling` where something is run."""
+"""`sdvae plan`, and `--budget` where something is run."""
 
 import json
 import re
@@ -140,13 +140,6 @@ def test_a_budget_that_is_too_small_writes_nothing(vae_folder: Path, latents: Pa
     assert result.exit_code == 1
     assert "bytes at least, and the budget is 10,000" in result.stderr
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_blended_tiles_differ_from_the_exact_image(vae_folder: Path, latents: Path, tmp_path: Path) -> None:
-    for tiling in ("exact", "blend"):
-        assert decode(vae_folder, latents, tmp_path / tiling, "--tiling", tiling).exit_code == 0
-    [exact], [blend] = ((tmp_path / tiling).iterdir() for tiling in ("exact", "blend"))
-    assert exact.read_bytes() != blend.read_bytes(), "640 rows are more than one tile of 512"
 
 
 @pytest.mark.parametrize("verb", ["roundtrip", "sample", "interpolate"])

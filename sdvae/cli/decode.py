@@ -23,13 +23,6 @@ if TYPE_CHECKING:
 )
 @BATCH_SIZE
 @BUDGET
-@click.option(
-    "--tiling",
-    type=click.Choice(["exact", "blend"]),
-    default="exact",
-    show_default=True,
-    help="blend: the seams of diffusers' tiled decode, for comparison with it.",
-)
 @with_vae
 @with_console
 def decode(
@@ -39,7 +32,6 @@ def decode(
     latents: Literal["raw", "scaled"] | None,
     batch_size: int | None,
     budget: int | None,
-    tiling: Literal["exact", "blend"],
     load_vae: "Callable[[], VAE]",
     console: Console,
 ) -> None:
@@ -52,7 +44,7 @@ def decode(
     from sdvae.data.remote import local_copy
 
     vae = load_vae()
-    settings = DecodeSettings(format, latents, batch_size, budget, tiling)
+    settings = DecodeSettings(format, latents, batch_size, budget)
     with console.progress() as show:
         report = decode_source(local_copy(source), out, vae, settings, show)
     console.result(
