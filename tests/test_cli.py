@@ -116,7 +116,7 @@ def test_options_are_the_documented_ones() -> None:
         "extract": rewriting,
         "swap": f"{rewriting} --vae --dtype",
         "plan": f"{shared} --size --budget",
-        "bench": f"{shared} --size --direction --rounds --batch-size --rivals --output --plot",
+        "bench": f"{shared} --size --direction --rounds --batch-size --alone --output",
         "doctor": "--json",
     }
     expected = {name: set(options.split()) for name, options in own.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdvae.bench.memory import Peak, Task, measure_fresh
+from benchmarks.memory import Peak, Task, measure_fresh
 from sdvae.config import FAMILIES, VAEConfig
 from sdvae.engine.plan import make_plan
 from sdvae.engine.stages import Direction, build_network
