@@ -59,11 +59,11 @@ class TinyConfig(VAEConfig):
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "TinyConfig":
-        """Not to be had: a TAESD's config.json is the same for SD 1 and SDXL. Name the family instead."""
+        """Always a ConfigError: a TAESD's config.json is the same for SD 1 and SDXL, so the family must be named."""
         raise ConfigError("the config of an AutoencoderTiny does not tell whose latents it speaks; name the family")
 
     def check_diffusers(self, config: Mapping[str, Any]) -> None:
-        """ConfigError for an AutoencoderTiny's config that asks for what shapes do not show and sdvae does not have."""
+        """ConfigError if an AutoencoderTiny's config asks for a layer that sdvae does not have."""
         ours = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
         odd = [f"{key} {config[key]!r}" for key, value in ours.items() if config.get(key, value) != value]
         if odd:

@@ -96,7 +96,7 @@ class VAE:
         """(N, 3, H, W) in [-1, 1] -> the posterior over raw latents (N, C, H/8, W/8).
 
         `budget` is the memory it may take beside the weights, "6GiB" or bytes; by default, what the device has free.
-        However little that is, the result is that of the whole image at once.
+        The result is always that of the whole image.
         ShapeError for sizes that are no multiple of the downscale, BudgetError before anything is allocated.
         """
         self._check_pixels(pixels)
@@ -116,8 +116,8 @@ class VAE:
     def deterministic(self) -> Iterator[None]:
         """Inside, results have the same bits whatever the batch and whatever memory is free.
 
-        What stores are encoded with. A budget that would cut the strips short is refused (BudgetError). Another number
-        of threads, library or CPU may still round otherwise.
+        Stores are encoded with it. A budget that needs other strips is refused (BudgetError). With another number of
+        threads, another library or CPU, the last bits may differ.
         """
         engines = self.engine, self.engine.in_float32()
         before = self.engine.is_deterministic

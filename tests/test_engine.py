@@ -137,7 +137,7 @@ def test_what_is_more_than_weights_runs_as_it_is(model: AutoencoderKL, engine: E
     model.decoder.conv_out = louder
     assert engine.obstacle() == "decoder.conv_out is a Louder"
     assert is_close(engine.decode(latents()), model.decode(latents()))
-    with pytest.raises(BudgetError, match="reference network runs, because decoder.conv_out is a Louder"):
+    with pytest.raises(BudgetError, match=r"reference network runs, because decoder\.conv_out is a Louder"):
         engine.decode(latents(), budget="1GiB")
     assert engine.describe() == "sdvae's reference network, float32 on cpu, because decoder.conv_out is a Louder"
 

@@ -15,9 +15,9 @@ Peaks = dict[str, float]  # the largest absolute value that each stage and short
 
 
 def execute(program: Program, plan: Plan, images: Tensor, peaks: Peaks | None = None) -> Tensor:
-    """All images (N, C, H, W) through the network -> (N, C', H', W') fp32; `peaks` are noted where a dict is given.
+    """All images (N, C, H, W) through the network -> (N, C', H', W') fp32; a dict of `peaks` is filled.
 
-    Memory is allocated once, and given back at the end.
+    Memory is allocated once and freed at the end.
     """
     out = empty_output(program, plan, len(images))
     with allocate(plan, program.dtype, program.device) as memory:
@@ -27,7 +27,7 @@ def execute(program: Program, plan: Plan, images: Tensor, peaks: Peaks | None = 
 
 
 def empty_output(program: Program, plan: Plan, num_images: int) -> Tensor:
-    """Where the output of images belongs: (N, C', H', W') fp32."""
+    """Memory for the output of images: (N, C', H', W') fp32."""
     last = plan.levels[program.stages[-1].stage.level]
     return torch.empty(num_images, program.network.out_channels, last.height, last.width, device=program.device)
 
@@ -35,12 +35,12 @@ def empty_output(program: Program, plan: Plan, num_images: int) -> Tensor:
 def execute_image(
     program: Program, plan: Plan, memory: Memory, image: Tensor, out: Tensor, peaks: Peaks | None = None
 ) -> None:
-    """One image (C, H, W) through the network into `out`; on a GPU, without a word to the host."""
+    """One image (C, H, W) through the network into `out`; on a GPU, the host is never waited for."""
     _ImageRun(program.kernels, plan, memory, image, out, peaks).run(program)
 
 
 class _ImageRun:
-    """One image on its way: where its rows are, and the statistics of x and h."""
+    """The run of one image: where its rows lie, and the statistics of x and h."""
 
     def __init__(
         self, kernels: Kernels, plan: Plan, memory: Memory, image: Tensor, out: Tensor, peaks: Peaks | None
@@ -79,7 +79,7 @@ class _ImageRun:
             self._note(stage.name, target)
 
     def _read_x(self, packed: PackedStage, start: int, end: int) -> Tensor:
-        """A strip of x, where libraries reach it."""
+        """A strip of x in memory that libraries can read."""
         level, channels = self._plan.levels[packed.stage.level], packed.stage.in_channels
         x = self._strip(level, start, end, "x", channels)
         if not self._plan.is_on_host:
@@ -127,7 +127,7 @@ class _ImageRun:
         return _Window(rows, source.height, source.width, self._source(packed))
 
     def _source(self, packed: PackedStage) -> Callable[[int, int, Tensor], None]:
-        """What puts rows start..end of a stage's input into a strip: the image's, or those of x or h, normalised."""
+        """A function that writes rows start..end of a stage's input (the image, or normalised x or h) into a strip."""
         stage = packed.stage
         if stage.source == "input":
             return self._read_image
@@ -166,7 +166,7 @@ class _ImageRun:
 
 
 class _Window:
-    """The rows that a strip is made of; what two strips share is read once, so that its source may be gone."""
+    """The input rows of a strip. Rows that two strips share are read once: their source may be overwritten by then."""
 
     def __init__(self, rows: Tensor, height: int, width: int, read: Callable[[int, int, Tensor], None]) -> None:
         self._rows, self._height, self._width, self._read = rows, height, width, read

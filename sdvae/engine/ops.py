@@ -21,14 +21,14 @@ class Statistics:
     """
 
     def __init__(self, row_block: int) -> None:
-        """`row_block` rows are summed up at a time: the same whatever the strips, which are multiples of it."""
+        """`row_block` rows are summed at a time. Strips are multiples of it, so sums do not depend on the strips."""
         self._row_block = row_block
         self._counts: list[int] = []
         self._means: list[Tensor] = []
         self._variances: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:  # (1, C, rows, W)
-        """Count a strip in."""
+        """Add a strip."""
         for block in torch.split(rows, self._row_block, 2):
             mean, variance = _mean_and_variance(block)
             self._counts.append(block.shape[2] * block.shape[3])
@@ -59,7 +59,7 @@ def _mean_and_variance(rows: Tensor) -> tuple[Tensor, Tensor]:  # of each channe
 def write(
     made: Tensor, bias: Tensor | None, target: Tensor, *, adds: bool, statistics: RunningStatistics | None
 ) -> None:  # (1, C, rows, W)
-    """What a convolution made, and its bias, into `target` or added to it; rounded once, and counted."""
+    """Write the result of a convolution, plus its bias, into `target`, or add it; round once."""
     target.copy_(_total(made, bias, target if adds else None))
     if statistics is not None:
         statistics.add(target)
@@ -68,9 +68,9 @@ def write(
 def write_upsampled(
     even: Tensor, odd: Tensor, bias: Tensor | None, target: Tensor, *, statistics: RunningStatistics | None
 ) -> None:  # both (1, 2C, rows, W + 1) -> (1, C, 2 rows, 2W)
-    """The same for a folded upsampling's even and odd rows: C channels of even columns, then C of odd ones.
+    """The same for the even and odd rows of a folded upsampling: C channels of even columns, then C of odd ones.
 
-    Odd columns begin a column later.
+    Odd columns begin one column later.
     """
     for parity, made in enumerate((even, odd)):
         left, right = torch.split(made, target.shape[1], 1)
@@ -87,9 +87,9 @@ def _total(made: Tensor, bias: Tensor | None, target: Tensor | None = None) -> T
 
 
 def normalise(rows: Tensor, out: Tensor, norm: Norm, mean: Tensor, variance: Tensor, *, has_silu: bool) -> None:
-    """GroupNorm from known statistics, then SiLU, into `out`: rounded once after each, as torch's own are.
+    """GroupNorm from known statistics, then SiLU, into `out`; each rounds once, as torch's own do.
 
-    As many rows at a time as stay in the cache of one core from the one to the other.
+    Rows are taken in blocks that stay in the cache of one core between the two.
     """
     num_rows = max(1, _CORE_CACHE_BYTES // (rows.shape[1] * rows.shape[3] * rows.element_size()))
     for part, target in zip(torch.split(rows, num_rows, 2), torch.split(out, num_rows, 2), strict=True):
@@ -100,10 +100,10 @@ def normalise(rows: Tensor, out: Tensor, norm: Norm, mean: Tensor, variance: Ten
 
 
 def _silu(strip: Tensor) -> None:
-    """SiLU in place, to the same bits wherever the strip was cut.
+    """SiLU in place; the bits do not depend on where the strip was cut.
 
-    Torch leaves what does not fill a thread's last vectors to scalar code, whose exp differs in the last bit. Where
-    that could happen in the middle of a row, each row is a call of its own.
+    Torch computes the end of each thread's share, if it does not fill a vector, in scalar code whose exp differs in
+    the last bit. Where such an end could lie in the middle of a row, each row is a call of its own.
     """
     row_elements = strip.shape[1] * strip.shape[3]
     if strip.device.type != "cpu" or row_elements % (_VECTOR_ELEMENTS * torch.get_num_threads()) == 0:

@@ -36,10 +36,10 @@ class Engine:
     each run the weights are compared with what was packed, bit sum by bit sum, so that nothing packed is ever stale.
     An image that overflows in a reduced dtype runs again in fp32.
 
-    Where gradients are wanted, or a layer is more than its weights (adapters, offload hooks), the layers themselves are
-    borrowed and run in the reference network; `obstacle` says why.
+    Where gradients are wanted, or a layer is more than its weights (adapters, offload hooks), the layers themselves run
+    in the reference network; `obstacle` says why.
 
-    `calls` counts the runs of a network: one per encode and decode, one per tile where those are tiled.
+    `calls` counts the runs of a network: one for each encode and decode, or for each tile of diffusers'.
     One call at a time: the engine holds no lock.
     """
 
@@ -169,7 +169,7 @@ class Engine:
 
     def _present_obstacle(self) -> str | None:
         """What keeps the engine from running; gradients count before the first call, which told whether they do."""
-        is_inference = self._dtype is not None or self.calls > 0  # who asks for a dtype of its own is a VAE
+        is_inference = self._dtype is not None or self.calls > 0  # only a VAE has a dtype of its own
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference):
             return self.obstacle()
 
@@ -195,7 +195,7 @@ class Engine:
         executor = self._executors[direction]
         packed = self._programs.get(direction)
         if packed is not None and packed[1].device.type == "cuda":
-            # Whether it is stale is asked while it runs, for the answer takes as long to reach the host.
+            # It is compared with the weights while it runs: the host would wait as long for the answer.
             out = executor.run(packed[1], plan, batch)
             if packed[0] == self._state(self._weights(direction)):
                 return out
@@ -250,9 +250,9 @@ class Engine:
 
 
 def _bit_sums(weights: dict[str, Tensor]) -> tuple[int, ...]:
-    """A number for each tensor that any change of a value changes; at the speed of reading it.
+    """For each tensor the sum of its bits, which changes with any one value.
 
-    `weight.data += x`, as LoRA merges do, changes neither its version nor its address.
+    Version and address of a tensor do not: LoRA merges write `weight.data += x`, which changes neither.
     """
     return tuple(torch.stack([_bits(values).sum() for _, values in sorted(weights.items())]).tolist())
 
