@@ -1,9 +1,9 @@
 """VAE: what users hold. Weights, their identity, and a device and dtype to run them in."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from sdvae import latents as latent_scaling
 from sdvae.config import VAEConfig
-from sdvae.engine.blend import blended_decode, blended_encode
 from sdvae.engine.precision import choose_device, choose_dtype, full_precision
 from sdvae.engine.run import Budget, Engine
 from sdvae.errors import LatentsError, ShapeError
@@ -25,10 +24,9 @@ from sdvae.pixels import pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.tiny import AutoencoderTiny, TinyEngine
 from sdvae.weights import identity
-from sdvae.weights.load import Autoencoder, build_model, load_weights, save_folder
+from sdvae.weights.load import AnyModel, build_model, load_weights, save_folder
 
 AnyImage = Image.Image | NDArray[np.uint8]
-Tiling = Literal["exact", "blend"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class VAE:
     the log says so. One call at a time.
     """
 
-    def __init__(self, model: Autoencoder, device: torch.device, dtype: torch.dtype, name: str) -> None:
+    def __init__(self, model: AnyModel, device: torch.device, dtype: torch.dtype, name: str) -> None:
         """A model is neither copied nor changed: its weights are packed for `device` and `dtype` when they are used."""
         self.name = name
         self.config: VAEConfig = model.config
@@ -60,7 +58,6 @@ class VAE:
             if isinstance(model, AutoencoderTiny)
             else Engine(model, self.config, device, dtype)
         )
-        self._in_float32: VAE | None = None
 
     @classmethod
     def load(
@@ -88,53 +85,49 @@ class VAE:
         save_folder(Path(folder), self.config, self.model.state_dict())
 
     def in_float32(self) -> "VAE":
-        """This VAE computing in fp32 on the same device; itself if it does already."""
+        """This VAE computing in fp32 on the same device, on the fp32 twin of its engine; itself if it does already."""
         if self.dtype == torch.float32:
             return self
-        if self._in_float32 is None:
-            self._in_float32 = VAE(self.model, self.device, torch.float32, self.name)
-        return self._in_float32
+        exact = copy.copy(self)
+        exact.dtype, exact.engine = torch.float32, self.engine.in_float32()
+        return exact
 
-    def encode(self, pixels: Tensor, budget: Budget = None, tiling: Tiling = "exact") -> DiagonalGaussian:
+    def encode(self, pixels: Tensor, budget: Budget = None) -> DiagonalGaussian:
         """(N, 3, H, W) in [-1, 1] -> the posterior over raw latents (N, C, H/8, W/8).
 
         `budget` is the memory it may take beside the weights, "6GiB" or bytes; by default, what the device has free.
-        However little that is, the result is that of the whole image at once. `tiling="blend"` gives what diffusers'
-        `enable_tiling` gives instead, seams and all, for comparison with it.
+        The result is always that of the whole image.
         ShapeError for sizes that are no multiple of the downscale, BudgetError before anything is allocated.
         """
         self._check_pixels(pixels)
-        run = partial(self.engine.encode_moments, budget=budget)
         with _inference():
-            moments = run(pixels) if tiling == "exact" else blended_encode(run, self.config, pixels)
-        return DiagonalGaussian.from_moments(moments)
+            return DiagonalGaussian.from_moments(self.engine.encode_moments(pixels, budget))
 
-    def decode(self, latents: Tensor, budget: Budget = None, tiling: Tiling = "exact") -> Tensor:
+    def decode(self, latents: Tensor, budget: Budget = None) -> Tensor:
         """Raw (N, C, h, w) -> pixels (N, 3, 8h, 8w), about [-1, 1]; `unscale` scaled latents first.
 
-        `budget` and `tiling` are those of `encode`. LatentsError for other channels, NaN or infinity.
+        `budget` is that of `encode`. LatentsError for other channels, NaN or infinity.
         """
         self._check_latents(latents)
-        run = partial(self.engine.decode, budget=budget)
         with _inference():
-            return run(latents) if tiling == "exact" else blended_decode(run, self.config, latents)
+            return self.engine.decode(latents, budget)
 
     @contextmanager
     def deterministic(self) -> Iterator[None]:
         """Inside, results have the same bits whatever the batch and whatever memory is free.
 
-        What stores are encoded with. A budget that would cut the strips short is refused (BudgetError). Another number
-        of threads, library or CPU may still round otherwise.
+        Stores are encoded with it. A budget that needs other strips is refused (BudgetError). With another number of
+        threads, another library or CPU, the last bits may differ.
         """
-        engines = [self.engine, self.in_float32().engine]
-        before = [engine.is_deterministic for engine in engines]
+        engines = self.engine, self.engine.in_float32()
+        before = self.engine.is_deterministic
         for engine in engines:
             engine.is_deterministic = True
         try:
             yield
         finally:
-            for engine, was in zip(engines, before, strict=True):
-                engine.is_deterministic = was
+            for engine in engines:
+                engine.is_deterministic = before
 
     def encode_images(self, images: Sequence[AnyImage], budget: Budget = None) -> Encoded:
         """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.

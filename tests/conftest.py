@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from hypothesis import settings
 from sdvae.config import VAEConfig
 from sdvae.model import AutoencoderKL
 from sdvae.vae import VAE
+
+# Its scripts import each other as `common`, and tests import them as `benchmarks.memory`.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 # A busy machine is slow, not wrong; and CI tries the same examples every time.
 settings.register_profile("sdvae", deadline=None, derandomize="CI" in os.environ)

@@ -103,7 +103,7 @@ def test_options_are_the_documented_ones() -> None:
         "encode": f"{shared} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
         "--resizer --jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit "
         "--runner --address --batch-size --budget",
-        "decode": f"{shared} --format --latents --batch-size --budget --tiling",
+        "decode": f"{shared} --format --latents --batch-size --budget",
         "verify": f"{shared} --repair --source",
         "stats": console,
         "export": f"{console} --to -o --output --seed",
@@ -116,7 +116,7 @@ def test_options_are_the_documented_ones() -> None:
         "extract": rewriting,
         "swap": f"{rewriting} --vae --dtype",
         "plan": f"{shared} --size --budget",
-        "bench": f"{shared} --size --direction --rounds --batch-size --rivals --output --plot",
+        "bench": f"{shared} --size --direction --rounds --batch-size --alone --output",
         "doctor": "--json",
     }
     expected = {name: set(options.split()) for name, options in own.items()}

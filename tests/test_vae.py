@@ -1,12 +1,15 @@
 import logging
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sdvae.errors import DeviceError, LatentsError, ShapeError
+from sdvae.engine import plan as planning
+from sdvae.errors import BudgetError, DeviceError, LatentsError, ShapeError
 from sdvae.vae import VAE
+from sdvae.weights import identity
 from tests.conftest import SMALL, random_model
 
 CPU = torch.device("cpu")
@@ -114,6 +117,35 @@ def test_an_overflow_is_computed_again_in_fp32_and_reported(caplog: pytest.LogCa
     assert [record.message for record in caplog.records] == [
         "image 1 of the batch overflowed in float16 and runs again in fp32"
     ]
+
+
+def test_a_deterministic_overflow_has_the_same_bits_whatever_the_batch_and_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "STRIP_BYTES", 2**16)  # several strips of several rows at every size here
+    vae = VAE(random_model(SMALL), CPU, torch.float16, "huge")
+    pixels = torch.rand(3, 3, 128, 128) * 2 - 1
+    pixels[1] *= 1e5
+    with vae.deterministic():
+        scaled, exact = (
+            [engine.plan("encode", 128, 128, num, budget=sys.maxsize).predict_bytes(num) for num in (1, 3)]
+            for engine in (vae.engine, vae.engine.in_float32())
+        )
+        whole = vae.encode(pixels).mean
+        assert vae.encode(pixels[1:2]).mean.equal(whole[1:2])
+        assert vae.encode(pixels[1:2], budget=exact[0]).mean.equal(whole[1:2])
+        assert vae.encode(pixels, budget=exact[1]).mean.equal(whole)
+        assert scaled[0] < exact[0], "half of the elements' bytes"
+        with pytest.raises(BudgetError):  # which lower strips, and other bits, would keep
+            vae.encode(pixels[1:2], budget=scaled[0])
+    assert vae.encode(pixels[1:2], budget=scaled[0]).mean.isfinite().all()
+    assert not vae.engine.in_float32().is_deterministic
+
+
+def test_the_twin_in_fp32_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = VAE(random_model(SMALL), CPU, torch.bfloat16, "one")
+    monkeypatch.setattr(identity, "fingerprint", lambda tensors: pytest.fail("the weights are hashed again"))
+    assert vae.in_float32().engine is vae.in_float32().engine is vae.engine.in_float32()
 
 
 def test_vae_leaves_the_given_model_alone_and_wants_no_gradients() -> None:

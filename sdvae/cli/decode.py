@@ -29,13 +29,6 @@ if TYPE_CHECKING:
 )
 @BATCH_SIZE
 @BUDGET
-@click.option(
-    "--tiling",
-    type=click.Choice(["exact", "blend"]),
-    default="exact",
-    show_default=True,
-    help="blend: the seams of diffusers' tiled decode, for comparison with it.",
-)
 @with_vae
 @with_console
 def decode(
@@ -45,7 +38,6 @@ def decode(
     latents: Literal["raw", "scaled"] | None,
     batch_size: int | None,
     budget: int | None,
-    tiling: Literal["exact", "blend"],
     load_vae: "Callable[[], VAE]",
     console: Console,
 ) -> None:
@@ -58,7 +50,7 @@ def decode(
     from sdvae.store.remote import local_copy
 
     vae = load_vae()
-    settings = DecodeSettings(format, latents, batch_size, budget, tiling)
+    settings = DecodeSettings(format, latents, batch_size, budget)
     with console.progress() as show:
         report = decode_dataset(local_copy(source), out, vae, settings, show)
     console.result(

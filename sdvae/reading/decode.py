@@ -27,7 +27,7 @@ from sdvae.staging import download
 from sdvae.store.buckets import Size
 from sdvae.store.records import written
 from sdvae.store.store import Store
-from sdvae.vae import VAE, Tiling
+from sdvae.vae import VAE
 
 Format = Literal["png", "jpeg", "webp"]
 
@@ -45,7 +45,6 @@ class DecodeSettings:
     latents: Scaling | None = None
     batch_size: int | None = None  # None: chosen for the device
     budget_bytes: int | None = None  # None: what the device has free
-    tiling: Tiling = "exact"
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _decode(
         image_pixels = math.prod(one.latents_px) * vae.config.downscale**2
         num_rows = settings.batch_size or max(1, _AUTO_PIXELS.get(vae.device.type, 512**2) // image_pixels)
         batches = [slice(first, first + num_rows) for first in range(0, len(one.keys), num_rows)]
-        pixels = (vae.decode(one.read(rows), settings.budget_bytes, settings.tiling) for rows in batches)
+        pixels = (vae.decode(one.read(rows), settings.budget_bytes) for rows in batches)
         for rows, images in zip(batches, download(pixels), strict=True):
             cropped = [image[: size[0], : size[1]] for image, size in zip(images, one.sizes_px[rows], strict=True)]
             yield list(zip(one.keys[rows], cropped, strict=True))
