@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -57,9 +58,9 @@ def test_contenders_run_in_turns() -> None:
 
 
 def test_seconds_are_seconds() -> None:
-    import time
-
-    assert 0.05 <= seconds_of(lambda: time.sleep(0.05), CPU) < 1.0
+    begun = time.perf_counter()
+    measured = seconds_of(lambda: time.sleep(0.05), CPU)
+    assert 0.05 <= measured <= time.perf_counter() - begun
 
 
 def test_the_peak_is_what_was_held_at_once() -> None:
@@ -261,7 +262,7 @@ def test_every_function_of_the_engine_is_timed_on_a_strip(direction: Direction) 
 
 
 def test_a_convolution_is_below_the_roofline() -> None:
-    assert 0.001 < measure_roofline(CPU, "fp32", rounds=2) < 1000
+    assert 1e-6 < measure_roofline(CPU, "fp32", rounds=2) < 1000, "TFLOP/s, of any machine"
 
 
 # --- the verb ---
