@@ -338,7 +338,7 @@ def test_progress_draws_a_bar_a_phase_on_a_terminal(monkeypatch: pytest.MonkeyPa
                 time.sleep(0.11)
     drawn = terminal.getvalue()
     assert re.search(r"scan 100%\|\S{30}\| 3 of 3, +[0-9.]+ images/s, 00:00 left", drawn)
-    assert re.search(r"encode  67%\|.{30}\| 2 of 3, +[0-9.]+ images/s, 00:0\d left", drawn)
+    assert re.search(r"encode  67%\|.{30}\| 2 of 3, +[0-9.]+ images/s, \d\d:\d\d left", drawn)
 
 
 @pytest.mark.parametrize(("stream", "is_quiet"), [(io.StringIO(), False), (Terminal(), True)])
@@ -371,7 +371,7 @@ def test_signals_become_exit_codes(vae_folder: Path, tmp_path: Path, signum: int
         assert running.stderr is not None
         assert "fingerprint" in running.stderr.readline()  # the VAE is loaded, sampling begins
         running.send_signal(signum)
-        stdout, stderr = running.communicate(timeout=60)
+        stdout, stderr = running.communicate(timeout=120)
     assert running.returncode == exit_code
     assert stderr == f"sdvae: stopped by {signal.Signals(signum).name}\n"
     assert stdout == ""

@@ -124,7 +124,10 @@ def test_each_stage_runs_in_as_many_strips_as_were_asked_for(direction: Directio
             assert counts[stage.name] == plan.num_strips(stage) == 3
 
 
-@pytest.mark.parametrize("shape", [(65, 81), (1, 64), (256, 8)])  # latents of 520x648, one row, a column of 2048x64
+@pytest.mark.parametrize(
+    "shape",  # latents of odd sizes, one row, a column; and those of 520x648 and 2048x64
+    [(17, 21), (1, 64), (64, 2), *(pytest.param(size, marks=pytest.mark.slow) for size in ((65, 81), (256, 8)))],
+)
 def test_odd_sizes_decode_alike_in_many_strips(shape: tuple[int, int]) -> None:
     latents = inputs("all parts", "decode", *shape)
     program = compiled("all parts", "decode")

@@ -135,8 +135,8 @@ def test_what_a_killed_rank_left_is_done_by_the_next_launch(
         processes = psutil.Process(launcher.pid).children(recursive=True)
         (rank,) = [one for one in processes if "encode" in one.cmdline() and one.environ()["RANK"] == str(killed)]
         rank.kill()
-        assert launcher.wait(60) != 0
-    assert psutil.wait_procs(processes, 10)[1] == [], "orphans"
+        assert launcher.wait(120) != 0
+    assert psutil.wait_procs(processes, 120)[1] == [], "orphans"
     left_behind = {path: path.stat().st_mtime_ns for path in out.glob("done/*.json")}
     assert len(left_behind) < Store.open(out).num_shards
     done = launch(*arguments, launcher=ACCELERATE, environment={})

@@ -397,7 +397,7 @@ def refuses(path: Path, error: type[WeightsError], says: str, **arguments: Any) 
     with recorded() as events, peak_rss() as peak_bytes, pytest.raises(error) as caught:
         start = time.process_time()
         load_weights(path, **arguments)
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 5  # of this process; no clock on the wall
     assert peak_bytes() < 64 * MIB
     assert events == []
     message = str(caught.value)
