@@ -235,6 +235,7 @@ def _profiled(bench: Bench, run: Callable[[], object]) -> dict[str, Any]:
 def strips(bench: Bench) -> None:
     if not hasattr(planning, "GPU_STRIP_BYTES"):
         raise AttributeError("sdvae.engine.plan has no GPU_STRIP_BYTES; name here what sets the size of strips")
+    vae = bench.vae()  # another plan, or another choice of algorithms, is captured anew
     for mib in _STRIP_MIB:
         for is_tuned in (False, True):
             for name, size, batch_size in (("decode", 512, 8), ("decode", 1024, 1), ("encode", 512, 8)):
@@ -243,7 +244,7 @@ def strips(bench: Bench) -> None:
                     _changed(planning, "GPU_STRIP_BYTES", mib << 20),
                     _changed(running, "full_precision", partial(_precision, running.full_precision, is_tuned)),
                 ):
-                    run = _work(bench, bench.vae(), name, bench.px(size), batch_size)
+                    run = _work(bench, vae, name, bench.px(size), batch_size)
                     values["images_per_s"] = batch_size / bench.seconds(run)
     if bench.device.type == "cuda":
         with bench.result("decode 512 on two streams, batch 4 each") as values:
@@ -262,8 +263,8 @@ def _two_streams(bench: Bench) -> Callable[[], object]:
     return run
 
 
-def _precision(original: Callable[..., Any], is_tuned: bool, **settings: bool) -> Any:
-    return original(**settings | {"is_tuned": is_tuned})
+def _precision(original: Callable[..., Any], forced: bool, **settings: bool) -> Any:
+    return original(**settings | {"is_tuned": forced})
 
 
 @contextmanager

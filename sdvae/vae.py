@@ -25,7 +25,7 @@ from sdvae.pixels import pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.tiny import AutoencoderTiny, TinyEngine
 from sdvae.weights import identity
-from sdvae.weights.load import Autoencoder, build_model, load_weights, save_folder
+from sdvae.weights.load import AnyModel, build_model, load_weights, save_folder
 
 AnyImage = Image.Image | NDArray[np.uint8]
 Tiling = Literal["exact", "blend"]
@@ -46,7 +46,7 @@ class VAE:
     the log says so. One call at a time.
     """
 
-    def __init__(self, model: Autoencoder, device: torch.device, dtype: torch.dtype, name: str) -> None:
+    def __init__(self, model: AnyModel, device: torch.device, dtype: torch.dtype, name: str) -> None:
         """A model is neither copied nor changed: its weights are packed for `device` and `dtype` when they are used."""
         self.name = name
         self.config: VAEConfig = model.config

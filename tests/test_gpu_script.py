@@ -54,6 +54,7 @@ def test_every_step_runs_and_leaves_a_line_and_a_log(tmp_path: Path, environment
     assert done.returncode == 1 and done.stderr == ""
     assert [json.loads(line) for line in done.stdout.splitlines()] == found
     assert all(line.keys() == {"step", "rc", "seconds", "log"} and line["seconds"] >= 0 for line in found)
+    assert [line["log"] for line in found] == [f"{number}-{step}.log" for number, step in enumerate(STEPS, 1)]
     logs = {line["step"]: (out / line["log"]).read_text() for line in found}
     assert logs["memory"] == "half of it\n" and logs["tests"] == "2 failed\n"
     assert logs["check"] == "ran benchmarks/gpu_steps.py check\n"

@@ -27,7 +27,7 @@ from sdvae.weights.write import OutputTensor, write_safetensors
 
 logger = logging.getLogger(__name__)
 
-Autoencoder = AutoencoderKL | AutoencoderTiny
+AnyModel = AutoencoderKL | AutoencoderTiny
 
 EMBEDDED = "small"
 FAMILY_KEY = "sdvae.family"  # in the metadata of files that sdvae wrote
@@ -117,14 +117,14 @@ def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) 
     return VAEFile(file, keys, shapes, config, family)
 
 
-def build_model(weights: Weights) -> Autoencoder:
+def build_model(weights: Weights) -> AnyModel:
     """The reference model holding these very tensors."""
     model = empty_model(weights.config)
     model.load_state_dict(weights.tensors, assign=True)
     return model.eval()
 
 
-def empty_model(config: VAEConfig) -> Autoencoder:
+def empty_model(config: VAEConfig) -> AnyModel:
     """The reference model of a config without memory for its weights."""
     with torch.device("meta"):
         return AutoencoderTiny(config) if isinstance(config, TinyConfig) else AutoencoderKL(config)
