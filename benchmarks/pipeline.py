@@ -15,8 +15,8 @@ import click
 import numpy as np
 from common import test_data, write_result
 
-from sdvae.data.entries import Entry
-from sdvae.data.manifest import num_cores
+from sdvae.encoding.manifest import num_cores
+from sdvae.sources.entries import Entry
 
 BATCH_ROWS = 4  # what `sdvae encode` takes on a CPU
 
@@ -71,14 +71,14 @@ def _cpu_s() -> float:
 
 
 def _encode(source: Any, vae: Any, num_workers: int, threads: int, **preprocess: Any) -> Any:
-    from sdvae.data.encode import encode_source
-    from sdvae.data.manifest import EncodeSettings
-    from sdvae.data.preprocess import Preprocess
-    from sdvae.data.tasks import Work
+    from sdvae.encoding.encode import encode_dataset
+    from sdvae.encoding.manifest import EncodeSettings
+    from sdvae.encoding.tasks import Work
+    from sdvae.store.geometry import Preprocess
 
     settings = EncodeSettings(Preprocess(512, **preprocess), batch_rows=BATCH_ROWS, num_threads=threads)
     with tempfile.TemporaryDirectory() as folder:
-        return encode_source(source, Path(folder) / "out", vae, settings, work=Work(num_workers))
+        return encode_dataset(source, Path(folder) / "out", vae, settings, work=Work(num_workers))
 
 
 @click.command()
@@ -90,7 +90,7 @@ def pipeline(num_photos: int, num_fast: int, threads: int, write: bool) -> None:
     """The pipeline without a network, with the embedded VAE, and beside a plain diffusers loop."""
     import torch
 
-    from sdvae.data.sources import open_source
+    from sdvae.sources.open import open_source
     from sdvae.vae import VAE
 
     source = open_source(test_data() / "train")
@@ -141,8 +141,9 @@ def pipeline(num_photos: int, num_fast: int, threads: int, write: bool) -> None:
 
 
 def _crops(source: Any) -> Iterator[np.ndarray]:
-    from sdvae.data.preprocess import Preprocess, apply, plan_geometry
+    from sdvae.encoding.resize import apply
     from sdvae.images.read import read_image
+    from sdvae.store.geometry import Preprocess, plan_geometry
 
     for entry in source.entries():
         image = read_image(source.read(entry.key))
@@ -217,11 +218,11 @@ class Dots:
 @click.option("--write", is_flag=True, help="Write results/resume.json.")
 def resume(num_shards: int, rows: int, write: bool) -> None:
     """How long it takes to go on with a store of many committed shards, until the first photo is decoded."""
-    from sdvae.data.encode import encode_source
-    from sdvae.data.manifest import EncodeSettings
-    from sdvae.data.preprocess import Preprocess
-    from sdvae.data.store import Store
-    from sdvae.data.tasks import Work
+    from sdvae.encoding.encode import encode_dataset
+    from sdvae.encoding.manifest import EncodeSettings
+    from sdvae.encoding.tasks import Work
+    from sdvae.store.geometry import Preprocess
+    from sdvae.store.store import Store
     from sdvae.vae import VAE
 
     source, vae = Dots(num_shards * rows), NoCost(VAE.load(device="cpu", dtype="fp32"))
@@ -230,7 +231,7 @@ def resume(num_shards: int, rows: int, write: bool) -> None:
     try:
         with mock.patch("os.fsync"):  # only to have the store sooner
             _build(source, out, vae, settings)
-        Store.open(out).layout.done(num_shards - 1).unlink()
+        Store.open(out).paths.done(num_shards - 1).unlink()
         begun, begun_cpu = time.perf_counter(), time.process_time()
         started: list[tuple[float, float]] = []
 
@@ -238,7 +239,7 @@ def resume(num_shards: int, rows: int, write: bool) -> None:
             if phase == "encode":
                 started.append((time.perf_counter() - begun, time.process_time() - begun_cpu))
 
-        report = encode_source(source, out, vae, settings, work=Work(num_workers=0), progress=note)
+        report = encode_dataset(source, out, vae, settings, work=Work(num_workers=0), progress=note)
         assert report.num_written == num_shards * rows and report.times.num_images == rows
     finally:
         shutil.rmtree(out.parent)
@@ -250,10 +251,10 @@ def resume(num_shards: int, rows: int, write: bool) -> None:
 
 def _build(source: Dots, out: Path, vae: Any, settings: Any) -> None:
     """The store, through its own functions, but without decoding."""
-    from sdvae.data.encode import encode_source
-    from sdvae.data.roster import Roster
-    from sdvae.data.store import commit_shard, row_sha256
-    from sdvae.data.times import Times
+    from sdvae.encoding.encode import encode_dataset
+    from sdvae.encoding.times import Times
+    from sdvae.store.roster import Roster
+    from sdvae.store.shard import commit_shard, row_sha256
 
     def commit(store: Any, numbers: Any, source: Any, vae: Any, work: Any, progress: Any) -> Times:
         roster = Roster(file.path for file in store.rosters)
@@ -263,7 +264,7 @@ def _build(source: Dots, out: Path, vae: Any, settings: Any) -> None:
             moments = {"mean": zeros, "logvar": zeros}
             line = {"status": "written", "latents_sha256": row_sha256(moments, 0)}
             lines = [record.to_json() | line | {"row": row} for row, record in enumerate(task.records)]
-            commit_shard(store.layout, number, task.bucket_px, lines, moments)
+            commit_shard(store.paths, number, task.bucket_px, lines, moments)
         return Times()
 
-    encode_source(source, out, vae, settings, runner=commit)
+    encode_dataset(source, out, vae, settings, runner=commit)

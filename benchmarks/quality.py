@@ -19,10 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdvae import VAE
-from sdvae.data.preprocess import Preprocess, apply, plan_geometry
+from sdvae.encoding.resize import apply
 from sdvae.images.read import read_image
 from sdvae.metrics import psnr
 from sdvae.pixels import to_images, to_pixels
+from sdvae.store.geometry import Preprocess, plan_geometry
 from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers
 
 SIZE_PX = 512

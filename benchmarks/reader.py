@@ -16,10 +16,12 @@ import torch
 from common import write_result
 from torch.utils.data import DataLoader
 
-from sdvae import LatentDataset, atomic
+from sdvae import LatentDataset, atomic, sealed
 from sdvae.config import FAMILIES
-from sdvae.data.samplers import BucketBatchSampler
-from sdvae.data.store import FORMAT, VERSION, Layout, Store, commit_shard, row_sha256
+from sdvae.reading.samplers import BucketBatchSampler
+from sdvae.store.paths import StorePaths
+from sdvae.store.shard import commit_shard, row_sha256
+from sdvae.store.store import FORMAT, VERSION, Store
 
 SHARD_ROWS, BATCH_SIZE = 1024, 256
 READER_FLOOR_PER_S = 20_000
@@ -27,10 +29,10 @@ READER_FLOOR_PER_S = 20_000
 
 def make_store(root: Path, num_records: int) -> Store:
     """A store of random latents as of photos of 512x512, under SD 1's config."""
-    layout = Layout(root)
-    layout.make_folders()
+    paths = StorePaths(root)
+    paths.make_folders()
     num_shards = num_records // SHARD_ROWS
-    roster = {"sha256": atomic.write_bytes(layout.roster(0), b""), "num_bytes": 0}
+    roster = {"sha256": atomic.write_bytes(paths.roster(0), b""), "num_bytes": 0}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -39,12 +41,12 @@ def make_store(root: Path, num_records: int) -> Store:
         "store_dtype": "fp16",
         "roster": roster | {"num_records": num_records, "num_shards": num_shards},
     }
-    atomic.write_json(layout.manifest, manifest)
+    sealed.write_json(paths.manifest, manifest)
     random = np.random.default_rng(0)
     for shard in range(num_shards):
         noise = random.standard_normal((2, SHARD_ROWS, 4, 64, 64), np.float32)
         moments = {"logvar": (noise[0] - 5.0).astype(np.float16), "mean": (5.0 * noise[1]).astype(np.float16)}
-        commit_shard(layout, shard, (512, 512), [_line(shard, row, moments) for row in range(SHARD_ROWS)], moments)
+        commit_shard(paths, shard, (512, 512), [_line(shard, row, moments) for row in range(SHARD_ROWS)], moments)
     return Store.open(root)
 
 
@@ -80,7 +82,7 @@ def reader(records: int, epochs: int, write: bool) -> None:
         store = make_store(Path(folder, "store"), records)
         _compare(store)
         for mode, loading in [("mean", "batches"), ("mean", "records"), ("sample", "batches")]:
-            dataset = LatentDataset(store.layout.root, sample=mode == "sample")
+            dataset = LatentDataset(store.paths.root, sample=mode == "sample")
             sampler = BucketBatchSampler(dataset, BATCH_SIZE)
             whole: dict[str, Any] = {"sampler": sampler, "batch_size": None}
             loader = DataLoader(dataset, **(whole if loading == "batches" else {"batch_sampler": sampler}))
@@ -110,13 +112,13 @@ def reader(records: int, epochs: int, write: bool) -> None:
 
 def _compare(store: Store) -> None:
     """The same numbers by another way, before anything is timed."""
-    dataset = LatentDataset(store.layout.root, sample=False)
+    dataset = LatentDataset(store.paths.root, sample=False)
     numbers = [7, len(dataset) - 1, 1030 % len(dataset)]
     batch = dataset[numbers]
     for number, latents, key in zip(numbers, batch["latents"], batch["key"], strict=True):
         shard, row = divmod(number, SHARD_ROWS)
-        expected = store.moments(shard)[0][row].astype(np.float32) * np.float32(0.18215)
-        assert key == store.records(shard)[row]["key"]
+        expected = store.shard(shard).moments()[0][row].astype(np.float32) * np.float32(0.18215)
+        assert key == store.shard(shard).records()[row]["key"]
         assert np.array_equal(latents.numpy(), expected)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 from common import write_result
 
-from sdvae.data.entries import Entry
-from sdvae.data.preprocess import Preprocess
-from sdvae.data.roster import place, plan_records, roster_lines
-from sdvae.data.scan import scan
+from sdvae.encoding.scan import scan
+from sdvae.sources.entries import Entry
+from sdvae.store.geometry import Preprocess
+from sdvae.store.roster import place, plan_records, roster_lines
 
 
 class SyntheticSource:

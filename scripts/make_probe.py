@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from sdvae import atomic
+from sdvae import atomic, sealed
 from sdvae.pixels import to_pixels
 from sdvae.tiny import TinyConfig, TinyEncoder
 from sdvae.weights.probe import PROBE_ASSET, probe_image
@@ -32,7 +32,7 @@ def make_probe(folder: Path) -> bytes:
         latents[space] = encoder(to_pixels(image[None]))[0].half()
         sources[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     about = {"licence": "MIT, Copyright (c) 2023 Ollin Boer Bohan (madebyollin/taesd)", "sha256": sources}
-    return save(latents, metadata={"about": atomic.canonical_json(about).decode().strip()})  # one key: no random order
+    return save(latents, metadata={"about": sealed.canonical_json(about).decode().strip()})  # one key: no random order
 
 
 if __name__ == "__main__":

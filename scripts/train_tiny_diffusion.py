@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sdvae import LatentDataset
-from sdvae.data.samplers import BucketBatchSampler
+from sdvae.reading.samplers import BucketBatchSampler
 
 SEED = 0
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 6, 3, 64

@@ -8,34 +8,49 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sdvae.config import VAEConfig
-    from sdvae.data.dataset import LatentDataset
+    from sdvae.encoding.encode import encode_dataset
     from sdvae.errors import SdvaeError
     from sdvae.integrations.diffusers import install, uninstall
     from sdvae.model import AutoencoderKL
     from sdvae.posterior import DiagonalGaussian
+    from sdvae.reading.dataset import LatentDataset
+    from sdvae.reading.decode import decode_dataset
+    from sdvae.reading.export import export
+    from sdvae.reading.samplers import BucketBatchSampler
+    from sdvae.store.verify import verify
     from sdvae.vae import VAE
 
 __version__ = "0.1.0"
 __all__ = [
     "VAE",
     "AutoencoderKL",
+    "BucketBatchSampler",
     "DiagonalGaussian",
     "LatentDataset",
     "SdvaeError",
     "VAEConfig",
+    "decode_dataset",
+    "encode_dataset",
+    "export",
     "install",
     "uninstall",
+    "verify",
 ]
 
 _MODULES = {
     "VAE": "sdvae.vae",
     "AutoencoderKL": "sdvae.model",
+    "BucketBatchSampler": "sdvae.reading.samplers",
     "DiagonalGaussian": "sdvae.posterior",
-    "LatentDataset": "sdvae.data.dataset",
+    "LatentDataset": "sdvae.reading.dataset",
     "SdvaeError": "sdvae.errors",
     "VAEConfig": "sdvae.config",
+    "decode_dataset": "sdvae.reading.decode",
+    "encode_dataset": "sdvae.encoding.encode",
+    "export": "sdvae.reading.export",
     "install": "sdvae.integrations.diffusers",
     "uninstall": "sdvae.integrations.diffusers",
+    "verify": "sdvae.store.verify",
 }
 
 

@@ -2,17 +2,14 @@
 
 import errno
 import hashlib
-import json
 import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
-from sdvae.errors import StoreError, VerifyError
+from sdvae.errors import OutputError
 
 Buffer = bytes | memoryview  # a numpy array goes in as `array.data`
 
@@ -32,10 +29,10 @@ hook: Callable[[str, Path], None] = _ignore
 def write_bytes(path: Path, *chunks: Buffer) -> str:
     """Put `chunks` under `path`, replacing what is there, and return their sha256 in hex.
 
-    Raises StoreError when the disk is full, read-only or failing; then `path` is as it was before,
+    Raises OutputError when the disk is full, read-only or failing; then `path` is as it was before,
     or, where only the last sync failed, holds the new bytes.
     """
-    with _explained(path, chunks), _temporary(path, chunks) as temporary:
+    with explained(path, chunks), _temporary(path, chunks) as temporary:
         hook("replace", path)
         temporary.replace(path)
     return _sha256(chunks)
@@ -50,7 +47,7 @@ def write_stream(path: Path, chunks: Iterable[Buffer]) -> str:
             digest.update(chunk)
             yield chunk
 
-    with _explained(path, ()), _temporary(path, hashed()) as temporary:
+    with explained(path, ()), _temporary(path, hashed()) as temporary:
         hook("replace", path)
         temporary.replace(path)
     return digest.hexdigest()
@@ -62,7 +59,7 @@ def create_bytes(path: Path, *chunks: Buffer) -> bool:
     A file system without hard links replaces instead: it cannot tell who was first, so callers must
     only let processes race for a name when they bring equal bytes.
     """
-    with _explained(path, chunks), _temporary(path, chunks) as temporary:
+    with explained(path, chunks), _temporary(path, chunks) as temporary:
         hook("link", path)
         try:
             path.hardlink_to(temporary)
@@ -81,7 +78,7 @@ def make_folder(path: Path) -> None:
     """Make `path` and its parents, so that they survive a power cut; it may exist already."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
-        with _explained(folder, ()):
+        with explained(folder, ()):
             hook("mkdir", folder)
             folder.mkdir(exist_ok=True)
             _sync_folder(folder.parent)
@@ -89,7 +86,7 @@ def make_folder(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove one file, so that a power cut does not bring it back; a file that is gone already is no error."""
-    with _explained(path, ()):
+    with explained(path, ()):
         hook("unlink", path)
         path.unlink(missing_ok=True)
         _sync_folder(path.parent)
@@ -108,88 +105,6 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
-def canonical_json(value: object) -> bytes:
-    """The one way to write `value`: UTF-8, keys sorted, no spaces, a newline at the end, no NaN."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode() + b"\n"
-
-
-def seal(value: dict[str, Any]) -> bytes:
-    """The canonical JSON of `value` with its own sha256 added under "digest"."""
-    return canonical_json(value | {"digest": hashlib.sha256(canonical_json(value)).hexdigest()})
-
-
-def unseal(data: bytes) -> dict[str, Any] | None:
-    """The object that `seal` made these bytes of, without its digest; None if one bit of them differs."""
-    try:
-        value = json.loads(data)
-    except ValueError:  # JSONDecodeError and UnicodeDecodeError alike
-        return None
-    if not isinstance(value, dict):
-        return None
-    value.pop("digest", None)
-    # Comparing bytes, not values: JSON can spell one value in several ways.
-    return value if _is_sealed_as(value, data) else None
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Seal `value` under `path`."""
-    write_bytes(path, seal(value))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote; VerifyError when its digest disagrees, StoreError when it cannot be read."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}") from error
-    value = unseal(data)
-    if value is None:
-        raise VerifyError(f"{path} is damaged: its bytes do not agree with the digest inside it")
-    return value
-
-
-class Journal:
-    """Sealed lines appended one by one: cheap notes that a kill may tear, and whose loss costs only time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with _explained(path, ()):
-            hook("open", path)
-            self._file = path.open("ab", buffering=0)
-            if self._file.tell() and not _ends_in_newline(path):
-                self._file.write(b"\n")  # closes the line a kill has torn; it will not unseal
-
-    def append(self, value: dict[str, Any]) -> None:
-        """Add one line."""
-        line = seal(value)
-        with _explained(self.path, (line,)):
-            hook("append", self.path)
-            _write_all(self._file.fileno(), line)
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a journal that are whole; a torn or damaged one is passed over."""
-    if path.exists():
-        with path.open("rb") as lines:
-            yield from (value for value in map(unseal, lines) if value is not None)
-
-
-def _is_sealed_as(value: dict[str, Any], data: bytes) -> bool:
-    try:
-        return seal(value) == data
-    except ValueError:  # NaN, or a lone surrogate: `seal` never wrote this
-        return False
-
-
 @contextmanager
 def _temporary(path: Path, chunks: Iterable[Buffer]) -> Iterator[Path]:
     """A synced file beside `path` that holds `chunks`; the folder is synced after the body gave it its name."""
@@ -201,7 +116,7 @@ def _temporary(path: Path, chunks: Iterable[Buffer]) -> Iterator[Path]:
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             for chunk in chunks:
                 hook("write", path)
-                _write_all(file.fileno(), chunk)
+                write_all(file.fileno(), chunk)
             hook("fsync", path)
             os.fsync(file.fileno())
         yield temporary
@@ -211,7 +126,8 @@ def _temporary(path: Path, chunks: Iterable[Buffer]) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
-def _write_all(descriptor: int, chunk: Buffer) -> None:
+def write_all(descriptor: int, chunk: Buffer) -> None:
+    """Write all of `chunk`, in as many calls as that takes."""
     rest = memoryview(chunk).cast("B")
     while rest:
         rest = rest[os.write(descriptor, rest) :]  # Linux writes 2 GiB at most
@@ -227,14 +143,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path, chunks: Iterable[Buffer]) -> Iterator[None]:
+def explained(path: Path, chunks: Iterable[Buffer]) -> Iterator[None]:
+    """Turn an OSError into an OutputError that names `path` and the bytes that were to be written."""
     try:
         yield
     except OSError as error:
         num_bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
         needs = f" ({num_bytes:,} bytes)" if num_bytes else ""
         next_step = "; free some space and run the same command again" if error.errno in _NO_SPACE else ""
-        raise StoreError(f"cannot write {path}{needs}: {error.strerror}{next_step}") from error
+        raise OutputError(f"cannot write {path}{needs}: {error.strerror}{next_step}") from error
 
 
 def _sha256(chunks: Iterable[Buffer]) -> str:
@@ -242,12 +159,6 @@ def _sha256(chunks: Iterable[Buffer]) -> str:
     for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()
-
-
-def _ends_in_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
 
 
 def _has_live_writer(path: Path) -> bool:

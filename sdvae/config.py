@@ -22,6 +22,26 @@ _PLAIN, _ATTENTION = "DownEncoderBlock2D UpDecoderBlock2D", "AttnDownEncoderBloc
 
 
 @dataclass(frozen=True)
+class LatentScaling:
+    """What turns raw latents into scaled ones: `(latents - shift_factor) * scaling_factor`, whitened per channel."""
+
+    scaling_factor: float
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "LatentScaling":
+        """The inverse of `to_json`."""
+        plain: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in values.items()}
+        return cls(**plain)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON's own types, for a manifest."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """One KL-VAE of the Stable Diffusion kind; the defaults are SD 1's.
 
@@ -67,6 +87,11 @@ class VAEConfig:
     def downscale(self) -> int:
         """Pixels of the image per latent, along one side (8 for Stable Diffusion)."""
         return int(2 ** (len(self.block_out_channels) - 1))
+
+    @property
+    def latent_scaling(self) -> LatentScaling:
+        """What makes scaled latents of this VAE's raw ones."""
+        return LatentScaling(self.scaling_factor, self.shift_factor, self.latents_mean, self.latents_std)
 
     @classmethod
     def from_family(cls, name: str) -> "VAEConfig":

@@ -33,8 +33,16 @@ class LatentsError(SdvaeError):
     """A latents file that cannot be decoded: wrong channels, not finite, or unknown scaling."""
 
 
+class SourceError(SdvaeError):
+    """A source of photos that cannot be listed or read: missing, damaged, or contradicting itself."""
+
+
+class OutputError(SdvaeError):
+    """A file or folder that cannot be written: no space, no right, or something else is there."""
+
+
 class StoreError(SdvaeError):
-    """A latent store that cannot be written, resumed or read."""
+    """A latent store that cannot be begun, resumed or read."""
 
 
 class VerifyError(StoreError):

@@ -7,28 +7,30 @@ sees: about unit variance, `(latents - shift_factor) * scaling_factor`.
 import torch
 from torch import Tensor
 
-from sdvae.config import VAEConfig
+from sdvae.config import LatentScaling, VAEConfig
+
+Scaling = LatentScaling | VAEConfig  # both say by what
 
 
-def scale(latents: Tensor, config: VAEConfig) -> Tensor:  # raw (N, C, h, w) -> scaled
+def scale(latents: Tensor, scaling: Scaling) -> Tensor:  # raw (N, C, h, w) -> scaled
     """Raw latents to what the diffusion model of this VAE was trained on."""
-    shift, factor = _affine(latents, config)
+    shift, factor = _affine(latents, scaling)
     return (latents - shift) * factor
 
 
-def unscale(scaled_latents: Tensor, config: VAEConfig) -> Tensor:  # scaled (N, C, h, w) -> raw
+def unscale(scaled_latents: Tensor, scaling: Scaling) -> Tensor:  # scaled (N, C, h, w) -> raw
     """What a diffusion model produced to what the decoder takes."""
-    shift, factor = _affine(scaled_latents, config)
+    shift, factor = _affine(scaled_latents, scaling)
     return scaled_latents / factor + shift
 
 
-def _affine(like: Tensor, config: VAEConfig) -> tuple[Tensor, Tensor]:
-    shift = torch.tensor(0.0 if config.shift_factor is None else config.shift_factor)
-    factor = torch.tensor(config.scaling_factor)
-    if config.latents_mean is not None and config.latents_std is not None:
+def _affine(like: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+    shift = torch.tensor(0.0 if scaling.shift_factor is None else scaling.shift_factor)
+    factor = torch.tensor(scaling.scaling_factor)
+    if scaling.latents_mean is not None and scaling.latents_std is not None:
         # Playground v2.5: whitened per channel, then scaled (diffusers' SDXL pipeline, decode).
-        shift = shift + torch.tensor(config.latents_mean).view(1, -1, 1, 1)
-        factor = factor / torch.tensor(config.latents_std).view(1, -1, 1, 1)
+        shift = shift + torch.tensor(scaling.latents_mean).view(1, -1, 1, 1)
+        factor = factor / torch.tensor(scaling.latents_std).view(1, -1, 1, 1)
     return shift.to(like), factor.to(like)
 
 

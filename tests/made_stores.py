@@ -7,19 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvae import atomic
+from sdvae import atomic, sealed
 from sdvae.config import FAMILIES, VAEConfig
-from sdvae.data.store import (
-    FORMAT,
-    STORE_DTYPES,
-    VERSION,
-    Layout,
-    Size,
-    Store,
-    commit_shard,
-    row_sha256,
-    tensor_names,
-)
+from sdvae.store.buckets import Size
+from sdvae.store.paths import StorePaths
+from sdvae.store.shard import STORE_DTYPES, commit_shard, row_sha256
+from sdvae.store.store import FORMAT, VERSION, Store
 
 LABELS = ("cat", "dog", "owl")
 
@@ -40,15 +33,15 @@ def make_store(
 
     Keys are "LABEL/NNN.png", captions "a LABEL, NNN"; the photo was twice as large as the crop from its middle.
     """
-    layout = Layout(root)
-    layout.make_folders()
+    paths = StorePaths(root)
+    paths.make_folders()
     shards = [
         (bucket_px, range(start, min(start + shard_rows, count)))
         for bucket_px, count in sorted(num_records.items())
         for start in range(0, count, shard_rows)
     ]
     roster = b"the roster\n"
-    entry = {"sha256": atomic.write_bytes(layout.roster(0), roster), "num_bytes": len(roster)}
+    entry = {"sha256": atomic.write_bytes(paths.roster(0), roster), "num_bytes": len(roster)}
     entry |= {"num_records": sum(num_records.values()), "num_shards": len(shards)}
     manifest = {
         "format": FORMAT,
@@ -60,7 +53,7 @@ def make_store(
         "store_dtype": store_dtype,
         "roster": entry,
     }
-    atomic.write_json(layout.manifest, manifest)
+    sealed.write_json(paths.manifest, manifest)
     place = 0
     for number, (bucket_px, members) in enumerate(shards):
         keys = [f"{LABELS[(place + i) % len(LABELS)]}/{place + i:03d}.png" for i in range(len(members))]
@@ -69,7 +62,7 @@ def make_store(
         height, width = (side // config.downscale for side in bucket_px)
         moments = _moments((num_rows, config.latent_channels, height, width), has_flips, store_dtype, number)
         lines = _lines(keys, bucket_px, broken, is_labelled, moments)
-        commit_shard(layout, number, bucket_px, lines, moments if num_rows else {})
+        commit_shard(paths, number, bucket_px, lines, moments if num_rows else {})
     store = Store.open(root)
     store.finalise()
     return store
@@ -78,7 +71,7 @@ def make_store(
 def _moments(shape: tuple[int, ...], has_flips: bool, store_dtype: str, seed: int) -> dict[str, NDArray[Any]]:
     random = np.random.default_rng(seed)
     moments = {}
-    for name in tensor_names(has_flips):
+    for name in sorted(["mean", "logvar"] + ["mean_flip", "logvar_flip"] * has_flips):
         center, spread = (3.0, 5.0) if name.startswith("mean") else (-2.0, 1.0)
         values = center + spread * random.standard_normal(shape, np.float32)
         moments[name] = values.astype(STORE_DTYPES[store_dtype])

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdvae import atomic
-from sdvae.errors import StoreError, VerifyError
+from sdvae import atomic, sealed
+from sdvae.errors import OutputError, StoreError, VerifyError
+from sdvae.journal import Journal, read_journal
 
 json_values = st.recursive(
     st.none()
@@ -100,7 +101,7 @@ def test_every_failing_operation_leaves_old_or_new_bytes_and_no_temporary(
             path.write_bytes(b"old")
         try:
             write(path, b"new ", b"bytes")
-        except StoreError as error:
+        except OutputError as error:
             num_failures += 1
             assert str(path) in str(error) and "9 bytes" in str(error) and os.strerror(code) in str(error)
         else:
@@ -112,7 +113,7 @@ def test_every_failing_operation_leaves_old_or_new_bytes_and_no_temporary(
 
 def test_a_full_disk_says_what_to_do(tmp_path: Path, fail_at: Callable[[int, int], list[str]]) -> None:
     fail_at(2, errno.ENOSPC)
-    with pytest.raises(StoreError, match=r"a \(3 bytes\): No space left on device; free some space and run"):
+    with pytest.raises(OutputError, match=r"a \(3 bytes\): No space left on device; free some space and run"):
         atomic.write_bytes(tmp_path / "a", b"abc")
 
 
@@ -127,7 +128,7 @@ folder = Path({str(tmp_path)!r})
 atomic.write_bytes(folder / "small", bytes(1000))
 try:
     atomic.write_bytes(folder / "large", bytes(1001))
-except errors.StoreError as error:
+except errors.OutputError as error:
     print(sorted(os.listdir(folder)), error)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -139,7 +140,7 @@ def test_folders_are_made_with_their_parents(tmp_path: Path) -> None:
     atomic.make_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StoreError, match="Not a directory"):
+    with pytest.raises(OutputError, match="Not a directory"):
         atomic.make_folder(tmp_path / "file" / "below")
 
 
@@ -159,29 +160,29 @@ def test_sweep_removes_what_the_dead_left_and_nothing_else(tmp_path: Path) -> No
 @given(json_objects)
 def test_sealed_objects_come_back(value: dict[str, object]) -> None:
     value.pop("digest", None)
-    assert atomic.unseal(atomic.seal(value)) == value
+    assert sealed.unseal(sealed.seal(value)) == value
 
 
 def test_every_bit_of_a_sealed_object_counts() -> None:
-    sealed = atomic.seal({"a": [1, 2.5, None, "é\n"], "b": {"c": True}})
-    for position in range(len(sealed)):
+    data = sealed.seal({"a": [1, 2.5, None, "é\n"], "b": {"c": True}})
+    for position in range(len(data)):
         for bit in range(8):
-            flipped = bytearray(sealed)
+            flipped = bytearray(data)
             flipped[position] ^= 1 << bit
-            assert atomic.unseal(bytes(flipped)) is None, (position, bit)
-    assert all(atomic.unseal(sealed[:length]) is None for length in range(len(sealed)))
+            assert sealed.unseal(bytes(flipped)) is None, (position, bit)
+    assert all(sealed.unseal(data[:length]) is None for length in range(len(data)))
 
 
 def test_canonical_json_is_one_spelling_and_refuses_nan() -> None:
-    assert atomic.canonical_json({"b": 1, "a": ["é", None]}) == '{"a":["é",null],"b":1}\n'.encode()
+    assert sealed.canonical_json({"b": 1, "a": ["é", None]}) == '{"a":["é",null],"b":1}\n'.encode()
     with pytest.raises(ValueError, match="JSON"):
-        atomic.canonical_json({"a": float("nan")})
+        sealed.canonical_json({"a": float("nan")})
 
 
 def test_the_digest_can_be_checked_without_parsing() -> None:
     """What docs/store.md promises to readers in other languages: cut the member out of the text and hash the rest."""
     for value in ({}, {"a": 1}, {"z": 1}, {"a": 1, "z": 2}):
-        text = atomic.seal(value).decode()
+        text = sealed.seal(value).decode()
         digest = json.loads(text)["digest"]
         member = f'"digest":"{digest}"'
         rest = text.replace(member + ",", "").replace("," + member, "").replace(member, "")
@@ -190,30 +191,30 @@ def test_the_digest_can_be_checked_without_parsing() -> None:
 
 def test_read_json_tells_damage_from_absence(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    atomic.write_json(path, {"a": 1})
-    assert atomic.read_json(path) == {"a": 1}
+    sealed.write_json(path, {"a": 1})
+    assert sealed.read_json(path) == {"a": 1}
     path.write_bytes(path.read_bytes().replace(b":1,", b":2,"))
     with pytest.raises(VerifyError, match="damaged"):
-        atomic.read_json(path)
+        sealed.read_json(path)
     with pytest.raises(StoreError, match="No such file"):
-        atomic.read_json(tmp_path / "b.json")
+        sealed.read_json(tmp_path / "b.json")
 
 
 def test_a_journal_survives_a_tear_at_every_byte(tmp_path: Path) -> None:
     path = tmp_path / "scan.jsonl"
-    with atomic.Journal(path) as journal:
+    with Journal(path) as journal:
         for number in range(3):
             journal.append({"number": number})
     whole = path.read_bytes()
     starts = [0, *(index + 1 for index, byte in enumerate(whole) if byte == ord("\n"))]
     for length in range(len(whole) + 1):
         path.write_bytes(whole[:length])
-        with atomic.Journal(path) as journal:
+        with Journal(path) as journal:
             journal.append({"number": "new"})
         num_whole = sum(start <= length for start in starts[1:])
         # A line that lost only its newline gets it back: it is whole again.
         num_whole += length + 1 in starts[1:]
-        assert [line["number"] for line in atomic.read_journal(path)] == [*range(num_whole), "new"]
+        assert [line["number"] for line in read_journal(path)] == [*range(num_whole), "new"]
 
 
 def _sha256(data: bytes) -> str:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdvae.data.buckets import TABLES, Size, bucket_sizes, nearest_bucket
 from sdvae.errors import ConfigError
+from sdvae.store.buckets import TABLES, Size, bucket_sizes, nearest_bucket
 
 SIDES = st.integers(1, 20_000)
 

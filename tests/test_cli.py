@@ -21,7 +21,7 @@ from sdvae.cli import doctor as doctor_module
 from sdvae.cli.doctor import Finding
 from sdvae.cli.main import cli
 from sdvae.cli.shared import Console
-from sdvae.data.preprocess import choose_resizer
+from sdvae.encoding.resize import choose_resizer
 
 Run = Callable[..., Result]
 VERBS = [

@@ -12,10 +12,10 @@ from numpy.random import Generator, Philox
 from torch.utils.data import DataLoader
 
 from sdvae.config import FAMILIES
-from sdvae.data.dataset import LatentDataset, latent_config, record_stream
-from sdvae.data.store import Store
 from sdvae.errors import ConfigError, DeviceError, ShapeError, StoreError, VerifyError
 from sdvae.latents import scale
+from sdvae.reading.dataset import LatentDataset, record_stream
+from sdvae.store.store import Store
 from sdvae.tiny import TinyConfig
 from sdvae.vae import VAE
 from tests import made_stores
@@ -36,9 +36,9 @@ def store(tmp_path: Path) -> Store:
 def moments_of(store: Store, key: str, flipped: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and logvar of a key, (C, h, w) float32, by the store's own reader."""
     for shard in store.shards():
-        for line in store.records(shard.number):
+        for line in shard.records():
             if line["key"] == key:
-                mean, logvar = store.moments(shard.number, flipped)
+                mean, logvar = shard.moments(flipped)
                 return tuple(torch.from_numpy(values[line["row"]].astype(np.float32)) for values in (mean, logvar))
     raise KeyError(key)
 
@@ -48,7 +48,7 @@ def values_of(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_mean_is_scaled_and_paired_with_its_record(store: Store) -> None:
-    dataset = LatentDataset(store.layout.root, sample=False)
+    dataset = LatentDataset(store.paths.root, sample=False)
     assert len(dataset) == 10
     for number, example in enumerate(dataset[i] for i in range(len(dataset))):
         mean, _ = moments_of(store, example["key"])
@@ -66,7 +66,7 @@ def test_the_mean_is_scaled_and_paired_with_its_record(store: Store) -> None:
 
 
 def test_a_sample_is_the_documented_one(store: Store) -> None:
-    dataset = LatentDataset(store.layout.root, seed=7)
+    dataset = LatentDataset(store.paths.root, seed=7)
     example = dataset[3, 5]
     mean, logvar = moments_of(store, example["key"])
     noise = Generator(record_stream(7, example["key"], 5)).standard_normal((4, 4, 6), np.float32)
@@ -91,7 +91,7 @@ def test_the_noise_of_a_record_has_not_changed_since_it_was_first_published() ->
 
 def test_samples_follow_the_posterior(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", {(16, 16): 1}, store_dtype="fp32")
-    dataset = LatentDataset(store.layout.root)
+    dataset = LatentDataset(store.paths.root)
     mean, logvar = moments_of(store, "cat/000.png")
     drawn = torch.cat([dataset[[(0, epoch) for epoch in range(0, 2000)]]["latents"]]) / 0.18215
     z = (drawn - mean) / torch.exp(0.5 * logvar)
@@ -102,11 +102,11 @@ def test_samples_follow_the_posterior(tmp_path: Path) -> None:
 
 def test_neither_batch_nor_preload_nor_process_changes_a_sample(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", {SIZE: 21}, has_flips=True)
-    dataset = LatentDataset(store.layout.root)
+    dataset = LatentDataset(store.paths.root)
     alone = [dataset[i, 3] for i in range(21)]
     assert len({bool(example["is_flipped"]) for example in alone}) == 2
     order = [(i * 8 % 21, 3) for i in range(21)]
-    in_ram = LatentDataset(store.layout.root, preload="ram")
+    in_ram = LatentDataset(store.paths.root, preload="ram")
     copies = [dataset, in_ram, pickle.loads(pickle.dumps(dataset)), pickle.loads(pickle.dumps(in_ram))]
     batches = [copy[order] for copy in copies]
     for workers in (0, 2):
@@ -120,7 +120,7 @@ def test_neither_batch_nor_preload_nor_process_changes_a_sample(tmp_path: Path) 
 
 
 def test_a_spawned_worker_reads_the_same(store: Store) -> None:
-    dataset = LatentDataset(store.layout.root)
+    dataset = LatentDataset(store.paths.root)
     expected = dataset[list(range(10))]
     context = multiprocessing.get_context("spawn")
     (batch,) = DataLoader(
@@ -130,7 +130,7 @@ def test_a_spawned_worker_reads_the_same(store: Store) -> None:
 
 
 def test_epochs_and_seeds_draw_anew_and_the_mean_stays(store: Store) -> None:
-    path = store.layout.root
+    path = store.paths.root
     dataset = LatentDataset(path)
     drawn = [dataset[0, 0], dataset[0, 1], LatentDataset(path, seed=1)[0, 0], dataset[1, 0]]
     noises = [example["latents"] - LatentDataset(path, sample=False)[0]["latents"] for example in drawn[:3]]
@@ -144,7 +144,7 @@ def test_epochs_and_seeds_draw_anew_and_the_mean_stays(store: Store) -> None:
 @pytest.mark.parametrize("sample", [True, False])
 def test_mirrored_latents_are_drawn_as_often_where_they_are_stored(tmp_path: Path, sample: bool) -> None:
     store = make_store(tmp_path / "store", {SIZE: 2}, has_flips=True)
-    dataset = LatentDataset(store.layout.root, sample=sample)
+    dataset = LatentDataset(store.paths.root, sample=sample)
     batch = dataset[[(0, epoch) for epoch in range(400)]]
     num_flipped = int(batch["is_flipped"].sum())
     assert abs(num_flipped - 200) < 50, "five standard deviations of 400 coins"
@@ -162,7 +162,7 @@ def test_mirrored_latents_are_drawn_as_often_where_they_are_stored(tmp_path: Pat
 
 
 def test_a_padded_crop_begins_at_the_border_mirrored_or_not(tmp_path: Path) -> None:
-    from sdvae.data.dataset import _conditions
+    from sdvae.reading.dataset import _conditions
 
     line = {"key": "a", "caption": None, "original_px": [30, 30], "bucket_px": [32, 32]}
     line |= {"resized_px": [30, 30], "crop_px": [0, 0, 32, 32]}
@@ -170,7 +170,7 @@ def test_a_padded_crop_begins_at_the_border_mirrored_or_not(tmp_path: Path) -> N
 
 
 def test_a_plain_loader_shuffles_batches_and_collates(store: Store) -> None:
-    dataset = LatentDataset(store.layout.root)
+    dataset = LatentDataset(store.paths.root)
     loader = DataLoader(dataset, batch_size=5, shuffle=True, num_workers=2, persistent_workers=True)
     epochs = []
     for epoch in range(2):
@@ -190,7 +190,7 @@ def test_a_plain_loader_shuffles_batches_and_collates(store: Store) -> None:
 
 def test_no_caption_is_an_empty_one_and_no_label_minus_one(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", {SIZE: 2}, is_labelled=False)
-    dataset = LatentDataset(store.layout.root)
+    dataset = LatentDataset(store.paths.root)
     assert (dataset[0]["caption"], dataset[0]["label"].item(), dataset.classes) == ("", -1, [])
 
 
@@ -202,7 +202,7 @@ def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path, monkeypatch: py
         "_lines",
         lambda *arguments: [line | {"label": int(line["label"])} for line in whole(*arguments)],
     )
-    dataset = LatentDataset(make_store(tmp_path / "store", {SIZE: 3}).layout.root)
+    dataset = LatentDataset(make_store(tmp_path / "store", {SIZE: 3}).paths.root)
     assert dataset.classes == [7, 9, 10]
     assert dataset[[0, 1, 2]]["label"].tolist() == [2, 1, 0]
 
@@ -210,7 +210,7 @@ def test_numbers_as_labels_are_sorted_as_numbers(tmp_path: Path, monkeypatch: py
 def test_whitened_latents_are_whitened_per_channel(tmp_path: Path) -> None:
     config = replace(FAMILIES["sd1"], latents_mean=(1.0, 2.0, 3.0, 4.0), latents_std=(1.0, 2.0, 4.0, 8.0))
     store = make_store(tmp_path / "store", {SIZE: 1}, config=config)
-    latents = LatentDataset(store.layout.root, sample=False)[0]["latents"]
+    latents = LatentDataset(store.paths.root, sample=False)[0]["latents"]
     mean, _ = moments_of(store, "cat/000.png")
     for channel in range(4):
         expected = (mean[channel] - (channel + 1)) * 0.18215 / 2**channel
@@ -219,12 +219,15 @@ def test_whitened_latents_are_whitened_per_channel(tmp_path: Path) -> None:
 
 def test_a_store_of_a_taesd_is_scaled_as_its_family(tmp_path: Path) -> None:
     tiny = TinyConfig.from_family("sdxl")
-    store = make_store(tmp_path / "store", {SIZE: 1}, latent_space="sdxl", config=tiny)
-    assert latent_config(store).scaling_factor == 0.13025
+    old = make_store(tmp_path / "store", {SIZE: 1}, latent_space="sdxl", config=tiny)
+    assert b"latent_scaling" not in old.paths.manifest.read_bytes(), "what sdvae wrote before there was this member"
+    assert old.manifest["vae"]["config"]["scaling_factor"] == 1.0
+    assert old.latent_scaling == tiny.latent_scaling and tiny.scaling_factor == 0.13025
+    assert LatentDataset(old.paths.root).latent_scaling == tiny.latent_scaling
 
 
 def test_numbers_index_as_they_do_in_a_list(store: Store) -> None:
-    dataset = LatentDataset(store.layout.root)
+    dataset = LatentDataset(store.paths.root)
     assert dataset[-1]["key"] == dataset[9]["key"] == dataset[np.int64(9)]["key"]
     with pytest.raises(IndexError):
         dataset[10]
@@ -233,14 +236,14 @@ def test_numbers_index_as_they_do_in_a_list(store: Store) -> None:
 
 def test_a_batch_of_two_sizes_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", {(32, 32): 1, (32, 64): 1})
-    dataset = LatentDataset(store.layout.root)
+    dataset = LatentDataset(store.paths.root)
     with pytest.raises(ShapeError, match=r"\(32, 32\), \(32, 64\).*BucketBatchSampler"):
         dataset[[0, 1]]
     assert {size: numbers.tolist() for size, numbers in dataset.buckets.items()} == {(32, 32): [0], (32, 64): [1]}
 
 
 def test_another_vae_is_refused_with_the_differences(store: Store, small_vae: VAE) -> None:
-    path = store.layout.root
+    path = store.paths.root
     LatentDataset(path, expect_vae="0" * 64)
     with pytest.raises(StoreError, match=f'another VAE.*fingerprint was "{"0" * 64}", now "{"1" * 64}"'):
         LatentDataset(path, expect_vae="1" * 64)
@@ -250,29 +253,29 @@ def test_another_vae_is_refused_with_the_differences(store: Store, small_vae: VA
 
 
 def test_an_unfinished_store_is_refused(store: Store) -> None:
-    store.layout.done(1).unlink()
+    store.paths.done(1).unlink()
     with pytest.raises(StoreError, match="is not finished: 2 of its 3 shards are there"):
-        LatentDataset(store.layout.root)
+        LatentDataset(store.paths.root)
 
 
 def test_a_store_of_nothing_but_quarantine_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", {SIZE: 1}, broken=("cat/000.png",))
     with pytest.raises(StoreError, match="holds no latents"):
-        LatentDataset(store.layout.root)
+        LatentDataset(store.paths.root)
 
 
 def test_damage_is_never_read_as_data(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", {SIZE: 11}, is_labelled=False)
-    path = store.layout.index(1)
+    path = store.paths.index(1)
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b'"caption":null', b'"caption":"ab"', 1))
-    dataset = LatentDataset(store.layout.root)
+    dataset = LatentDataset(store.paths.root)
     assert dataset[0]["key"] == "cat/000.png"
     with pytest.raises(VerifyError, match=r"00001\.jsonl is damaged"):
         dataset[5]
     path.write_bytes(whole)
     assert dataset[5]["key"] == "owl/005.png"
-    tensors = store.layout.tensors(2, SIZE)
+    tensors = store.paths.tensors(2, SIZE)
     tensors.write_bytes(tensors.read_bytes()[:-1])
     with pytest.raises(VerifyError, match="committed"):
         dataset[9]
@@ -284,18 +287,18 @@ def test_damage_is_never_read_as_data(tmp_path: Path) -> None:
 )
 def test_impossible_options_are_refused(store: Store, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        LatentDataset(store.layout.root, **options)
+        LatentDataset(store.paths.root, **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_preloading_to_a_gpu_that_is_not_there_is_refused(store: Store) -> None:
     with pytest.raises(DeviceError, match="preload='cuda' needs a CUDA device"):
-        LatentDataset(store.layout.root, preload="cuda")
+        LatentDataset(store.paths.root, preload="cuda")
 
 
 def test_many_shards_hold_no_file_open_and_travel_light(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", {(16, 16): 40}, shard_rows=1)
-    dataset = LatentDataset(store.layout.root)
+    dataset = LatentDataset(store.paths.root)
     before = sum(1 for _ in Path("/proc/self/fd").iterdir())
     assert len(dataset[list(range(40))]["key"]) == 40
     assert sum(1 for _ in Path("/proc/self/fd").iterdir()) <= before + 1, "the shared epoch may take one"
@@ -304,21 +307,21 @@ def test_many_shards_hold_no_file_open_and_travel_light(tmp_path: Path) -> None:
 
 
 def test_preloaded_numbers_come_from_memory(store: Store) -> None:
-    dataset = LatentDataset(store.layout.root, preload="ram")
+    dataset = LatentDataset(store.paths.root, preload="ram")
     expected = values_of(dataset[list(range(10))])
     for shard in store.shards():
-        assert shard.tensors is not None
-        with shard.tensors.path.open("r+b") as file:
-            file.write(bytes(shard.tensors.num_bytes))
+        assert shard.tensors_file is not None
+        with shard.tensors_file.path.open("r+b") as file:
+            file.write(bytes(shard.tensors_file.num_bytes))
     assert values_of(dataset[list(range(10))]) == expected
     assert Counter(expected["label"]) == {0: 4, 1: 3, 2: 3}
 
 
 def test_the_mean_alone_is_preloaded_where_nothing_is_sampled(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", {SIZE: 3}, has_flips=True)
-    dataset = LatentDataset(store.layout.root, sample=False, preload="ram")
+    dataset = LatentDataset(store.paths.root, sample=False, preload="ram")
     assert sorted(dataset._opened(0).tensors) == ["mean", "mean_flip"]
-    mapped = LatentDataset(store.layout.root, sample=False)
+    mapped = LatentDataset(store.paths.root, sample=False)
     assert values_of(dataset[[0, 1, 2]]) == values_of(mapped[[0, 1, 2]])
 
 

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 from sdvae import VAE, atomic
 from sdvae.config import VAEConfig
-from sdvae.data.decode import DecodeSettings, decode_source
-from sdvae.data.encode import EncodeSettings, encode_source
-from sdvae.data.preprocess import Preprocess
-from sdvae.errors import LatentsError, StoreError
+from sdvae.encoding.encode import EncodeSettings, encode_dataset
+from sdvae.errors import LatentsError, OutputError, StoreError
 from sdvae.pixels import to_images
+from sdvae.reading.decode import DecodeSettings, decode_dataset
+from sdvae.store.geometry import Preprocess
 from tests.conftest import random_model
 
 RAW = DecodeSettings(latents="raw")
@@ -40,7 +40,7 @@ def store(small_vae: VAE, tmp_path_factory: pytest.TempPathFactory) -> Path:
         photo(height, width, seed=height).save(root / "photos" / name)
     (root / "photos" / "broken.png").write_bytes(b"no photo")
     settings = EncodeSettings(Preprocess(size_px=None, crop="none"))
-    assert encode_source(root / "photos", root / "store", small_vae, settings).num_written == 4
+    assert encode_dataset(root / "photos", root / "store", small_vae, settings).num_written == 4
     return root / "store"
 
 
@@ -54,14 +54,14 @@ def read(path: Path) -> np.ndarray:
 
 
 def test_a_store_becomes_images_of_the_photos_sizes(store: Path, small_vae: VAE, tmp_path: Path) -> None:
-    report = decode_source(store, tmp_path / "out", small_vae, DecodeSettings())
+    report = decode_dataset(store, tmp_path / "out", small_vae, DecodeSettings())
     assert report.num_written == 4
     sizes = {name: read(tmp_path / "out" / name).shape[:2] for name in files_in(tmp_path / "out")}
     assert sizes == {"a.png.png": (37, 50), "a.jpg.png": (32, 40), "in/b.png": (32, 40), "c.png": (16, 9)}
 
 
 def test_padding_is_cropped_and_nothing_else(store: Path, small_vae: VAE, tmp_path: Path) -> None:
-    decode_source(store, tmp_path / "out", small_vae, DecodeSettings())
+    decode_dataset(store, tmp_path / "out", small_vae, DecodeSettings())
     # The store holds fp16 means; the encoder's own differ by their rounding, the image by a level or two at most.
     (expected,) = small_vae.roundtrip([photo(37, 50, seed=37)])
     difference = np.abs(read(tmp_path / "out" / "a.png.png").astype(int) - np.asarray(expected).astype(int))
@@ -70,8 +70,8 @@ def test_padding_is_cropped_and_nothing_else(store: Path, small_vae: VAE, tmp_pa
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, None])
 def test_batches_do_not_change_the_images(store: Path, small_vae: VAE, tmp_path: Path, batch_size: int | None) -> None:
-    decode_source(store, tmp_path / "one", small_vae, DecodeSettings(batch_size=1))
-    decode_source(store, tmp_path / "many", small_vae, DecodeSettings(batch_size=batch_size))
+    decode_dataset(store, tmp_path / "one", small_vae, DecodeSettings(batch_size=1))
+    decode_dataset(store, tmp_path / "many", small_vae, DecodeSettings(batch_size=batch_size))
     one, many = files_in(tmp_path / "one"), files_in(tmp_path / "many")
     assert one.keys() == many.keys()
     for name in one:
@@ -83,7 +83,7 @@ def test_batches_do_not_change_the_images(store: Path, small_vae: VAE, tmp_path:
     ("format", "suffix", "kind"), [("png", "png", "PNG"), ("jpeg", "jpg", "JPEG"), ("webp", "webp", "WEBP")]
 )
 def test_formats(store: Path, small_vae: VAE, tmp_path: Path, format: str, suffix: str, kind: str) -> None:
-    decode_source(store, tmp_path / "out", small_vae, DecodeSettings(format=format))  # type: ignore[arg-type]
+    decode_dataset(store, tmp_path / "out", small_vae, DecodeSettings(format=format))  # type: ignore[arg-type]
     with Image.open(tmp_path / "out" / f"c.{suffix}") as image:
         assert image.format == kind
 
@@ -96,7 +96,7 @@ def test_latent_files_of_any_kind_shape_and_number(small_vae: VAE, tmp_path: Pat
     torch.save(latents[0], source / "one.pt")
     torch.save(latents[:1, :, :, :4].clone(), source / "sub" / "square.pt")
     save_file({"latents": small_vae.scale(latents[:1])}, source / "scaled.safetensors", metadata={"latents": "scaled"})
-    assert decode_source(source, tmp_path / "out", small_vae, RAW).num_written == 6
+    assert decode_dataset(source, tmp_path / "out", small_vae, RAW).num_written == 6
     images = {name: read(tmp_path / "out" / name) for name in files_in(tmp_path / "out")}
     assert images.keys() == {
         "batch-00000.png", "batch-00001.png", "batch-00002.png", "one.png", "scaled.png", "sub/square.png",
@@ -112,7 +112,7 @@ def test_latent_files_of_any_kind_shape_and_number(small_vae: VAE, tmp_path: Pat
 
 def test_one_file_is_a_source(small_vae: VAE, tmp_path: Path) -> None:
     np.save(tmp_path / "z.npy", np.zeros((4, 2, 2), np.float32))
-    decode_source(tmp_path / "z.npy", tmp_path / "out", small_vae, RAW)
+    decode_dataset(tmp_path / "z.npy", tmp_path / "out", small_vae, RAW)
     assert files_in(tmp_path / "out").keys() == {"z.png"}
 
 
@@ -122,7 +122,7 @@ def test_two_images_of_one_name_are_refused(small_vae: VAE, tmp_path: Path) -> N
     np.save(source / "z.npy", np.zeros((2, 4, 2, 2), np.float32))
     np.save(source / "z-00001.npy", np.zeros((1, 4, 2, 2), np.float32))
     with pytest.raises(LatentsError, match=r"both be called z-00001.npy"):
-        decode_source(source, tmp_path / "out", small_vae, RAW)
+        decode_dataset(source, tmp_path / "out", small_vae, RAW)
     assert not (tmp_path / "out").exists()
 
 
@@ -132,17 +132,17 @@ def test_one_bad_file_among_many_is_found_before_anything_is_written(small_vae: 
     np.save(source / "a.npy", np.zeros((1, 4, 2, 2), np.float32))
     np.save(source / "b.npy", np.full((1, 4, 2, 2), np.nan, np.float32))
     with pytest.raises(LatentsError, match=r"b.npy holds NaN"):
-        decode_source(source, tmp_path / "out", small_vae, RAW)
+        decode_dataset(source, tmp_path / "out", small_vae, RAW)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_same_command_again_writes_the_same_files_anew(store: Path, small_vae: VAE, tmp_path: Path) -> None:
-    decode_source(store, tmp_path / "out", small_vae, DecodeSettings())
+    decode_dataset(store, tmp_path / "out", small_vae, DecodeSettings())
     before = files_in(tmp_path / "out")
     (tmp_path / "out" / "c.png").write_bytes(b"cut short")
     leftover = tmp_path / "out" / ".c.png.999999999.0123abcd.tmp"  # of a process that was killed
     leftover.touch()
-    decode_source(store, tmp_path / "out", small_vae, DecodeSettings())
+    decode_dataset(store, tmp_path / "out", small_vae, DecodeSettings())
     assert files_in(tmp_path / "out") == before
 
 
@@ -164,8 +164,8 @@ def test_an_output_that_holds_something_else_stays_as_it_is(
             (out / "in").rmdir()
             (out / "in").symlink_to(elsewhere)
     before = sorted(out.rglob("*")), files_in(out)
-    with pytest.raises(StoreError, match=r"which this command did not write; give an empty folder"):
-        decode_source(store, out, small_vae, DecodeSettings())
+    with pytest.raises(OutputError, match=r"which this command did not write; give an empty folder"):
+        decode_dataset(store, out, small_vae, DecodeSettings())
     assert (sorted(out.rglob("*")), files_in(out)) == before
     assert not list(elsewhere.iterdir())
 
@@ -176,12 +176,12 @@ def test_another_latent_space_is_refused_and_another_decoder_named(
     of_sdxl = replace(small_vae.config, scaling_factor=0.13025)
     other = VAE(random_model(of_sdxl), small_vae.device, small_vae.dtype, name="other VAE")
     with pytest.raises(StoreError, match="holds latents of the space sd1, but other VAE decodes those of sdxl"):
-        decode_source(store, tmp_path / "out", other, DecodeSettings())
+        decode_dataset(store, tmp_path / "out", other, DecodeSettings())
     assert not (tmp_path / "out").exists()
 
     other = VAE(random_model(small_vae.config, seed=1), small_vae.device, small_vae.dtype, name="other VAE")
     with caplog.at_level(logging.WARNING, "sdvae"):
-        decode_source(store, tmp_path / "out", other, DecodeSettings())
+        decode_dataset(store, tmp_path / "out", other, DecodeSettings())
     assert "encoded by another VAE" in caplog.text
     assert other.fingerprint[:12] in caplog.text
     assert len(files_in(tmp_path / "out")) == 4
@@ -190,7 +190,7 @@ def test_another_latent_space_is_refused_and_another_decoder_named(
 def test_a_full_disk_leaves_whole_images_only(
     store: Path, small_vae: VAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode_source(store, tmp_path / "whole", small_vae, DecodeSettings(batch_size=1))
+    decode_dataset(store, tmp_path / "whole", small_vae, DecodeSettings(batch_size=1))
     writes: list[Path] = []
 
     def fill_up(operation: str, path: Path) -> None:
@@ -200,8 +200,8 @@ def test_a_full_disk_leaves_whole_images_only(
                 raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(atomic, "hook", fill_up)
-    with pytest.raises(StoreError, match=r"No space left on device; free some space"):
-        decode_source(store, tmp_path / "out", small_vae, DecodeSettings(batch_size=1))
+    with pytest.raises(OutputError, match=r"No space left on device; free some space"):
+        decode_dataset(store, tmp_path / "out", small_vae, DecodeSettings(batch_size=1))
     whole, left = files_in(tmp_path / "whole"), files_in(tmp_path / "out")
     assert len(left) == 2
     assert left.items() <= whole.items()
@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_whole_images_only(
 
 def test_the_count_goes_up_to_all(store: Path, small_vae: VAE, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    decode_source(store, tmp_path / "out", small_vae, DecodeSettings(batch_size=1), lambda *now: seen.append(now))
+    decode_dataset(store, tmp_path / "out", small_vae, DecodeSettings(batch_size=1), lambda *now: seen.append(now))
     assert seen[0] == ("decode", 0, 4)
     assert seen[-1] == ("decode", 4, 4)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
@@ -222,6 +222,6 @@ def test_families_of_other_channels_are_decoded(tmp_path: Path) -> None:
     )  # fmt: skip
     vae = VAE(random_model(config), torch.device("cpu"), torch.float32, name="two levels")
     np.save(tmp_path / "z.npy", np.zeros((1, 16, 3, 5), np.float32))
-    decode_source(tmp_path / "z.npy", tmp_path / "out", vae, DecodeSettings(latents="scaled"))
+    decode_dataset(tmp_path / "z.npy", tmp_path / "out", vae, DecodeSettings(latents="scaled"))
     expected = to_images(vae.decode(torch.full((1, 16, 3, 5), 0.25)))[0]
     assert np.array_equal(read(tmp_path / "out" / "z.png"), expected)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdvae import __version__, atomic
 from sdvae.config import FAMILIES, VAEConfig
-from sdvae.errors import ConfigError, StoreError, WeightsError
+from sdvae.errors import ConfigError, OutputError, WeightsError
 from sdvae.weights.edit import Written, convert, extract, swap
 from sdvae.weights.files import DTYPES, open_weights
 from sdvae.weights.identity import fingerprint
@@ -329,7 +329,7 @@ def test_a_failing_disk_leaves_the_old_output(tmp_path: Path, monkeypatch: pytes
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(atomic, "hook", hook)
-    with pytest.raises(StoreError, match=r"cannot write .*b\.safetensors.*free some space"):
+    with pytest.raises(OutputError, match=r"cannot write .*b\.safetensors.*free some space"):
         convert(tmp_path / "a.safetensors", output)
     assert output.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]

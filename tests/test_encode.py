@@ -15,19 +15,21 @@ from torch import Tensor
 
 from sdvae import atomic
 from sdvae.config import VAEConfig
-from sdvae.data import encode, manifest
-from sdvae.data.encode import EncodeReport
-from sdvae.data.manifest import EncodeSettings, fixed_threads
-from sdvae.data.preprocess import Preprocess, apply, plan_geometry
-from sdvae.data.roster import Record, Task
-from sdvae.data.sources import FolderSource
-from sdvae.data.store import Store
-from sdvae.data.tasks import Work
-from sdvae.data.verify import verify
-from sdvae.errors import ConfigError, StoreError, VerifyError
+from sdvae.encoding import encode, manifest
+from sdvae.encoding.encode import EncodeReport
+from sdvae.encoding.manifest import EncodeSettings, fixed_threads
+from sdvae.encoding.resize import apply
+from sdvae.encoding.tasks import Work
+from sdvae.errors import ConfigError, OutputError, SourceError, StoreError, VerifyError
 from sdvae.images.read import read_image
 from sdvae.pixels import to_pixels
 from sdvae.posterior import DiagonalGaussian
+from sdvae.sources.open import FolderSource
+from sdvae.store.geometry import Preprocess, plan_geometry
+from sdvae.store.records import Record
+from sdvae.store.roster import Task
+from sdvae.store.store import Store
+from sdvae.store.verify import verify
 from sdvae.vae import VAE
 from tests.conftest import SMALL, random_model
 
@@ -37,7 +39,7 @@ FEW = replace(SETTINGS, shard_rows=2)
 NUM_PHOTOS, NUM_BROKEN = 11, 3
 
 # Decoding on a thread; test_pipeline.py does it in processes, whose start would take the most of these tests' time.
-encode_source = partial(encode.encode_source, work=Work(num_workers=0))
+encode_dataset = partial(encode.encode_dataset, work=Work(num_workers=0))
 
 
 @pytest.fixture
@@ -66,20 +68,20 @@ def _files(root: Path) -> dict[str, bytes]:
 def _rows(store: Store) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
     found = {}
     for shard in store.shards():
-        mean, logvar = store.moments(shard.number)
-        for line in store.records(shard.number):
+        mean, logvar = shard.moments()
+        for line in shard.records():
             if line["row"] is not None:
                 found[line["key"]] = (mean[line["row"]], logvar[line["row"]])
     return found
 
 
 def test_every_photo_is_written_or_quarantined_with_a_reason(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
-    report = encode_source(photos, tmp_path / "out", small_vae, SETTINGS)
+    report = encode_dataset(photos, tmp_path / "out", small_vae, SETTINGS)
     store = Store.open(tmp_path / "out")
     assert report.num_seen == NUM_PHOTOS + NUM_BROKEN
     assert report.num_written == NUM_PHOTOS
     assert sum(report.quarantined.values()) == NUM_BROKEN
-    lines = [line for shard in store.shards() for line in store.records(shard.number)]
+    lines = [line for shard in store.shards() for line in shard.records()]
     assert len({line["key"] for line in lines}) == len(lines) == report.num_seen
     failed = {line["key"]: (line["status"], line["step"]) for line in lines if line["row"] is None}
     assert failed == {
@@ -89,13 +91,13 @@ def test_every_photo_is_written_or_quarantined_with_a_reason(photos: Path, tmp_p
     }
     assert all(line["reason"] and str(tmp_path) not in line["reason"] for line in lines if line["row"] is None)
     assert {line["label"] for line in lines} == {None, "cats"}
-    assert verify(store.layout.root).damages == []
+    assert verify(store.paths.root).damages == []
 
 
 def test_the_latents_are_those_of_the_vae_in_float16(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
     for settings in (SETTINGS, WHOLE):
         out = tmp_path / str(settings.preprocess.crop)
-        encode_source(photos, out, small_vae, settings)
+        encode_dataset(photos, out, small_vae, settings)
         rows = _rows(Store.open(out))
         assert len(rows) == NUM_PHOTOS
         for key, (mean, logvar) in rows.items():
@@ -109,19 +111,19 @@ def test_the_latents_are_those_of_the_vae_in_float16(photos: Path, tmp_path: Pat
 
 
 def test_whole_photos_make_one_series_of_shards_for_each_shape(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
-    encode_source(photos, tmp_path / "out", small_vae, WHOLE)
+    encode_dataset(photos, tmp_path / "out", small_vae, WHOLE)
     store = Store.open(tmp_path / "out")
     shapes = [(shard.bucket_px, shard.num_rows) for shard in store.shards()]
     assert shapes == [((40, 48), 3), ((40, 48), 1), ((40, 56), 3), ((48, 40), 4), (None, 0)]
-    line = next(line for line in store.records(2) if line["key"] == "02.png")
+    line = next(line for line in store.shard(2).records() if line["key"] == "02.png")
     assert (line["original_px"], line["resized_px"], line["crop_px"]) == ([33, 50], [33, 50], [0, 0, 40, 56])
 
 
 def test_two_runs_give_the_same_bytes_and_a_third_changes_nothing(
     photos: Path, tmp_path: Path, small_vae: VAE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = encode_source(photos, tmp_path / "a", small_vae, SETTINGS)
-    encode_source(photos, tmp_path / "b", small_vae, SETTINGS)
+    first = encode_dataset(photos, tmp_path / "a", small_vae, SETTINGS)
+    encode_dataset(photos, tmp_path / "b", small_vae, SETTINGS)
     assert _files(tmp_path / "a") == _files(tmp_path / "b")
     for name, data in _files(tmp_path / "a").items():
         assert str(tmp_path).encode() not in data, name
@@ -131,7 +133,7 @@ def test_two_runs_give_the_same_bytes_and_a_third_changes_nothing(
         raise AssertionError("everything is encoded already")
 
     monkeypatch.setattr(VAE, "encode", refuse)
-    again = encode_source(photos, tmp_path / "a", small_vae, SETTINGS)
+    again = encode_dataset(photos, tmp_path / "a", small_vae, SETTINGS)
     assert _files(tmp_path / "a") == before
     assert (again.num_seen, again.num_written, again.quarantined) == (
         first.num_seen, first.num_written, first.quarantined,
@@ -141,12 +143,12 @@ def test_two_runs_give_the_same_bytes_and_a_third_changes_nothing(
 
 def test_a_failed_record_changes_no_other_record(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
     """It keeps its place in the batch: a shard with a hole is computed as one without."""
-    encode_source(photos, tmp_path / "a", small_vae, SETTINGS)
+    encode_dataset(photos, tmp_path / "a", small_vae, SETTINGS)
     whole = photos / "cats" / "03.png"
     data = bytearray(whole.read_bytes())
     data[len(data) // 2] ^= 0xFF  # the header still tells its size
     whole.write_bytes(data)
-    report = encode_source(photos, tmp_path / "b", small_vae, SETTINGS)
+    report = encode_dataset(photos, tmp_path / "b", small_vae, SETTINGS)
     assert report.num_written == NUM_PHOTOS - 1
     before, after = _rows(Store.open(tmp_path / "a")), _rows(Store.open(tmp_path / "b"))
     assert before.keys() - after.keys() == {"cats/03.png"}
@@ -188,20 +190,20 @@ def test_latents_that_are_not_finite_are_quarantined(
     photos: Path, tmp_path: Path, small_vae: VAE, value: float
 ) -> None:
     Image.new("RGB", (32, 32)).save(photos / "black.png")
-    report = encode_source(photos, tmp_path / "out", Faulty(small_vae, value), SETTINGS)  # type: ignore[arg-type]
+    report = encode_dataset(photos, tmp_path / "out", Faulty(small_vae, value), SETTINGS)  # type: ignore[arg-type]
     store = Store.open(tmp_path / "out")
     assert report.num_written == NUM_PHOTOS
     (line,) = [line for line in store.quarantined() if line["key"] == "black.png"]
     assert line["step"] == "encode" and "float16" in line["reason"]
     for shard in store.shards():
-        assert all(np.isfinite(values).all() for values in store.moments(shard.number))
-    assert verify(store.layout.root).damages == []
+        assert all(np.isfinite(values).all() for values in shard.moments())
+    assert verify(store.paths.root).damages == []
 
 
 def test_what_does_not_fit_float16_fits_float32(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
     Image.new("RGB", (32, 32)).save(photos / "black.png")
     settings = EncodeSettings(Preprocess(size_px=32), store_dtype="fp32", num_threads=1)
-    encode_source(photos, tmp_path / "out", Faulty(small_vae, 70_000.0), settings)  # type: ignore[arg-type]
+    encode_dataset(photos, tmp_path / "out", Faulty(small_vae, 70_000.0), settings)  # type: ignore[arg-type]
     mean, _ = _rows(Store.open(tmp_path / "out"))["black.png"]
     assert mean.dtype == np.float32 and mean[0, 0, 0] == 70_000.0
 
@@ -229,25 +231,25 @@ def test_a_photo_that_changes_after_the_scan_is_quarantined_and_then_refused(
         if phase == "encode":
             (photos / ".scanned").touch()
 
-    report = encode_source(MovingSource(photos), tmp_path / "out", small_vae, SETTINGS, progress=move)
+    report = encode_dataset(MovingSource(photos), tmp_path / "out", small_vae, SETTINGS, progress=move)
     assert report.num_written == NUM_PHOTOS - 2
     found = {line["key"]: (line["step"], line["reason"]) for line in Store.open(tmp_path / "out").quarantined()}
     assert found["00.png"] == ("read", "changed after the scan")
     assert found["02.png"] == ("read", "vanished after the scan")
     before = _files(tmp_path / "out")
     with pytest.raises(StoreError, match=r"1 file \(00.png\) changed and 1 file \(02.png\) vanished"):
-        encode_source(photos, tmp_path / "out", small_vae, SETTINGS)
+        encode_dataset(photos, tmp_path / "out", small_vae, SETTINGS)
     assert _files(tmp_path / "out") == before
 
 
 def test_a_grown_source_makes_a_generation_of_shards(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
     out = tmp_path / "out"
-    encode_source(photos, out, small_vae, SETTINGS)
+    encode_dataset(photos, out, small_vae, SETTINGS)
     before, num_shards = _files(out), Store.open(out).num_shards
     for name in ("00-new.png", "zz-new.png"):
         (photos / name).write_bytes((photos / "cats" / "03.png").read_bytes())
     (photos / "zz-broken.png").write_bytes(b"no image")
-    report = encode_source(photos, out, small_vae, SETTINGS)
+    report = encode_dataset(photos, out, small_vae, SETTINGS)
     assert (report.num_seen, report.num_written) == (NUM_PHOTOS + NUM_BROKEN + 3, NUM_PHOTOS + 2)
     assert sum(report.quarantined.values()) == NUM_BROKEN + 1
 
@@ -257,16 +259,16 @@ def test_a_grown_source_makes_a_generation_of_shards(photos: Path, tmp_path: Pat
     assert {name: after[name] for name in before if name != "quarantine.jsonl"} == {
         name: data for name, data in before.items() if name != "quarantine.jsonl"
     }
-    assert [line["key"] for line in store.records(num_shards)] == ["00-new.png", "zz-new.png"]
+    assert [line["key"] for line in store.shard(num_shards).records()] == ["00-new.png", "zz-new.png"]
     rows = _rows(store)
     assert np.allclose(rows["00-new.png"][0], rows["cats/03.png"][0], rtol=2e-3, atol=2e-3)
     assert verify(out).damages == []
 
-    encode_source(photos, out, small_vae, SETTINGS)
+    encode_dataset(photos, out, small_vae, SETTINGS)
     assert _files(out) == after
     (photos / "00-new.png").unlink()
     with pytest.raises(StoreError, match=r"1 file \(00-new.png\) vanished"):
-        encode_source(photos, out, small_vae, SETTINGS)
+        encode_dataset(photos, out, small_vae, SETTINGS)
     assert _files(out) == after
 
 
@@ -280,22 +282,22 @@ def test_a_store_may_grow_before_it_is_finished(photos: Path, tmp_path: Path, sm
 
     out = tmp_path / "out"
     with pytest.raises(StoppedError):
-        encode_source(photos, out, small_vae, SETTINGS, progress=stop)
+        encode_dataset(photos, out, small_vae, SETTINGS, progress=stop)
     Image.new("RGB", (40, 40)).save(photos / "new.png")
-    encode_source(photos, out, small_vae, SETTINGS)
+    encode_dataset(photos, out, small_vae, SETTINGS)
     (photos / "new.png").rename(tmp_path / "new.png")
-    encode_source(photos, tmp_path / "expected", small_vae, SETTINGS)
+    encode_dataset(photos, tmp_path / "expected", small_vae, SETTINGS)
     (tmp_path / "new.png").rename(photos / "new.png")
-    encode_source(photos, tmp_path / "expected", small_vae, SETTINGS)
+    encode_dataset(photos, tmp_path / "expected", small_vae, SETTINGS)
     assert _files(out) == _files(tmp_path / "expected")
 
 
 def test_a_listing_that_did_not_change_is_not_scanned_again(photos: Path, begun: Path, small_vae: VAE) -> None:
     phases: set[str] = set()
-    encode_source(photos, begun, small_vae, SETTINGS, progress=lambda phase, done, all_: phases.add(phase))
+    encode_dataset(photos, begun, small_vae, SETTINGS, progress=lambda phase, done, all_: phases.add(phase))
     assert phases == {"encode"}
     (begun / "journal" / "listing.json").unlink()
-    encode_source(photos, begun, small_vae, SETTINGS, progress=lambda phase, done, all_: phases.add(phase))
+    encode_dataset(photos, begun, small_vae, SETTINGS, progress=lambda phase, done, all_: phases.add(phase))
     assert phases == {"encode", "scan"}
 
 
@@ -303,7 +305,7 @@ def test_a_damaged_roster_is_said_so(photos: Path, begun: Path, small_vae: VAE) 
     roster = begun / "roster" / "00000.jsonl"
     roster.write_bytes(roster.read_bytes().replace(b"cats", b"dogs"))
     with pytest.raises(VerifyError, match=r"00000.jsonl is damaged or missing; sdvae verify --repair"):
-        encode_source(photos, begun, small_vae, SETTINGS)
+        encode_dataset(photos, begun, small_vae, SETTINGS)
 
 
 # --- Refusals ---
@@ -311,8 +313,38 @@ def test_a_damaged_roster_is_said_so(photos: Path, begun: Path, small_vae: VAE) 
 
 @pytest.fixture
 def begun(photos: Path, tmp_path: Path, small_vae: VAE) -> Path:
-    encode_source(photos, tmp_path / "out", small_vae, SETTINGS)
+    encode_dataset(photos, tmp_path / "out", small_vae, SETTINGS)
     return tmp_path / "out"
+
+
+def test_a_survey_tells_what_would_be_done_and_writes_nothing(
+    photos: Path, tmp_path: Path, small_vae: VAE, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = replace(SETTINGS, preprocess=Preprocess(size_px=32, max_upscale=0.9))  # refuses sides of 33 px
+    found = encode.survey(photos, tmp_path / "out", small_vae, settings)
+    assert not (tmp_path / "out").exists()
+    small = "too small: it would have to be enlarged by more than 0.9"
+    assert found.sizes == {(32, 32): 9} and found.quarantined[small] == 3 and len(found.quarantined) == 3
+    told: list[tuple[str, int, int]] = []
+    report = encode_dataset(photos, tmp_path / "out", small_vae, settings, progress=lambda *now: told.append(now))
+    assert f"3 photos will not be encoded: {small}; --max-upscale N allows it" in caplog.messages
+    assert told[-1] == ("encode", 9, 9), "what is not encoded is not counted"
+    assert (report.num_seen, report.num_written) == (found.num_seen, 8)  # one header promised too much
+    tensors = sum(file.stat().st_size - 4096 for file in (tmp_path / "out" / "shards").iterdir())
+    assert found.num_bytes == tensors // 8 * 9
+    again = encode.survey(photos, tmp_path / "out", small_vae, settings)
+    assert (again.sizes, again.quarantined) == ({}, {}), "all of it is there"
+    with pytest.raises(StoreError, match="was begun with other settings"):
+        encode.survey(photos, tmp_path / "out", small_vae, SETTINGS)
+
+
+def test_a_limit_takes_the_first_photos_and_a_later_run_the_others(
+    photos: Path, tmp_path: Path, small_vae: VAE
+) -> None:
+    assert encode_dataset(photos, tmp_path / "out", small_vae, SETTINGS, limit=5).num_seen == 5
+    report = encode_dataset(photos, tmp_path / "out", small_vae, SETTINGS)
+    assert (report.num_seen, report.num_written) == (NUM_PHOTOS + NUM_BROKEN, NUM_PHOTOS)
+    assert len(Store.open(tmp_path / "out").rosters) == 2
 
 
 @pytest.mark.parametrize(
@@ -332,7 +364,7 @@ def test_other_settings_are_refused_and_listed(
 ) -> None:
     before = _files(begun)
     with pytest.raises(StoreError) as caught:
-        encode_source(photos, begun, small_vae, settings)
+        encode_dataset(photos, begun, small_vae, settings)
     assert difference in str(caught.value) and "--restart" in str(caught.value)
     assert _files(begun) == before
 
@@ -342,7 +374,7 @@ def test_all_differences_are_listed_at_once(photos: Path, begun: Path, monkeypat
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NEON")
     settings = EncodeSettings(Preprocess(size_px=40), shard_rows=8)
     with pytest.raises(StoreError) as caught:
-        encode_source(photos, begun, other, settings)
+        encode_dataset(photos, begun, other, settings)
     for name in ("vae.fingerprint", "compute.cpu_capability", "preprocess.size_px", "shard_rows"):
         assert f"{name} was" in str(caught.value)
     assert "num_threads" not in str(caught.value)
@@ -365,7 +397,7 @@ def test_what_was_chosen_once_is_not_chosen_again(
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        encode_source(photos, begun, small_vae, EncodeSettings(Preprocess(size_px=32), shard_rows=4))
+        encode_dataset(photos, begun, small_vae, EncodeSettings(Preprocess(size_px=32), shard_rows=4))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -374,13 +406,12 @@ def test_what_was_chosen_once_is_not_chosen_again(
 
 
 def test_what_to_continue_with_is_told(begun: Path, tmp_path: Path) -> None:
-    assert manifest.recorded_dtype(begun) == "fp32"
-    assert manifest.recorded_dtype(tmp_path / "new") is None
-    assert manifest.recorded_resizer(begun) == "pillow"
-    assert manifest.recorded_resizer(tmp_path / "new") is None
+    store = Store.find(begun)
+    assert store is not None and store.manifest["compute"]["dtype"] == "fp32"
+    assert Store.find(tmp_path / "new") is None
     (begun / "manifest.json").write_text("{}")
     with pytest.raises(StoreError, match="not the manifest of a latent store"):
-        manifest.recorded_dtype(begun)
+        Store.find(begun)
 
 
 def test_a_lost_shard_is_encoded_again(photos: Path, begun: Path, small_vae: VAE) -> None:
@@ -388,7 +419,7 @@ def test_a_lost_shard_is_encoded_again(photos: Path, begun: Path, small_vae: VAE
     (begun / "index" / "00000.jsonl").unlink()
     shard = next((begun / "shards").glob("00001-*"))
     shard.write_bytes(shard.read_bytes()[:5000])
-    encode_source(photos, begun, small_vae, SETTINGS)
+    encode_dataset(photos, begun, small_vae, SETTINGS)
     assert _files(begun) == before
 
 
@@ -397,28 +428,28 @@ def test_a_damaged_manifest_or_commit_is_said_so(photos: Path, begun: Path, smal
     data = done.read_bytes()
     done.write_bytes(data.replace(b"shard", b"Shard"))
     with pytest.raises(VerifyError, match=r"00000.json is damaged"):
-        encode_source(photos, begun, small_vae, SETTINGS)
+        encode_dataset(photos, begun, small_vae, SETTINGS)
     done.write_bytes(data)
     manifest = begun / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-10])
     with pytest.raises(VerifyError, match=r"manifest.json is damaged"):
-        encode_source(photos, begun, small_vae, SETTINGS)
+        encode_dataset(photos, begun, small_vae, SETTINGS)
 
 
 def test_restart_throws_the_store_away_and_nothing_else(photos: Path, begun: Path, small_vae: VAE) -> None:
     other = EncodeSettings(Preprocess(size_px=40), shard_rows=8, num_threads=1)
-    report = encode_source(photos, begun, small_vae, other, restart=True)
+    report = encode_dataset(photos, begun, small_vae, other, restart=True)
     assert report.num_written == NUM_PHOTOS
     store = Store.open(begun)
-    assert store.manifest["preprocess"]["size_px"] == 40 and verify(store.layout.root).damages == []
+    assert store.manifest["preprocess"]["size_px"] == 40 and verify(store.paths.root).damages == []
     assert len(_files(begun)) == 2 + 3 * len(store.shards())  # no file of the old store is left
 
     (begun / "notes.txt").write_text("mine")
     before = _files(begun)
     with pytest.raises(StoreError, match=r"files that no store has \(notes.txt\); nothing was touched"):
-        encode_source(photos, begun, small_vae, SETTINGS, restart=True)
+        encode_dataset(photos, begun, small_vae, SETTINGS, restart=True)
     assert _files(begun) == before
-    encode_source(photos, begun, small_vae, other)  # to go on beside them is fine
+    encode_dataset(photos, begun, small_vae, other)  # to go on beside them is fine
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -431,10 +462,10 @@ def test_an_output_that_holds_something_else_is_left_untouched(
         (out / name).write_text("mine")
     before = _files(out)
     with pytest.raises(StoreError, match="not the manifest of a latent store"):
-        encode_source(photos, out, small_vae, SETTINGS, restart=restart)
+        encode_dataset(photos, out, small_vae, SETTINGS, restart=restart)
     (out / "manifest.json").unlink()
     with pytest.raises(StoreError, match=r"\(a/b, thesis.tex\); nothing was touched"):
-        encode_source(photos, out, small_vae, SETTINGS, restart=restart)
+        encode_dataset(photos, out, small_vae, SETTINGS, restart=restart)
     assert _files(out) == {name: data for name, data in before.items() if name != "manifest.json"}
 
 
@@ -442,8 +473,8 @@ def test_commits_without_their_manifest_are_not_continued(photos: Path, begun: P
     before = _files(begun)
     (begun / "manifest.json").unlink()
     with pytest.raises(StoreError, match=r"its manifest.json is gone; .* or start again with --restart"):
-        encode_source(photos, begun, small_vae, SETTINGS)
-    encode_source(photos, begun, small_vae, SETTINGS, restart=True)
+        encode_dataset(photos, begun, small_vae, SETTINGS)
+    encode_dataset(photos, begun, small_vae, SETTINGS, restart=True)
     assert _files(begun) == before
 
 
@@ -451,9 +482,9 @@ def test_source_and_output_must_lie_apart(photos: Path, tmp_path: Path, small_va
     (tmp_path / "link").symlink_to(photos)
     for out in (photos, photos / "latents", tmp_path / "link" / "latents", photos / "cats" / ".." / "x"):
         with pytest.raises(StoreError, match="lies in the source"):
-            encode_source(photos, out, small_vae, SETTINGS)
+            encode_dataset(photos, out, small_vae, SETTINGS)
     with pytest.raises(StoreError, match=r"the source .* lies in"):
-        encode_source(photos, tmp_path, small_vae, SETTINGS)
+        encode_dataset(photos, tmp_path, small_vae, SETTINGS)
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "link"}
     assert not (photos / "latents").exists()
 
@@ -461,20 +492,20 @@ def test_source_and_output_must_lie_apart(photos: Path, tmp_path: Path, small_va
 def test_nothing_is_made_for_input_that_cannot_be_encoded(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
     out = tmp_path / "out"
     (tmp_path / "empty" / ".hidden").mkdir(parents=True)
-    with pytest.raises(StoreError, match="holds no photos"):
-        encode_source(tmp_path / "empty", out, small_vae, SETTINGS)
+    with pytest.raises(SourceError, match="holds no photos"):
+        encode_dataset(tmp_path / "empty", out, small_vae, SETTINGS)
     with pytest.raises(ConfigError, match="no multiple of 8"):
-        encode_source(photos, out, small_vae, EncodeSettings(Preprocess(size_px=33)))
+        encode_dataset(photos, out, small_vae, EncodeSettings(Preprocess(size_px=33)))
     with pytest.raises(ConfigError, match="shard_rows is 0"):
-        encode_source(photos, out, small_vae, EncodeSettings(shard_rows=0))
+        encode_dataset(photos, out, small_vae, EncodeSettings(shard_rows=0))
     with pytest.raises(ConfigError, match="store_dtype"):
-        encode_source(photos, out, small_vae, EncodeSettings(store_dtype="int8"))  # type: ignore[arg-type]
+        encode_dataset(photos, out, small_vae, EncodeSettings(store_dtype="int8"))  # type: ignore[arg-type]
     assert not out.exists()
     (tmp_path / "file").write_text("mine")
     with pytest.raises(StoreError, match="is not a folder"):
-        encode_source(photos, tmp_path / "file", small_vae, SETTINGS)
-    with pytest.raises(StoreError, match="Not a directory"):
-        encode_source(photos, tmp_path / "file" / "out", small_vae, SETTINGS)
+        encode_dataset(photos, tmp_path / "file", small_vae, SETTINGS)
+    with pytest.raises(OutputError, match="Not a directory"):
+        encode_dataset(photos, tmp_path / "file" / "out", small_vae, SETTINGS)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -491,10 +522,10 @@ def test_a_read_only_output_is_refused_before_a_photo_is_read(
 
     monkeypatch.setattr(atomic, "hook", read_only)
     monkeypatch.setattr(FolderSource, "read", refuse)
-    with pytest.raises(StoreError, match="Read-only file system"):
-        encode_source(photos, begun, small_vae, SETTINGS)
-    with pytest.raises(StoreError, match="Read-only file system"):
-        encode_source(photos, begun.parent / "new", small_vae, SETTINGS)
+    with pytest.raises(OutputError, match="Read-only file system"):
+        encode_dataset(photos, begun, small_vae, SETTINGS)
+    with pytest.raises(OutputError, match="Read-only file system"):
+        encode_dataset(photos, begun.parent / "new", small_vae, SETTINGS)
     assert not (begun.parent / "new").exists()
 
 
@@ -529,12 +560,12 @@ def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _run_failing(
     photos: Path, out: Path, vae: VAE, monkeypatch: pytest.MonkeyPatch, failing: Failing
-) -> EncodeReport | StoreError:
+) -> EncodeReport | OutputError:
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "hook", failing)
         try:
-            return encode_source(photos, out, vae, FEW)
-        except StoreError as error:
+            return encode_dataset(photos, out, vae, FEW)
+        except OutputError as error:
             return error
 
 
@@ -551,11 +582,11 @@ def test_every_operation_may_fail_once(
         code = (errno.ENOSPC, errno.EIO, errno.EFBIG)[nth % 3]
         out = tmp_path / f"out-{nth}"
         error = _run_failing(few_photos, out, small_vae, monkeypatch, Failing(nth, code))
-        assert isinstance(error, StoreError), nth
+        assert isinstance(error, OutputError), nth
         assert str(out) in str(error) and os.strerror(code) in str(error)
         left = _files(out)
         assert all(expected[name] == data for name, data in left.items()), nth  # complete, and no temporary
-        encode_source(few_photos, out, small_vae, FEW)
+        encode_dataset(few_photos, out, small_vae, FEW)
         assert _files(out) == expected, nth
 
 
@@ -567,7 +598,7 @@ class Stop(SystemExit):
 def test_a_signal_leaves_no_temporary_and_the_next_run_finishes(
     few_photos: Path, tmp_path: Path, small_vae: VAE
 ) -> None:
-    encode_source(few_photos, tmp_path / "whole", small_vae, FEW)
+    encode_dataset(few_photos, tmp_path / "whole", small_vae, FEW)
     expected = _files(tmp_path / "whole")
     num_calls, num_records = 0, len(list(few_photos.iterdir())) - 1  # one of them is a folder
     steps: list[tuple[str, int]] = []
@@ -581,10 +612,10 @@ def test_a_signal_leaves_no_temporary_and_the_next_run_finishes(
         steps.clear()
         out = tmp_path / f"out-{num_calls}"
         try:
-            encode_source(few_photos, out, small_vae, FEW, progress=raise_at)
+            encode_dataset(few_photos, out, small_vae, FEW, progress=raise_at)
         except Stop:
             assert all(expected[name] == data for name, data in _files(out).items())
-            encode_source(few_photos, out, small_vae, FEW)
+            encode_dataset(few_photos, out, small_vae, FEW)
             assert _files(out) == expected
         else:
             break
@@ -596,7 +627,7 @@ def test_temporaries_of_the_dead_are_swept(photos: Path, begun: Path, small_vae:
     before = _files(begun)
     left = begun / "shards" / f".00000-32x32.safetensors.{os.getpid()}.0123abcd.tmp"
     left.write_bytes(b"half a shard")
-    encode_source(photos, begun, small_vae, SETTINGS)
+    encode_dataset(photos, begun, small_vae, SETTINGS)
     assert _files(begun) == before
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sdvae.data.store import Store
-from sdvae.data.verify import verify
+from sdvae.store.store import Store
+from sdvae.store.verify import verify
 from sdvae.vae import VAE
 from tests.test_odd_images import REASONS
 
@@ -51,7 +51,7 @@ def test_every_odd_file_is_encoded_or_quarantined_and_none_crashes(
     assert 100_000_000 < peak - peak_of_one_small_photo < PEAK_LIMIT_BYTES  # the 33 megapixels alone are 100 MB
 
     store = Store.open(tmp_path / "out")
-    lines = [line for shard in store.shards() for line in store.records(shard.number)]
+    lines = [line for shard in store.shards() for line in shard.records()]
     names = {path.name for path in odd.iterdir()} - {"MANIFEST.csv"}
     assert {line["key"] for line in lines} == names
     assert len(lines) == len(names) == result["num_seen"]
@@ -63,4 +63,4 @@ def test_every_odd_file_is_encoded_or_quarantined_and_none_crashes(
     sizes = {line["key"]: line["original_px"] for line in lines}
     assert sizes["Portrait_5.jpg"] == [1800, 1200]  # stored lying on its side
     assert sizes["rot1mir0.avif"] == [427, 640]
-    assert verify(store.layout.root).damages == []
+    assert verify(store.paths.root).damages == []

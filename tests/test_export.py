@@ -17,11 +17,11 @@ from torch import Tensor
 from sdvae import atomic
 from sdvae.cli.main import cli
 from sdvae.config import FAMILIES
-from sdvae.data.dataset import record_stream
-from sdvae.data.export import DECLARATION, export_store
-from sdvae.data.formats import FORMATS
-from sdvae.data.store import Store
-from sdvae.errors import StoreError
+from sdvae.errors import OutputError, StoreError
+from sdvae.reading.dataset import record_stream
+from sdvae.reading.export import DECLARATION, export
+from sdvae.reading.formats import FORMATS
+from sdvae.store.store import Store
 from tests.made_stores import make_store
 
 SQUARE = {(64, 64): 9}
@@ -34,8 +34,8 @@ def truth(store: Store) -> dict[str, dict[str, Any]]:
     """By key: the line of the index, and the posteriors as fp32 tensors."""
     found = {}
     for shard in store.shards():
-        tensors = store.tensors(shard.number)
-        for line in store.records(shard.number):
+        tensors = shard.tensors()
+        for line in shard.records():
             if line["row"] is not None:
                 values = {name: torch.from_numpy(x[line["row"]].astype(np.float32)) for name, x in tensors.items()}
                 found[line["key"]] = line | values
@@ -125,7 +125,7 @@ def test_sd_scripts_reads_what_it_would_have_cached(
     made = {"has_flips": has_flips, "broken": BROKEN, "latent_space": space, "config": config}
     store = make_store(tmp_path / "store", buckets, **made)  # type: ignore[arg-type]
     out = tmp_path / "out"
-    settings = export_store(store.layout.root, "kohya", out, SEED)["settings"]
+    settings = export(store.paths.root, "kohya", out, SEED)["settings"]
     resos = kohya_buckets(settings)
     metadata = json.loads((out / "metadata.json").read_text(encoding="utf-8"))
     records = truth(store)
@@ -153,7 +153,7 @@ def test_sd_scripts_reads_what_it_would_have_cached(
 def test_sizes_that_sd_scripts_would_mix_are_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", {(512, 512): 1, (504, 512): 1})
     with pytest.raises(StoreError, match="no buckets for all sizes of this store \\(504x512, 512x512\\)"):
-        export_store(store.layout.root, "kohya", tmp_path / "out")
+        export(store.paths.root, "kohya", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -197,7 +197,7 @@ def repa_sample_posterior(moments: Tensor, latents_scale: float, noise: Tensor) 
 def test_repa_reads_moments_beside_their_photos(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", SQUARE, broken=BROKEN, has_flips=True)
     out = tmp_path / "out"
-    declared = export_store(store.layout.root, "repa", out)
+    declared = export(store.paths.root, "repa", out)
     assert declared["settings"]["resolution"] == 64 and declared["flips"] == "left out"
     records = truth(store)
     for number, key in enumerate(records):  # the photos, each of a grey level of its own
@@ -244,7 +244,7 @@ class FastDiTDataset:
 
 def test_fast_dit_reads_scaled_samples_and_their_labels(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", {(64, 64): 13}, broken=BROKEN, has_flips=True)
-    declared = export_store(store.layout.root, "fast-dit", tmp_path / "out", SEED)
+    declared = export(store.paths.root, "fast-dit", tmp_path / "out", SEED)
     dataset = FastDiTDataset(tmp_path / "out")
     records = list(truth(store).values())
     assert len(dataset) == len(records) == 12
@@ -268,7 +268,7 @@ leaves_files_open = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableE
 def test_webdataset_reads_everything_a_store_holds(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", {(64, 64): 9, (32, 64): 3}, broken=BROKEN, has_flips=True)
     out = tmp_path / "out"
-    declared = export_store(store.layout.root, "webdataset", out)
+    declared = export(store.paths.root, "webdataset", out)
     urls = [str(path) for path in sorted(out.glob("*.tar"))]
     assert len(urls) == len(store.shards()) == 4
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
@@ -288,7 +288,7 @@ def test_webdataset_reads_everything_a_store_holds(tmp_path: Path) -> None:
 @leaves_files_open
 def test_webdataset_members_without_caption_or_class(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", SQUARE, is_labelled=False)
-    export_store(store.layout.root, "webdataset", tmp_path / "out")
+    export(store.paths.root, "webdataset", tmp_path / "out")
     tar = str(tmp_path / "out" / "00000.tar")
     for sample in webdataset.WebDataset([tar], shardshuffle=False).decode():
         assert sorted(sample.keys() - {"__key__", "__url__", "__local_path__"}) == ["json", "logvar.npy", "mean.npy"]
@@ -301,7 +301,7 @@ def test_no_export_tells_less_than_what_it_is(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", SQUARE)
     for name, form in FORMATS.items():
         out = tmp_path / name
-        declared = export_store(store.layout.root, name, out, SEED)
+        declared = export(store.paths.root, name, out, SEED)
         assert json.loads((out / DECLARATION).read_text(encoding="utf-8")) == json.loads(json.dumps(declared))
         assert declared["value"] == form.value and declared["scaling"] == form.scaling
         assert declared["pixel_range"] == [-1, 1]
@@ -315,7 +315,7 @@ def test_the_same_export_has_the_same_bytes(tmp_path: Path) -> None:
     for name in FORMATS:
         outs = [tmp_path / f"{name}{turn}" for turn in range(2)]
         for out in outs:
-            export_store(store.layout.root, name, out, SEED)
+            export(store.paths.root, name, out, SEED)
         first, second = (
             {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} for out in outs
         )
@@ -340,27 +340,27 @@ def test_what_a_class_conditional_format_cannot_hold_is_refused(
 ) -> None:
     store = make_store(tmp_path / "store", **made)
     with pytest.raises(StoreError, match=message):
-        export_store(store.layout.root, name, tmp_path / "out")
+        export(store.paths.root, name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_space_that_sd_scripts_caches_otherwise_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", SQUARE, latent_space="sd3", config=FAMILIES["sd3"])
     with pytest.raises(StoreError, match="trains on those of sd1 or sdxl"):
-        export_store(store.layout.root, "kohya", tmp_path / "out")
+        export(store.paths.root, "kohya", tmp_path / "out")
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", SQUARE)
     (tmp_path / "out").mkdir()
-    export_store(store.layout.root, "webdataset", tmp_path / "out")
-    with pytest.raises(StoreError, match="not an empty folder"):
-        export_store(store.layout.root, "webdataset", tmp_path / "out")
-    with pytest.raises(StoreError, match="lies in the store"):
-        export_store(store.layout.root, "webdataset", store.layout.root / "out")
+    export(store.paths.root, "webdataset", tmp_path / "out")
+    with pytest.raises(OutputError, match="not an empty folder"):
+        export(store.paths.root, "webdataset", tmp_path / "out")
+    with pytest.raises(OutputError, match="lies in the store"):
+        export(store.paths.root, "webdataset", store.paths.root / "out")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(StoreError, match="not an empty folder"):
-        export_store(store.layout.root, "webdataset", tmp_path / "file")
+    with pytest.raises(OutputError, match="not an empty folder"):
+        export(store.paths.root, "webdataset", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -373,8 +373,8 @@ def test_an_interrupted_export_declares_nothing(tmp_path: Path, monkeypatch: pyt
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(atomic, "hook", full)
-    with pytest.raises(StoreError, match="No space left"):
-        export_store(store.layout.root, "fast-dit", out)
+    with pytest.raises(OutputError, match="No space left"):
+        export(store.paths.root, "fast-dit", out)
     assert not (out / DECLARATION).exists()
     assert not list(out.rglob("*.tmp"))
 
@@ -386,7 +386,7 @@ def test_keys_never_leave_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     store = make_store(tmp_path / "store", SQUARE)
     before = set(tmp_path.rglob("*"))
     for name in FORMATS:
-        export_store(store.layout.root, name, tmp_path / "exports" / name)
+        export(store.paths.root, name, tmp_path / "exports" / name)
     new = {path for path in set(tmp_path.rglob("*")) - before if path.is_file()}
     assert len(new) > 4 * 9 and all(path.is_relative_to(tmp_path / "exports") for path in new)
     assert not Path("/etc/y").exists()
@@ -394,7 +394,7 @@ def test_keys_never_leave_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_verb_says_what_it_wrote(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", SQUARE, has_flips=True)
-    root = str(store.layout.root)
+    root = str(store.paths.root)
     done = CliRunner().invoke(cli, ["export", root, "--to", "kohya", "-o", str(tmp_path / "a")], catch_exceptions=False)
     assert done.exit_code == 0
     assert "9 records written to" in done.stdout and "sample, raw" in done.stdout and "latents_flipped" in done.stdout

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sdvae.data.folders import FolderSource
-from sdvae.errors import StoreError
+from sdvae.errors import SourceError
+from sdvae.sources.folders import FolderSource
 
 
 def _reasons(root: Path) -> dict[str, str | None]:
@@ -88,7 +88,7 @@ def test_a_name_that_is_not_utf8_is_named_and_left_alone(tmp_path: Path) -> None
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")).write_bytes(b"x")
     assert _reasons(tmp_path) == {"caf\\xe9.jpg": "the name is not UTF-8; rename the file"}
     (tmp_path / "caf\\xe9.jpg").write_bytes(b"the name the other one is shown by")
-    with pytest.raises(StoreError, match="rename one"):
+    with pytest.raises(SourceError, match="rename one"):
         FolderSource(tmp_path).entries()
 
 
@@ -100,9 +100,9 @@ def test_a_file_too_large_to_be_a_photo_is_not_read(tmp_path: Path) -> None:
 
 def test_what_is_no_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
-    with pytest.raises(StoreError, match="is not a folder"):
+    with pytest.raises(SourceError, match="is not a folder"):
         FolderSource(tmp_path / "a.jpg")
-    with pytest.raises(StoreError, match="there is no folder"):
+    with pytest.raises(SourceError, match="there is no folder"):
         FolderSource(tmp_path / "missing")
 
     def refuse(path: object) -> None:
@@ -110,7 +110,7 @@ def test_what_is_no_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
     source = FolderSource(tmp_path)
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(StoreError, match=r"cannot list .*: Permission denied"):
+    with pytest.raises(SourceError, match=r"cannot list .*: Permission denied"):
         source.entries()
 
 
@@ -125,7 +125,7 @@ def test_the_label_is_the_folder_a_photo_lies_in(tmp_path: Path) -> None:
 def test_a_folder_of_archives_says_how_to_name_them(tmp_path: Path) -> None:
     for name in ("00000.tar", "00001.tar", "00000_stats.json"):
         (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(StoreError, match=r"holds no photos, but files that hold some; name those, as in '.*/\*\.tar'"):
+    with pytest.raises(SourceError, match=r"holds no photos, but files that hold some; name those, as in '.*/\*\.tar'"):
         FolderSource(tmp_path).entries()
     (tmp_path / "a.jpg").write_bytes(b"x")
     assert len(FolderSource(tmp_path).entries()) == 3

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sdvae.config import VAEConfig
-from sdvae.data.latent_files import list_latent_files, read_latents
 from sdvae.errors import LatentsError, SdvaeError, UnsafeFileError
+from sdvae.reading.latent_files import list_latent_files, read_latents
 
 SD1 = VAEConfig()
 FLUX = VAEConfig.from_family("flux1")

@@ -93,12 +93,20 @@ def layout() -> tuple[list[str], set[str]]:
 
 def test_the_layout_is_read_from_the_document(layout: tuple[list[str], set[str]]) -> None:
     order, open_packages = layout
-    assert order[:4] == ["sdvae.errors", "sdvae.atomic", "sdvae.config", "sdvae.posterior"]
-    assert order.index("sdvae.weights.load") < order.index("sdvae.vae") < order.index("sdvae.data")
-    assert order.index("sdvae.data.buckets") + 1 == order.index("sdvae.data.preprocess"), "two files on one row"
+    assert order[:4] == ["sdvae.errors", "sdvae.progress", "sdvae.atomic", "sdvae.sealed"]
+    assert (
+        order.index("sdvae.store")
+        < order.index("sdvae.weights.load")
+        < order.index("sdvae.vae")
+        < order.index("sdvae.encoding")
+    )
+    assert order.index("sdvae.store.buckets") + 1 == order.index("sdvae.store.geometry"), "two files on one row"
     assert order.index("sdvae.integrations.diffusers") < order.index("sdvae.cli")
     assert {"sdvae.report", "sdvae.cli"} <= open_packages
-    assert not {"sdvae.data", "sdvae.engine", "sdvae.weights"} & open_packages
+    assert (
+        not {"sdvae.sources", "sdvae.store", "sdvae.encoding", "sdvae.reading", "sdvae.engine", "sdvae.weights"}
+        & open_packages
+    )
     assert len(order) == len(set(order)) > 40
 
 
@@ -106,6 +114,18 @@ def test_every_import_goes_up(layout: tuple[list[str], set[str]]) -> None:
     sources = read_sources()
     assert {"sdvae", "sdvae.model", "sdvae.weights", "sdvae.cli.main"} <= sources.keys()
     assert violations(sources, *layout) == []
+
+
+def test_sources_and_store_import_no_torch() -> None:
+    found = {
+        module: node.lineno
+        for module, source in read_sources().items()
+        if module.startswith(("sdvae.sources", "sdvae.store"))
+        for node in ast.walk(ast.parse(source))
+        if (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "torch" for alias in node.names))
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch")
+    }
+    assert found == {}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +143,7 @@ def test_every_import_goes_up(layout: tuple[list[str], set[str]]) -> None:
         ("sdvae.vae", "from sdvae.cli.main import main", "sdvae.vae imports sdvae.cli.main"),
         ("sdvae.cli.shared", "from sdvae.cli.encode import f", "sdvae.cli.shared imports sdvae.cli.encode"),
         ("sdvae.helpers", "", "sdvae.helpers is not in the layout"),
-        ("sdvae.data.helpers", "", "sdvae.data.helpers is not in the layout"),
+        ("sdvae.store.helpers", "", "sdvae.store.helpers is not in the layout"),
     ],
 )
 def test_a_planted_violation_is_named(

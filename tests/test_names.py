@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdvae.data.names import plan_names
+from sdvae.reading.names import plan_names
 
 
 def test_a_key_keeps_its_folders_and_stem() -> None:

@@ -17,12 +17,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdvae.data.entries import Entry
-from sdvae.data.pipeline import Decoders, Failure
-from sdvae.data.preprocess import Preprocess, plan_geometry
-from sdvae.data.roster import Record
-from sdvae.data.times import Times
+from sdvae.encoding.load_photo import Failure
+from sdvae.encoding.pipeline import Decoders
+from sdvae.encoding.times import Times
 from sdvae.errors import StoreError
+from sdvae.sources.entries import Entry
+from sdvae.store.geometry import Preprocess, plan_geometry
+from sdvae.store.records import Record
 
 SIZE = (16, 24)
 PREPROCESS = Preprocess(size_px=None, crop="none")

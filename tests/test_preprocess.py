@@ -15,20 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data as skimage_data
 
-from sdvae.data.buckets import Size, bucket_sizes
-from sdvae.data.preprocess import (
-    Geometry,
-    Preprocess,
-    Resample,
-    apply,
-    choose_resizer,
-    decoder_identity,
-    plan_geometry,
-    read_crop,
-)
+from sdvae.encoding.load_photo import read_crop
+from sdvae.encoding.manifest import decoder_identity
+from sdvae.encoding.resize import apply, choose_resizer
 from sdvae.errors import ConfigError, ImageError
 from sdvae.images.read import read_image
 from sdvae.images.write import encode_image
+from sdvae.store.buckets import Size, bucket_sizes
+from sdvae.store.geometry import Geometry, Preprocess, Resample, plan_geometry
 
 SIDES = st.integers(1, 12_000)
 DOWNSCALES = st.sampled_from([4, 8, 16])
@@ -437,5 +431,5 @@ def test_the_default_limit_is_that_of_reading() -> None:
 
 
 def test_planning_needs_neither_torch_nor_pillow() -> None:
-    code = "import sys, sdvae.data.preprocess; print(sorted({'torch', 'PIL'} & set(sys.modules)))"
+    code = "import sys, sdvae.store.geometry; print(sorted({'torch', 'PIL'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

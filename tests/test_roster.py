@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdvae.data.preprocess import Preprocess
-from sdvae.data.roster import Record, Roster, Size, Task, find_new, place, plan_records, read_roster, roster_lines
 from sdvae.errors import StoreError
+from sdvae.store.buckets import Size
+from sdvae.store.geometry import Preprocess
+from sdvae.store.records import Record, read_roster
+from sdvae.store.roster import Roster, Task, find_new, place, plan_records, roster_lines
 
 WHOLE = Preprocess(size_px=None, crop="none", max_pixels=10_000)
 SHA256 = "0" * 64
@@ -123,7 +125,7 @@ def test_a_batch_of_large_photos_has_fewer_rows() -> None:
 def test_a_changed_source_is_refused_by_name_and_new_records_are_found(tmp_path: Path) -> None:
     before = [_record(key) for key in "abcdefgh"]
     path = _write(tmp_path / "roster.jsonl", roster_lines(_place(before, 3)))
-    assert [line["key"] for line in read_roster(path)] == list("abcdefgh")
+    assert [record.key for _, record in read_roster(path)] == list("abcdefgh")
 
     def find(records: list[Record]) -> list[Record]:
         return find_new([path], plan_records(records, WHOLE, 8))

@@ -16,15 +16,16 @@ import pytest
 from PIL import Image
 from skimage import data as skimage_data
 
-from sdvae.data.encode import encode_source
-from sdvae.data.manifest import EncodeSettings, num_cores, recorded_dtype, recorded_settings
-from sdvae.data.preprocess import Preprocess, choose_resizer
-from sdvae.data.runners import Ranks, RayRunner, VAESpec
-from sdvae.data.sources import open_source
-from sdvae.data.store import Store
-from sdvae.data.tasks import Work
-from sdvae.data.verify import verify
+from sdvae.encoding.encode import encode_dataset
+from sdvae.encoding.manifest import EncodeSettings, num_cores, recorded_settings
+from sdvae.encoding.resize import choose_resizer
+from sdvae.encoding.runners import Ranks, RayRunner, VAESpec
+from sdvae.encoding.tasks import Work
 from sdvae.errors import ConfigError, StoreError
+from sdvae.sources.open import open_source
+from sdvae.store.geometry import Preprocess
+from sdvae.store.store import Store
+from sdvae.store.verify import verify
 from sdvae.vae import VAE
 
 NUM_PHOTOS = 96
@@ -67,11 +68,11 @@ def files(root: Path) -> dict[str, bytes]:
 def expected(photos: Path, small_vae: VAE, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one process writes that decodes on a thread of its own."""
     out = tmp_path_factory.mktemp("expected") / "out"
-    report = encode_source(photos, out, small_vae, SETTINGS, work=Work(num_workers=0))
+    report = encode_dataset(photos, out, small_vae, SETTINGS, work=Work(num_workers=0))
     assert (report.num_written, report.num_shards_left) == (NUM_PHOTOS, 0)
     store = Store.open(out)
     assert store.num_shards > 8 and {shard.bucket_px for shard in store.shards()} == {*BUCKETS, None}
-    assert len(store.moments(0, flipped=True)[0]) == 10
+    assert len(store.shard(0).moments(flipped=True)[0]) == 10
     assert verify(out).damages == []
     return files(out)
 
@@ -80,7 +81,7 @@ def expected(photos: Path, small_vae: VAE, tmp_path_factory: pytest.TempPathFact
 def test_the_number_of_decoding_processes_changes_no_byte(
     photos: Path, small_vae: VAE, tmp_path: Path, expected: dict[str, bytes], num_workers: int
 ) -> None:
-    report = encode_source(photos, tmp_path / "out", small_vae, SETTINGS, work=Work(num_workers))
+    report = encode_dataset(photos, tmp_path / "out", small_vae, SETTINGS, work=Work(num_workers))
     assert files(tmp_path / "out") == expected
     assert report.times.num_workers == num_workers and report.times.decode > 0
 
@@ -96,7 +97,7 @@ def encode_arguments(photos: Path, out: Path, vae_folder: Path) -> list[object]:
 
 def require_bytes_of_one_process(photos: Path, out: Path, vae: VAE) -> None:
     one = out.with_name("one")
-    encode_source(photos, one, vae, recorded_settings(Store.open(out)), work=Work(num_workers=2))
+    encode_dataset(photos, one, vae, recorded_settings(Store.open(out)), work=Work(num_workers=2))
     assert files(out) == files(one)
 
 
@@ -155,7 +156,7 @@ def test_two_ranks_write_what_one_process_writes_of_thousands_of_photos(data_dir
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(results) == 2, done.stderr
     assert results[0]["num_seen"] == len(open_source(photos).entries()) > 2000
-    dtype = recorded_dtype(out)
+    dtype = Store.open(out).manifest["compute"]["dtype"]
     assert dtype is not None
     require_bytes_of_one_process(photos, out, VAE.load(device="cpu", dtype=dtype))
     seconds = [round(result["seconds"]) for result in results]
@@ -165,7 +166,7 @@ def test_two_ranks_write_what_one_process_writes_of_thousands_of_photos(data_dir
 def test_ranks_one_after_the_other_finish_each_others_store(
     photos: Path, small_vae: VAE, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    encode = partial(encode_source, photos, tmp_path / "out", small_vae, SETTINGS, work=Work(num_workers=0))
+    encode = partial(encode_dataset, photos, tmp_path / "out", small_vae, SETTINGS, work=Work(num_workers=0))
     num_shards = len([name for name in expected if name.startswith("done/")])
     last = encode(ranks=Ranks(2, 3))
     assert last.num_shards_left == num_shards - num_shards // 3
@@ -177,7 +178,7 @@ def test_ranks_one_after_the_other_finish_each_others_store(
 
 def test_ranks_cannot_restart(photos: Path, small_vae: VAE, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="2 processes cannot all throw away"):
-        encode_source(photos, tmp_path / "out", small_vae, SETTINGS, ranks=Ranks(0, 2), restart=True)
+        encode_dataset(photos, tmp_path / "out", small_vae, SETTINGS, ranks=Ranks(0, 2), restart=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -273,4 +274,4 @@ def test_without_ray_its_name_is_told(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"install sdvae\[ray\]"):
-        encode_source(photos, tmp_path / "out", small_vae, SETTINGS, runner=RayRunner(VAESpec(None, None)))
+        encode_dataset(photos, tmp_path / "out", small_vae, SETTINGS, runner=RayRunner(VAESpec(None, None)))

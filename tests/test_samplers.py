@@ -8,9 +8,9 @@ import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from sdvae.data.dataset import LatentDataset
-from sdvae.data.samplers import BucketBatchSampler
 from sdvae.errors import ConfigError
+from sdvae.reading.dataset import LatentDataset
+from sdvae.reading.samplers import BucketBatchSampler
 from tests.made_stores import make_store
 
 WIDE, TALL = (16, 32), (32, 16)
@@ -29,7 +29,7 @@ pytestmark = [
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
     """56 records of two sizes, mirrored too: seven global batches."""
     root = tmp_path_factory.mktemp("made") / "store"
-    return LatentDataset(make_store(root, {WIDE: 24, TALL: 32}, has_flips=True, shard_rows=10).layout.root)
+    return LatentDataset(make_store(root, {WIDE: 24, TALL: 32}, has_flips=True, shard_rows=10).paths.root)
 
 
 def run(
@@ -114,7 +114,7 @@ GOLDEN_ORDER = [[8, 6], [5, 7], [4, 1], [3, 2]]  # seen once and kept: NumPy 2.4
 def test_the_order_has_not_changed_since_it_was_first_published(tmp_path: Path) -> None:
     """Whoever resumes a training run with another sdvae or numpy goes on with the same data."""
     store = make_store(tmp_path / "store", {WIDE: 5, TALL: 4})
-    sampler = BucketBatchSampler(LatentDataset(store.layout.root), 2, seed=1)
+    sampler = BucketBatchSampler(LatentDataset(store.paths.root), 2, seed=1)
     assert [[record for record, _ in batch] for batch in sampler] == GOLDEN_ORDER
     assert [[record for record, _ in batch] for batch in sampler] != GOLDEN_ORDER, "another epoch, another order"
 
@@ -190,7 +190,7 @@ def test_a_plain_loader_keeps_its_workers_and_still_changes_epochs(dataset: Late
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
     root = tmp_path_factory.mktemp("uneven") / "store"
-    return LatentDataset(make_store(root, {WIDE: 13, TALL: 3}).layout.root)
+    return LatentDataset(make_store(root, {WIDE: 13, TALL: 3}).paths.root)
 
 
 def test_dropped_records_are_others_in_each_epoch(uneven: LatentDataset, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdvae.atomic import seal
-from sdvae.data import scan as scans
-from sdvae.data.entries import Entry
-from sdvae.data.folders import FolderSource
-from sdvae.data.roster import Record
-from sdvae.data.scan import scan
+from sdvae.encoding import scan as scans
+from sdvae.encoding.scan import scan
 from sdvae.images.write import encode_image
+from sdvae.sealed import seal
+from sdvae.sources.entries import Entry
+from sdvae.sources.folders import FolderSource
+from sdvae.store.records import Record
 
 
 class CountingSource(FolderSource):

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from sdvae.data.scan import scan
-from sdvae.data.sources import Entry, Source, open_source
-from sdvae.errors import StoreError
+from sdvae.encoding.scan import scan
+from sdvae.errors import SourceError
 from sdvae.images.read import read_image
 from sdvae.images.write import encode_image
+from sdvae.sources.open import Entry, Source, open_source
 
 
 def photo(number: int) -> bytes:
@@ -203,7 +203,7 @@ def test_archives_of_a_pattern_keep_their_names_in_the_keys(tmp_path: Path) -> N
     assert source.read("00001/dog.jpg") == b"00001"
     assert [entry.key for entry in open_source(tmp_path / "00001.tar").entries()] == ["dog.jpg"]
     assert open_source(f"{tmp_path}/*.tar").entries() == source.entries()
-    with pytest.raises(StoreError, match=r"nothing matches .*00002\.tar"):
+    with pytest.raises(SourceError, match=r"nothing matches .*00002\.tar"):
         open_source(f"{tmp_path}/{{00000..00002}}.tar")
 
 
@@ -244,14 +244,14 @@ def test_a_name_with_special_characters_is_no_pattern_where_it_exists(tmp_path: 
 
 def test_a_pattern_of_several_kinds_is_refused(tmp_path: Path) -> None:
     put(tmp_path, {"a.tar": b"", "b.jpg": b""})
-    with pytest.raises(StoreError, match=r"matches a\.tar and files of other kinds"):
+    with pytest.raises(SourceError, match=r"matches a\.tar and files of other kinds"):
         open_source(f"{tmp_path}/*")
 
 
 def test_a_pattern_does_not_leave_through_a_link(tmp_path: Path) -> None:
     put(tmp_path, {"outside/x.jpg": b"1", "photos/y/y.jpg": b"2"})
     (tmp_path / "photos/link").symlink_to(tmp_path / "outside")
-    with pytest.raises(StoreError, match="links to folders are not followed"):
+    with pytest.raises(SourceError, match="links to folders are not followed"):
         open_source(f"{tmp_path}/photos/*/*.jpg").entries()
 
 
@@ -261,14 +261,14 @@ def test_a_pattern_does_not_leave_through_a_link(tmp_path: Path) -> None:
 )
 def test_what_is_no_source_is_refused(name: str, message: str, tmp_path: Path) -> None:
     put(tmp_path, {"film.mp4": b""})
-    with pytest.raises(StoreError, match=message):
+    with pytest.raises(SourceError, match=message):
         open_source(tmp_path / name)
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdvae.data.sources.find_spec", lambda name: None)
+    monkeypatch.setattr("sdvae.sources.open.find_spec", lambda name: None)
     for spec in (_parquet(tmp_path), "hf://org/name", f"{tmp_path}/{{a,b}}"):
-        with pytest.raises(StoreError, match=r"pip install 'sdvae\[data\]'"):
+        with pytest.raises(SourceError, match=r"pip install 'sdvae\[data\]'"):
             open_source(spec)
 
 
@@ -402,7 +402,7 @@ def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
             info = tarfile.TarInfo("dog.jpg")
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    with pytest.raises(StoreError, match=r"two files in .*a\.tar are both called 'dog\.jpg'"):
+    with pytest.raises(SourceError, match=r"two files in .*a\.tar are both called 'dog\.jpg'"):
         open_source(tmp_path / "a.tar").entries()
 
 
@@ -410,10 +410,10 @@ def test_archives_whose_photos_could_be_confused_are_refused(tmp_path: Path) -> 
     tar(tmp_path / "a.tar", {"b/x.jpg": b"1"})
     (tmp_path / "a").mkdir()
     tar(tmp_path / "a/b.tar", {"x.jpg": b"2"})
-    with pytest.raises(StoreError, match="could be confused"):
+    with pytest.raises(SourceError, match="could be confused"):
         open_source(f"{tmp_path}/**/*.tar")
     zipped(tmp_path / "a.zip", {"x.jpg": b"3"})
-    with pytest.raises(StoreError, match="both called a"):
+    with pytest.raises(SourceError, match="both called a"):
         open_source(f"{tmp_path}/a.*")
 
 
@@ -423,7 +423,7 @@ def test_a_damaged_archive_is_refused_and_a_damaged_member_is_one_photo(name: st
     path = (tar if name == "a.tar" else zipped)(tmp_path / name, files)
     whole = path.read_bytes()
     path.write_bytes(whole[:3000])
-    with pytest.raises(StoreError, match="damaged"):
+    with pytest.raises(SourceError, match="damaged"):
         open_source(path).entries()
     path.write_bytes(whole)
     source = open_source(path)
@@ -432,7 +432,7 @@ def test_a_damaged_archive_is_refused_and_a_damaged_member_is_one_photo(name: st
     with pytest.raises(OSError, match=r"ends before|damaged"):
         source.read("0.jpg")
     (tmp_path / "b.tar").write_bytes(gzip.compress(whole))
-    with pytest.raises(StoreError, match="packed by gzip"):
+    with pytest.raises(SourceError, match="packed by gzip"):
         open_source(tmp_path / "b.tar").entries()
 
 
@@ -496,7 +496,7 @@ def test_a_list_may_name_photos_elsewhere_by_a_key(tmp_path: Path) -> None:
     ]
     assert source.read("first") == b"1"
     path.write_text(json.dumps({"path": "../photos/a.jpg"}))
-    with pytest.raises(StoreError, match=r"line 1: \.\./photos/a\.jpg is not below .*; give the line a 'key'"):
+    with pytest.raises(SourceError, match=r"line 1: \.\./photos/a\.jpg is not below .*; give the line a 'key'"):
         open_source(path).entries()
 
 
@@ -520,7 +520,7 @@ def test_a_list_that_is_not_clear_is_refused_with_the_line(
     name: str, text: str | bytes, message: str, tmp_path: Path
 ) -> None:
     put(tmp_path, {name: text if isinstance(text, bytes) else text.encode(), "a.jpg": b"1"})
-    with pytest.raises(StoreError, match=message):
+    with pytest.raises(SourceError, match=message):
         open_source(tmp_path / name).entries()
 
 
@@ -544,7 +544,7 @@ def test_which_column_holds_the_images_is_found_or_asked_for(tmp_path: Path) -> 
         ({"jpg": [b"x"], "caption": [[1]]}, "has lists in column 'caption'"),
     ]:
         pq.write_table(pa.table(columns), path)
-        with pytest.raises(StoreError, match=message):
+        with pytest.raises(SourceError, match=message):
             source = open_source(path)
             source.entries()
             source.read("000000000")
@@ -562,13 +562,13 @@ def test_a_row_without_an_image_is_one_photo_that_cannot_be_read(tmp_path: Path)
 def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
     path = _parquet(tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(StoreError, match="damaged or no table"):
+    with pytest.raises(SourceError, match="damaged or no table"):
         open_source(path).entries()
 
 
 def test_a_saved_dataset_of_several_splits_asks_for_one(tmp_path: Path) -> None:
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(StoreError, match=r"holds several splits; give one of them: .*train, .*test"):
+    with pytest.raises(SourceError, match=r"holds several splits; give one of them: .*train, .*test"):
         open_source(tmp_path)
 
 
@@ -586,11 +586,11 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert source.name == "hf://org/name:train"
     assert told(source) == EXPECTED
     assert [entry.key for entry in source.entries()] == ["000000000", "000000001", "000000002"]
-    with pytest.raises(StoreError, match="give one: hf://org/name:train"):
+    with pytest.raises(SourceError, match="give one: hf://org/name:train"):
         open_source("hf://org/name")
-    with pytest.raises(StoreError, match=r"cannot load hf://org/name:validation: "):
+    with pytest.raises(SourceError, match=r"cannot load hf://org/name:validation: "):
         open_source("hf://org/name:validation")
-    with pytest.raises(StoreError, match="hf://name is no dataset"):
+    with pytest.raises(SourceError, match="hf://name is no dataset"):
         open_source("hf://name")
 
 
@@ -617,14 +617,14 @@ def test_digits_come_with_their_labels(suffix: str, tmp_path: Path) -> None:
             read_image(pickle.loads(pickle.dumps(source)).read(entry.key)), digit[..., None].repeat(3, 2)
         )
     labels.write_bytes(pack(_idx(np.zeros(11, np.uint8))))
-    with pytest.raises(StoreError, match="11 labels for 12 images"):
+    with pytest.raises(SourceError, match="11 labels for 12 images"):
         source.entries()
     images.write_bytes(pack(_idx(digits)[:-1]))
-    with pytest.raises(StoreError, match="is cut short"):
+    with pytest.raises(SourceError, match="is cut short"):
         open_source(images).entries()
     if suffix:
         images.write_bytes(images.read_bytes()[:-20])
-        with pytest.raises(StoreError, match="is damaged"):
+        with pytest.raises(SourceError, match="is damaged"):
             open_source(images).entries()
 
 
@@ -660,7 +660,7 @@ def test_images_in_memory_are_those_that_were_given(tmp_path: Path) -> None:
     ],
 )
 def test_items_that_are_no_images_are_refused(items: list[Any], message: str) -> None:
-    with pytest.raises(StoreError, match=message):
+    with pytest.raises(SourceError, match=message):
         source = open_source(items)
         source.read(source.entries()[0].key)
 

@@ -8,11 +8,12 @@ from click.testing import CliRunner
 
 from sdvae.cli.main import cli
 from sdvae.config import FAMILIES
-from sdvae.data import stats
-from sdvae.data.remote import Mirror
-from sdvae.data.stats import measure
-from sdvae.data.store import Store
 from sdvae.errors import StoreError
+from sdvae.reading import stats
+from sdvae.reading.stats import measure
+from sdvae.store.remote import Mirror
+from sdvae.store.shard import Shard
+from sdvae.store.store import Store
 from tests.made_stores import make_store
 
 BUCKETS = {(32, 64): 7, (64, 64): 6}
@@ -28,7 +29,7 @@ def everything(store: Store, name: str) -> np.ndarray:
     """All values of mean or logvar, mirrored ones too, as (C, values) in fp64."""
     found = []
     for shard in store.shards():
-        for key, values in store.tensors(shard.number).items():
+        for key, values in shard.tensors().items():
             if key.startswith(name):
                 found.append(np.moveaxis(values.astype(np.float64), 1, 0).reshape(4, -1))
     return np.concatenate(found, axis=1)
@@ -75,22 +76,22 @@ def test_sizes_and_quarantine_are_counted(store: Store) -> None:
 def test_photos_that_were_enlarged_are_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure(store).num_enlarged == 0
     small = ("cat/003.png", *BROKEN)
-    records = Store.records
+    records = Shard.records
 
-    def with_small_photos(self: Store, number: int) -> list[dict[str, object]]:
-        lines = records(self, number)
+    def with_small_photos(self: Shard) -> list[dict[str, object]]:
+        lines = records(self)
         return [line | {"original_px": [31, 35]} if line["key"] in small else line for line in lines]
 
-    monkeypatch.setattr(Store, "records", with_small_photos)
-    assert any(line["key"] == small[0] for shard in store.shards() for line in store.records(shard.number))
+    monkeypatch.setattr(Shard, "records", with_small_photos)
+    assert any(line["key"] == small[0] for shard in store.shards() for line in shard.records())
     assert measure(store).num_enlarged == 1  # what is in quarantine has no pixels
-    text = CliRunner().invoke(cli, ["stats", str(store.layout.root)], catch_exceptions=False).stdout
+    text = CliRunner().invoke(cli, ["stats", str(store.paths.root)], catch_exceptions=False).stdout
     assert "1 enlarged; --max-upscale" in text
 
 
 def test_the_verb_prints_what_was_measured(store: Store) -> None:
     found = measure(store)
-    root = str(store.layout.root)
+    root = str(store.paths.root)
     result = json.loads(CliRunner().invoke(cli, ["stats", root, "--json"], catch_exceptions=False).stdout)
     assert result["std"] == found.std and result["scaling_factor"] == found.scaling_factor
     assert (result["vae_scaling_factor"], result["num_shards"], result["num_committed_shards"]) == (0.18215, 4, 4)
@@ -102,8 +103,8 @@ def test_the_verb_prints_what_was_measured(store: Store) -> None:
 
 
 def test_an_unfinished_store_is_measured_and_said_to_be_one(store: Store) -> None:
-    store.layout.done(3).unlink()
-    done = CliRunner().invoke(cli, ["stats", str(store.layout.root)], catch_exceptions=False)
+    store.paths.done(3).unlink()
+    done = CliRunner().invoke(cli, ["stats", str(store.paths.root)], catch_exceptions=False)
     assert done.exit_code == 0 and "it has 3 of 4 shards" in done.stderr
 
 
@@ -112,7 +113,7 @@ def test_stores_on_object_storage_are_measured_and_exported(
 ) -> None:
     monkeypatch.setenv("SDVAE_CACHE", str(tmp_path / "cache"))
     url = f"memory://{tmp_path.name}/store"
-    Mirror(url, store.layout.root).push()
+    Mirror(url, store.paths.root).push()
     done = CliRunner().invoke(cli, ["stats", url, "--json"], catch_exceptions=False)
     assert json.loads(done.stdout)["std"] == measure(store).std
     arguments = ["export", url, "--to", "webdataset", "-o", str(tmp_path / "out"), "--json"]

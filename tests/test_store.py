@@ -4,6 +4,7 @@ import io
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,16 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from sdvae import atomic
-from sdvae.data.store import (
-    FORMAT,
-    VERSION,
-    Layout,
-    Store,
-    commit_roster,
-    commit_shard,
-    differences,
-    pack_header,
-    row_sha256,
-)
+from sdvae import atomic, sealed
+from sdvae.config import FAMILIES
 from sdvae.errors import StoreError, VerifyError
+from sdvae.reading.dataset import LatentDataset
+from sdvae.store.paths import StorePaths
+from sdvae.store.shard import TensorPlaces, commit_shard, row_sha256
+from sdvae.store.store import FORMAT, VERSION, Store, commit_roster, differences
+from tests.made_stores import make_store
 
+SCALING = {"scaling_factor": 0.5}
 KEYS = ["cats/a.jpg", "cats/b.jpg", "c.jpg", "é\u2028.jpg"]
 
 
@@ -53,19 +50,25 @@ def _lines(keys: list[str], failing: str, moments: dict[str, NDArray[Any]]) -> l
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """Three shards: two rows and a failure, one row, and a shard of nothing but failures."""
-    layout = Layout(tmp_path / "out")
-    layout.make_folders()
+    paths = StorePaths(tmp_path / "out")
+    paths.make_folders()
     roster = b"the roster\n"
-    sha256 = atomic.write_bytes(layout.roster(0), roster)
+    sha256 = atomic.write_bytes(paths.roster(0), roster)
     entry = {"sha256": sha256, "num_bytes": len(roster), "num_records": 6, "num_shards": 3}
-    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "store_dtype": "fp16", "roster": entry}
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "store_dtype": "fp16",
+        "roster": entry,
+        "latent_scaling": SCALING,
+    }
     manifest["preprocess"] = {"flip": False}
-    atomic.write_json(layout.manifest, manifest)
+    sealed.write_json(paths.manifest, manifest)
     first, second = _moments(2), _moments(1, seed=1)
-    commit_shard(layout, 0, (16, 24), _lines(KEYS[:3], KEYS[1], first), first)
-    commit_shard(layout, 1, (16, 24), _lines(KEYS[3:], "", second), second)
-    commit_shard(layout, 2, None, _lines(["x", "a device"], "x a device", {}), {})
-    store = Store.open(layout.root)
+    commit_shard(paths, 0, (16, 24), _lines(KEYS[:3], KEYS[1], first), first)
+    commit_shard(paths, 1, (16, 24), _lines(KEYS[3:], "", second), second)
+    commit_shard(paths, 2, None, _lines(["x", "a device"], "x a device", {}), {})
+    store = Store.open(paths.root)
     store.finalise()
     return store
 
@@ -77,25 +80,25 @@ def test_what_was_committed_is_read_back(store: Store) -> None:
         (1, 1, 0),
         (2, 0, 2),
     ]
-    assert [shard.shape for shard in shards] == [(2, 4, 2, 3), (1, 4, 2, 3), (0, 0, 0, 0)]
-    assert [line["key"] for shard in shards for line in store.records(shard.number)] == [*KEYS, "x", "a device"]
+    assert [shard.places.shape for shard in shards] == [(2, 4, 2, 3), (1, 4, 2, 3), (0, 0, 0, 0)]
+    assert [line["key"] for shard in shards for line in shard.records()] == [*KEYS, "x", "a device"]
     for number, expected in ((0, _moments(2)), (1, _moments(1, seed=1))):
-        mean, logvar = store.moments(number)
+        mean, logvar = store.shard(number).moments()
         assert np.array_equal(mean, expected["mean"]) and np.array_equal(logvar, expected["logvar"])
         with pytest.raises(ValueError, match="read-only"):
             mean[0] = 0
-    assert [len(values) for values in store.moments(2)] == [0, 0]
+    assert [len(values) for values in store.shard(2).moments()] == [0, 0]
 
 
 def test_the_quarantine_is_sorted_and_complete(store: Store) -> None:
-    lines = [json.loads(line) for line in store.layout.quarantine.read_bytes().splitlines()]
+    lines = [json.loads(line) for line in store.paths.quarantine.read_bytes().splitlines()]
     assert [(line["key"], line["step"], line["reason"]) for line in lines] == [
         ("a device", "decode", "truncated"), ("cats/b.jpg", "decode", "truncated"), ("x", "decode", "truncated"),
     ]  # fmt: skip
 
 
 def test_the_safetensors_library_reads_a_shard(store: Store) -> None:
-    path = store.layout.tensors(0, (16, 24))
+    path = store.paths.tensors(0, (16, 24))
     expected = _moments(2)
     found = load_file(path)
     assert found.keys() == {"mean", "logvar"}
@@ -106,7 +109,7 @@ def test_the_safetensors_library_reads_a_shard(store: Store) -> None:
 
 
 def test_the_bytes_of_a_shard_are_those_of_the_specification(store: Store) -> None:
-    data = store.layout.tensors(0, (16, 24)).read_bytes()
+    data = store.paths.tensors(0, (16, 24)).read_bytes()
     expected = _moments(2)
     header = (
         '{"__metadata__":{"format":"pt","latents":"raw"},'
@@ -125,77 +128,108 @@ def test_the_bytes_of_a_shard_are_those_of_the_specification(store: Store) -> No
 def test_a_row_digest_is_that_of_its_bytes(store: Store) -> None:
     moments = _moments(2)
     expected = hashlib.sha256(moments["logvar"][1].tobytes() + moments["mean"][1].tobytes()).hexdigest()
-    assert store.records(0)[2]["latents_sha256"] == row_sha256(moments, 1) == expected
+    assert store.shard(0).records()[2]["latents_sha256"] == row_sha256(moments, 1) == expected
 
 
 def test_the_header_has_room_for_the_largest_shard() -> None:
-    huge = np.empty((0, 128, 4096, 4096), np.float32)
-    assert len(pack_header({"mean": huge, "logvar": huge, "mean_flip": huge, "logvar_flip": huge}, {})) == 4096
+    names = ("logvar", "logvar_flip", "mean", "mean_flip")
+    assert len(TensorPlaces(names, np.dtype("<f4"), (1024, 128, 4096, 4096)).header()) == 4096
 
 
 def test_the_reader_of_the_specification_works(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "store.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    monkeypatch.chdir(store.layout.root.parent)
-    store.layout.root.rename(store.layout.root.parent / "OUT")
+    (code,) = _python_of_the_specification()
+    monkeypatch.chdir(store.paths.root.parent)
+    store.paths.root.rename(store.paths.root.parent / "OUT")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(code, {})
-    means = [*_moments(2)["mean"], *_moments(1, seed=1)["mean"]]
+        exec(code, reader := {})
+    scaled = [
+        np.float32(0.5) * mean.astype(np.float32) for mean in (*_moments(2)["mean"], *_moments(1, seed=1)["mean"])
+    ]
     written = [KEYS[0], KEYS[2], KEYS[3]]
-    expected = [f"{key} {float(mean.std())}" for key, mean in zip(written, means, strict=True)]
+    expected = [f"{key} {mean.shape} {float(mean.std())}" for key, mean in zip(written, scaled, strict=True)]
     assert printed.getvalue().split("\n")[:-1] == expected
+    path = Path("OUT/shards/00001-16x24.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(AssertionError, match=f"{KEYS[3]} is damaged"):
+        list(reader["read_store"]("OUT"))
+
+
+@pytest.mark.parametrize(("store_dtype", "has_flips"), [("fp16", True), ("fp32", False)])
+def test_the_reader_of_the_specification_scales_as_the_dataset(
+    tmp_path: Path, store_dtype: str, has_flips: bool
+) -> None:
+    whitened = replace(FAMILIES["sd3"], latents_mean=(0.25,) * 16, latents_std=(2.0,) * 16)
+    sizes = {(64, 64): 5, (64, 96): 3}
+    make_store(
+        tmp_path / "a", sizes, has_flips=has_flips, store_dtype=store_dtype, config=whitened, broken=("cat/000.png",)
+    )
+    (code,) = _python_of_the_specification()
+    exec(code.partition("\nfor record, mean, std")[0], reader := {})
+    found = list(reader["read_store"](tmp_path / "a"))
+    dataset = LatentDataset(tmp_path / "a", sample=False)
+    expected = [dataset[number] for number in range(len(dataset))]
+    assert [record["key"] for record, _, _ in found] == [example["key"] for example in expected]
+    assert len(expected) == 7
+    for (_, mean, std), example in zip(found, expected, strict=True):
+        assert mean.shape == std.shape == example["latents"].shape
+        if not example["is_flipped"]:
+            np.testing.assert_allclose(mean, example["latents"], rtol=1e-5, atol=1e-6)
+
+
+def _python_of_the_specification() -> list[str]:
+    text = (Path(__file__).parents[1] / "docs" / "store.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def _all_files(store: Store) -> list[Path]:
-    files = [path for path in sorted(store.layout.root.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(store.paths.root.rglob("*")) if path.is_file()]
     assert len(files) == 2 + 2 + 3 + 3 + 1  # manifest and roster, shards, indexes, commits, quarantine
     return files
 
 
 def test_damage_is_never_read_as_data(store: Store) -> None:
-    path = store.layout.tensors(0, (16, 24))
+    path = store.paths.tensors(0, (16, 24))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(VerifyError, match="not the 4,288 bytes committed"):
-        store.moments(0)
+        store.shard(0).moments()
     path.write_bytes(b"\0" * 4288)
     with pytest.raises(VerifyError, match="does not begin with the header"):
-        store.moments(0)
-    wrong = {name: np.zeros((2, 4, 3, 2), np.float16) for name in ("mean", "logvar")}
-    path.write_bytes(pack_header(wrong, {}) + bytes(192))
+        store.shard(0).moments()
+    path.write_bytes(TensorPlaces(("logvar", "mean"), np.dtype("<f2"), (2, 4, 3, 2)).header() + bytes(192))
     with pytest.raises(VerifyError, match="does not describe logvar"):
-        store.moments(0)
-    index = store.layout.index(0)
+        store.shard(0).moments()
+    index = store.paths.index(0)
     index.write_bytes(index.read_bytes().replace(b"cats/a", b"cats/A"))
     with pytest.raises(VerifyError, match="not those committed"):
-        store.records(0)
+        store.shard(0).records()
 
 
 def test_only_commits_count(store: Store) -> None:
-    store.layout.done(1).unlink()
+    store.paths.done(1).unlink()
     assert [shard.number for shard in store.shards()] == [0, 2]
     with pytest.raises(StoreError, match="No such file"):
         store.shard(1)
 
 
 def test_a_commit_of_another_store_or_number_is_refused(store: Store) -> None:
-    store.layout.done(1).write_bytes(store.layout.done(0).read_bytes())
+    store.paths.done(1).write_bytes(store.paths.done(0).read_bytes())
     with pytest.raises(VerifyError, match="another store or number"):
         store.shards()
     manifest = store.manifest | {"latent_error": 0.5}
-    atomic.write_json(store.layout.manifest, manifest)
+    sealed.write_json(store.paths.manifest, manifest)
     with pytest.raises(VerifyError, match="another store or number"):
-        Store.open(store.layout.root).shard(0)
+        Store.open(store.paths.root).shard(0)
 
 
 def test_a_shard_may_be_committed_twice_but_not_with_other_bytes(store: Store) -> None:
     before = {path: path.read_bytes() for path in _all_files(store)}
     moments = _moments(2)
-    commit_shard(store.layout, 0, (16, 24), _lines(KEYS[:3], KEYS[1], moments), moments)
+    commit_shard(store.paths, 0, (16, 24), _lines(KEYS[:3], KEYS[1], moments), moments)
     assert {path: path.read_bytes() for path in _all_files(store)} == before
     other = _moments(2, seed=2)
     with pytest.raises(StoreError, match="gave other bytes"):
-        commit_shard(store.layout, 0, (16, 24), _lines(KEYS[:3], KEYS[1], other), other)
+        commit_shard(store.paths, 0, (16, 24), _lines(KEYS[:3], KEYS[1], other), other)
     assert {path: path.read_bytes() for path in _all_files(store)} == before
 
 
@@ -205,13 +239,13 @@ def test_what_is_no_store_is_refused(tmp_path: Path, store: Store) -> None:
     (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
     with pytest.raises(StoreError, match="is not the manifest of a latent store"):
         Store.open(tmp_path)
-    atomic.write_json(tmp_path / "manifest.json", store.manifest | {"version": 2})
+    sealed.write_json(tmp_path / "manifest.json", store.manifest | {"version": 2})
     with pytest.raises(StoreError, match="a store of version 2; this sdvae reads 1"):
         Store.open(tmp_path)
 
 
 def test_clearing_removes_the_store_and_leaves_the_rest(store: Store) -> None:
-    root = store.layout.root
+    root = store.paths.root
     (root / "notes.txt").write_text("mine")
     (root / "shards" / "mine.safetensors").write_text("mine")
     (root / "elsewhere").mkdir()
@@ -219,10 +253,10 @@ def test_clearing_removes_the_store_and_leaves_the_rest(store: Store) -> None:
     (root / "index" / "00009.jsonl").symlink_to(root / "notes.txt")
     (root / "shards" / ".00000-8x8.safetensors.12.0123abcd.tmp").write_text("left over")
     kept = ["elsewhere/00000.json", "index/00009.jsonl", "notes.txt", "shards/mine.safetensors"]
-    own, other = store.layout.contents()
+    own, other = store.paths.contents()
     assert [path.relative_to(root).as_posix() for path in other] == kept
     assert len(own) == 12
-    store.layout.clear()
+    store.paths.clear()
     assert sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()) == kept
 
 
@@ -232,15 +266,15 @@ def test_clearing_removes_the_store_and_leaves_the_rest(store: Store) -> None:
 @pytest.fixture
 def flipped(tmp_path: Path) -> Store:
     """One shard of two rows, with mirrored photos."""
-    layout = Layout(tmp_path / "flipped")
-    layout.make_folders()
-    sha256 = atomic.write_bytes(layout.roster(0), b"the roster\n")
+    paths = StorePaths(tmp_path / "flipped")
+    paths.make_folders()
+    sha256 = atomic.write_bytes(paths.roster(0), b"the roster\n")
     entry = {"sha256": sha256, "num_bytes": 11, "num_records": 2, "num_shards": 1}
     manifest = {"format": FORMAT, "version": VERSION, "store_dtype": "fp16", "roster": entry}
-    atomic.write_json(layout.manifest, manifest | {"preprocess": {"flip": True}})
+    sealed.write_json(paths.manifest, manifest | {"preprocess": {"flip": True}, "latent_scaling": SCALING})
     moments = _flipped_moments()
-    commit_shard(layout, 0, (16, 24), _lines(KEYS[:2], "", moments), moments, degraded=1)
-    store = Store.open(layout.root)
+    commit_shard(paths, 0, (16, 24), _lines(KEYS[:2], "", moments), moments, degraded=1)
+    store = Store.open(paths.root)
     store.finalise()
     return store
 
@@ -252,17 +286,17 @@ def _flipped_moments() -> dict[str, NDArray[Any]]:
 def test_mirrored_photos_lie_beside_the_others(flipped: Store) -> None:
     expected = _flipped_moments()
     for is_flipped, ending in ((False, ""), (True, "_flip")):
-        mean, logvar = flipped.moments(0, flipped=is_flipped)
+        mean, logvar = flipped.shard(0).moments(flipped=is_flipped)
         assert np.array_equal(mean, expected[f"mean{ending}"]) and np.array_equal(logvar, expected[f"logvar{ending}"])
     data = b"".join(expected[name][1].tobytes() for name in ("logvar", "logvar_flip", "mean", "mean_flip"))
-    assert flipped.records(0)[1]["latents_sha256"] == hashlib.sha256(data).hexdigest()
-    assert load_file(flipped.layout.tensors(0, (16, 24))).keys() == expected.keys()
+    assert flipped.shard(0).records()[1]["latents_sha256"] == hashlib.sha256(data).hexdigest()
+    assert load_file(flipped.paths.tensors(0, (16, 24))).keys() == expected.keys()
     assert flipped.shard(0).degraded == 1
 
 
 def test_a_store_without_mirrored_photos_says_so(store: Store) -> None:
     with pytest.raises(StoreError, match="holds no mirrored photos; encode with --flip"):
-        store.moments(0, flipped=True)
+        store.shard(0).moments(flipped=True)
     assert store.shard(0).degraded is None
 
 
@@ -273,25 +307,25 @@ def _grow(store: Store, generation: int, previous: str, first_shard: int) -> Non
     header = {
         "generation": generation, "previous": previous, "first_shard": first_shard, "num_shards": 2, "num_records": 5,
     }  # fmt: skip
-    commit_roster(store, [atomic.canonical_json(header), b"five records\n"])
+    commit_roster(store, [sealed.canonical_json(header), b"five records\n"])
 
 
 def test_a_generation_adds_its_roster_and_its_shards(store: Store) -> None:
     (first,) = store.rosters
     assert store.num_shards == 3
     _grow(store, 1, first.sha256, 3)
-    assert store.num_shards == 5 and not store.layout.quarantine.exists()
+    assert store.num_shards == 5 and not store.paths.quarantine.exists()
     second = store.rosters[1]
-    assert second.path == store.layout.roster(1) and second.is_whole()
+    assert second.path == store.paths.roster(1) and second.is_whole()
     _grow(store, 2, second.sha256, 5)
     assert store.num_shards == 7 and all(roster.is_whole() for roster in store.rosters)
-    assert store.rosters == Store.open(store.layout.root).rosters
-    assert store.layout.contents()[1] == []
+    assert store.rosters == Store.open(store.paths.root).rosters
+    assert store.paths.contents()[1] == []
 
 
 def test_a_roster_without_its_commit_is_no_generation(store: Store) -> None:
     _grow(store, 1, store.rosters[0].sha256, 3)
-    store.layout.generation(1).unlink()
+    store.paths.generation(1).unlink()
     assert len(store.rosters) == 1 and store.num_shards == 3
 
 

@@ -10,19 +10,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdvae.data import tasks
-from sdvae.data.encode import EncodeReport, encode_source
-from sdvae.data.manifest import EncodeSettings, require_same_vae
-from sdvae.data.preprocess import Preprocess
-from sdvae.data.sources import open_source
-from sdvae.data.store import Store
-from sdvae.data.tasks import Work, encode_tasks
-from sdvae.data.times import Times
-from sdvae.data.verify import verify
+from sdvae.encoding import tasks
+from sdvae.encoding.encode import EncodeReport, encode_dataset
+from sdvae.encoding.manifest import EncodeSettings, require_same_vae
+from sdvae.encoding.tasks import Work, encode_tasks
+from sdvae.encoding.times import Times
 from sdvae.errors import BudgetError, DeviceError, StoreError
 from sdvae.metrics import psnr
 from sdvae.pixels import to_device, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
+from sdvae.sources.open import open_source
+from sdvae.store.geometry import Preprocess
+from sdvae.store.store import Store
+from sdvae.store.verify import verify
 from sdvae.vae import VAE
 from tests.conftest import SMALL, random_model
 
@@ -66,7 +66,7 @@ class Narrow:
 
 
 def run(photos: Path, out: Path, vae: Any, work: Work = HERE, settings: EncodeSettings = SETTINGS) -> EncodeReport:
-    return encode_source(photos, out, vae, settings, work=work)
+    return encode_dataset(photos, out, vae, settings, work=work)
 
 
 # --- Memory ---
@@ -92,7 +92,7 @@ def test_short_memory_stops_and_names_what_fits(
     assert "--batch-size 2 --restart" in message and "--on-oom degrade" in message
     assert Store.open(tmp_path / "out").shards() == []
     small_batches = replace(SETTINGS, batch_rows=2)  # what the message says works
-    encode_source(photos, tmp_path / "out", Narrow(small_vae, 3), small_batches, restart=True, work=HERE)  # type: ignore[arg-type]
+    encode_dataset(photos, tmp_path / "out", Narrow(small_vae, 3), small_batches, restart=True, work=HERE)  # type: ignore[arg-type]
 
 
 def test_one_photo_that_is_too_much_is_said_so(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
@@ -106,11 +106,11 @@ def test_degraded_shards_are_marked_and_hold_the_same_latents(photos: Path, tmp_
     store = Store.open(tmp_path / "out")
     assert [shard.degraded for shard in store.shards()] == [2, 2, 2] and report.num_degraded == 3
     assert vae.sizes[:3] == [8, 4, 2] and set(vae.sizes[3:]) <= {1, 2}  # the ladder is climbed down once
-    assert report.num_written == NUM_PHOTOS and verify(store.layout.root).damages == []
+    assert report.num_written == NUM_PHOTOS and verify(store.paths.root).damages == []
     run(photos, tmp_path / "whole", small_vae)
     whole = Store.open(tmp_path / "whole")
     for number in range(3):
-        for mine, theirs in zip(store.moments(number), whole.moments(number), strict=True):
+        for mine, theirs in zip(store.shard(number).moments(), whole.shard(number).moments(), strict=True):
             # Sums may be taken in another order; fp16 has 11 bits.
             np.testing.assert_allclose(mine.astype(np.float32), theirs.astype(np.float32), rtol=2e-3, atol=2e-3)
     before = files(tmp_path / "out")
@@ -150,7 +150,9 @@ def test_memory_that_runs_short_in_the_middle_begins_the_shard_again(
     run(photos, tmp_path / "one", small_vae, settings=replace(settings, batch_rows=1))
     ones = Store.open(tmp_path / "one")
     for number in (number for number, rows in enumerate(degraded) if rows == 1):
-        assert all(map(np.array_equal, store.moments(number), ones.moments(number)))  # all of it one by one
+        assert all(
+            map(np.array_equal, store.shard(number).moments(), ones.shard(number).moments())
+        )  # all of it one by one
 
 
 def test_other_errors_are_not_taken_for_short_memory(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
@@ -170,8 +172,8 @@ def test_mirrored_latents_are_those_of_the_mirrored_photo(photos: Path, tmp_path
     run(mirrored, tmp_path / "expected", small_vae)
     store, expected = Store.open(tmp_path / "out"), Store.open(tmp_path / "expected")
     for number in range(3):
-        assert all(map(np.array_equal, store.moments(number, flipped=True), expected.moments(number)))
-        assert not np.array_equal(store.moments(number)[0], expected.moments(number)[0])
+        assert all(map(np.array_equal, store.shard(number).moments(flipped=True), expected.shard(number).moments()))
+        assert not np.array_equal(store.shard(number).moments()[0], expected.shard(number).moments()[0])
 
 
 def test_an_audit_decodes_what_was_stored(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
@@ -182,8 +184,8 @@ def test_an_audit_decodes_what_was_stored(photos: Path, tmp_path: Path, small_va
     everything = run(photos, tmp_path / "all", small_vae, Work(0, audit=1.0)).times.psnr_db
     assert len(everything) == NUM_PHOTOS and found.items() <= everything.items()
     store = Store.open(tmp_path / "out")
-    mean, _ = store.moments(0)
-    for line in store.records(0)[:2]:
+    mean, _ = store.shard(0).moments()
+    for line in store.shard(0).records()[:2]:
         latents = torch.from_numpy(mean[line["row"] : line["row"] + 1].astype(np.float32))
         after = to_images(small_vae.decode(latents))[0]
         before = np.asarray(Image.open(photos / line["key"]).resize((38, 32), Image.Resampling.LANCZOS))[:, 3:35]

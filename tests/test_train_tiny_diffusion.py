@@ -31,7 +31,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_what_it_saves_decodes(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(tmp_path / "store", {(64, 64): 9})
     output = tmp_path / "samples.safetensors"
-    arguments = ["train", str(store.layout.root), "-o", str(output), "--steps", "3"]
+    arguments = ["train", str(store.paths.root), "-o", str(output), "--steps", "3"]
     monkeypatch.setattr("sys.argv", arguments)
     script.main()
     latents = load_file(output)["latents"]

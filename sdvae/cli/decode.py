@@ -54,13 +54,13 @@ def decode(
     SRC is a store written by `sdvae encode`, a folder of latents that samplers save (.safetensors, .npy, .pt,
     ComfyUI's .latent), or one such file.
     """
-    from sdvae.data.decode import DecodeSettings, decode_source
-    from sdvae.data.remote import local_copy
+    from sdvae.reading.decode import DecodeSettings, decode_dataset
+    from sdvae.store.remote import local_copy
 
     vae = load_vae()
     settings = DecodeSettings(format, latents, batch_size, budget, tiling)
     with console.progress() as show:
-        report = decode_source(local_copy(source), out, vae, settings, show)
+        report = decode_dataset(local_copy(source), out, vae, settings, show)
     console.result(
         f"{count(report.num_written, 'image')} written to {out}, {report.images_per_s:.2f} images/s",
         output=str(out),

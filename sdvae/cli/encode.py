@@ -13,10 +13,10 @@ from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, count, with_cons
 from sdvae.errors import StoreError
 
 if TYPE_CHECKING:
-    from sdvae.data.encode import EncodeReport
-    from sdvae.data.preprocess import Resizer
-    from sdvae.data.runners import Ranks, Runner
-    from sdvae.data.times import Times
+    from sdvae.encoding.encode import EncodeReport
+    from sdvae.encoding.runners import Ranks, Runner
+    from sdvae.encoding.times import Times
+    from sdvae.store.geometry import Resizer
     from sdvae.vae import VAE
 
 _STEPS = {
@@ -197,12 +197,14 @@ def encode(
     read is quarantined with a reason, and the exit code is then 3. Under accelerate launch, torchrun or srun, each
     process encodes its share.
     """
-    from sdvae.data.encode import encode_source
-    from sdvae.data.manifest import EncodeSettings, recorded_dtype, recorded_resizer
-    from sdvae.data.preprocess import Preprocess, choose_resizer
-    from sdvae.data.remote import local_folder, url_of
-    from sdvae.data.runners import Ranks
-    from sdvae.data.tasks import Work, encode_tasks
+    from sdvae.encoding.encode import encode_dataset
+    from sdvae.encoding.manifest import EncodeSettings, recorded_settings
+    from sdvae.encoding.resize import choose_resizer
+    from sdvae.encoding.runners import Ranks
+    from sdvae.encoding.tasks import Work, encode_tasks
+    from sdvae.store.geometry import Preprocess
+    from sdvae.store.remote import local_copy, url_of
+    from sdvae.store.store import Store
 
     if not resume and not yes:
         _ask_before_restart(out)
@@ -214,21 +216,20 @@ def encode(
     ranks = Ranks.of_environment()
     _take_own_gpu(ranks)
     place = url_of(out) or str(out)
-    if url_of(out) and not resume:
-        raise StoreError(f"sdvae does not delete {place}; remove it with the tools of its storage")
-    with local_folder(out) as (folder, uploading), console.progress() as show:
+    begun = Store.find(local_copy(out)) if resume else None
+    with console.progress() as show:
         if resizer == "auto":
-            resizer = (resume and recorded_resizer(folder)) or choose_resizer(preprocess["resample"])
+            resizer = recorded_settings(begun).preprocess.resizer if begun else choose_resizer(preprocess["resample"])
         settings = replace(settings, preprocess=replace(settings.preprocess, resizer=resizer))
-        vae = load_vae((resume and recorded_dtype(folder)) or "auto")
-        report = encode_source(
+        vae = load_vae(begun.manifest["compute"]["dtype"] if begun else "auto")  # a store holds latents of one dtype
+        report = encode_dataset(
             source,
-            folder,
+            out,
             vae,
             settings,
             restart=not resume,
             work=Work(workers, on_oom, audit, budget),
-            runner=uploading(encode_tasks if runner == "local" else _ray_runner(address)),
+            runner=encode_tasks if runner == "local" else _ray_runner(address),
             ranks=ranks,
             progress=show,
         )
@@ -238,9 +239,9 @@ def encode(
 
 
 def _ask_before_restart(out: Path) -> None:
-    from sdvae.data.store import Layout
+    from sdvae.store.paths import StorePaths
 
-    num_shards = len(list(Layout(out).done(0).parent.glob("*.json")))
+    num_shards = len(list(StorePaths(out).done(0).parent.glob("*.json")))
     try:
         is_sure = not num_shards or click.confirm(f"Delete {count(num_shards, 'shard')} in {out}?", err=True)
     except click.Abort:  # there is no terminal to ask on
@@ -258,7 +259,7 @@ def _take_own_gpu(ranks: "Ranks") -> None:
 
 
 def _ray_runner(address: str | None) -> "Runner":
-    from sdvae.data.runners import RayRunner, VAESpec
+    from sdvae.encoding.runners import RayRunner, VAESpec
 
     given = click.get_current_context().params
     return RayRunner(VAESpec(given["vae"], given["family"]), address)

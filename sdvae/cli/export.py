@@ -26,10 +26,10 @@ def export(path: Path, name: str, output: Path, seed: int, console: Console) -> 
     mirrored latents) and what to set in the trainer. A store that the format cannot hold, or that its reader would
     misread, is refused.
     """
-    from sdvae.data.export import export_store
+    from sdvae.reading.export import export
 
     with console.progress() as show:
-        done = export_store(path, name, output, seed, show)
+        done = export(path, name, output, seed, show)
     console.result(
         f"{count(done['num_records'], 'record')} written to {output} for {done['reader']}: "
         f"{done['value']}, {done['scaling']}; mirrored latents: {done['flips']}",

@@ -55,8 +55,9 @@ def interpolate(
     check_output(output, a, b, others=(".gif",))
     import numpy as np
 
-    from sdvae.data.preprocess import Preprocess, apply, plan_geometry
+    from sdvae.encoding.resize import apply
     from sdvae.images.read import read_image
+    from sdvae.store.geometry import Preprocess, plan_geometry
 
     def read_square(path: Path) -> "NDArray[np.uint8]":
         photo = read_image(path)

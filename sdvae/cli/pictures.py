@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from sdvae.errors import StoreError
+from sdvae.errors import OutputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,9 +28,9 @@ def check_output(output: Path, *inputs: Path, others: tuple[str, ...] = ()) -> N
         raise click.BadParameter(f"{output} must end with one of {' '.join(suffixes)}.", param_hint="--output")
     if output.is_dir() or not output.parent.is_dir():
         what = "it is a folder" if output.is_dir() else f"there is no folder {output.parent}"
-        raise StoreError(f"cannot write {output}: {what}")
+        raise OutputError(f"cannot write {output}: {what}")
     if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
-        raise StoreError(f"{output} is the input, too; give -o another name")
+        raise OutputError(f"{output} is the input, too; give -o another name")
 
 
 def write_picture(path: Path, image: "Image") -> None:

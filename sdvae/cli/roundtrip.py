@@ -36,9 +36,10 @@ def roundtrip(
     check_output(output, image)
     import numpy as np
 
-    from sdvae.data.preprocess import Preprocess, apply, plan_geometry
+    from sdvae.encoding.resize import apply
     from sdvae.images.read import read_image
     from sdvae.metrics import psnr
+    from sdvae.store.geometry import Preprocess, plan_geometry
 
     photo = read_image(image)
     height, width, _ = photo.shape

@@ -9,7 +9,7 @@ import click
 from sdvae.cli.shared import PATH, Console, count, with_console
 
 if TYPE_CHECKING:
-    from sdvae.data.stats import StoreStats
+    from sdvae.reading.stats import StoreStats
 
 
 @click.command(short_help="Measure the latents of a store.")
@@ -20,15 +20,14 @@ def stats(path: Path, console: Console) -> None:
 
     Reads every number once, in fp64. Latents are measured as a training loop draws them: from the posterior.
     """
-    from sdvae.data.dataset import latent_config
-    from sdvae.data.remote import local_copy
-    from sdvae.data.stats import measure
-    from sdvae.data.store import Store
+    from sdvae.reading.stats import measure
+    from sdvae.store.remote import local_copy
+    from sdvae.store.store import Store
 
     store = Store.open(local_copy(path))
     found = measure(store)
     num_shards = len(store.shards())
-    vae_factor = latent_config(store).scaling_factor
+    vae_factor = store.latent_scaling.scaling_factor
     console.result(
         "\n".join(_lines(path, found, vae_factor)),
         store=str(path),

@@ -1,7 +1,6 @@
 """`sdvae verify`: whether a store still holds every byte that was committed, and how to restore the others."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +10,9 @@ from sdvae.cli.shared import PATH, Console, count, with_console, with_vae
 from sdvae.errors import StoreError, VerifyError
 
 if TYPE_CHECKING:
-    from sdvae.data.repair import Repair
-    from sdvae.data.verify import Verdict
+    from sdvae.encoding.repair import Repair
+    from sdvae.progress import Progress
+    from sdvae.store.verify import Verdict
     from sdvae.vae import VAE
 
 _NUM_NAMES = 20  # of lost records that a person is shown; --json has them all
@@ -29,7 +29,7 @@ def verify(store: Path, repair: bool, source: str | None, load_vae: "Callable[[s
 
     If a file is damaged or missing, the exit code is 5 and the lost records are listed.
     """
-    from sdvae.data.remote import url_of
+    from sdvae.store.remote import url_of
 
     if source is not None and not repair:
         raise click.UsageError("--source needs --repair.")
@@ -37,12 +37,12 @@ def verify(store: Path, repair: bool, source: str | None, load_vae: "Callable[[s
         raise StoreError(f"verify needs a local folder; {url} is checked against its commits whenever it is copied")
     with console.progress() as show:
         if repair:
-            found = _repair(store, source, load_vae, partial(show, "verify"))
+            found = _repair(store, source, load_vae, show)
             restored, verdict = found.restored, found.verdict
         else:
-            from sdvae.data.verify import verify as examine
+            from sdvae.store.verify import verify as examine
 
-            restored, verdict = [], examine(store, partial(show, "verify"))
+            restored, verdict = [], examine(store, show)
     for path in restored:
         console.note(f"restored {path}")
     console.result(
@@ -67,11 +67,9 @@ def verify(store: Path, repair: bool, source: str | None, load_vae: "Callable[[s
         click.get_current_context().exit(1 if verdict.is_unfinished else VerifyError.exit_code)
 
 
-def _repair(
-    store: Path, source: str | None, load_vae: "Callable[[str], VAE]", progress: "Callable[[int, int], None]"
-) -> "Repair":
-    from sdvae.data.repair import Photos, repair
-    from sdvae.data.sources import open_source
+def _repair(store: Path, source: str | None, load_vae: "Callable[[str], VAE]", progress: "Progress") -> "Repair":
+    from sdvae.encoding.repair import Photos, repair
+    from sdvae.sources.open import open_source
 
     return repair(store, Photos(open_source(source), load_vae) if source else None, progress)
 
@@ -101,7 +99,7 @@ def _describe(store: Path, verdict: "Verdict", is_repaired: bool) -> str:
     if not is_repaired:
         lines.append(f"next: sdvae verify {store} --repair, with --source SRC --vae VAE where latents are lost")
         return "\n".join(lines)
-    from sdvae.data.repair import remedy
+    from sdvae.encoding.repair import remedy
 
     files: dict[str, list[str]] = {}
     for name, damage in zip(names, broken, strict=True):

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdvae.data.encode import encode_source
-from sdvae.data.manifest import EncodeSettings
-from sdvae.data.preprocess import Preprocess
-from sdvae.data.remote import Mirror
-from sdvae.data.tasks import Work, encode_tasks
+from sdvae.encoding.encode import encode_dataset
+from sdvae.encoding.manifest import EncodeSettings
+from sdvae.encoding.runners import uploading
+from sdvae.encoding.tasks import Work, encode_tasks
+from sdvae.store.geometry import Preprocess
+from sdvae.store.remote import Mirror
 from sdvae.vae import VAE
 
 SETTINGS = EncodeSettings(Preprocess(size_px=32), shard_rows=3, batch_rows=2, num_threads=1)
@@ -81,13 +82,15 @@ def read_store(root: Path) -> dict[str, bytes]:
 
 def encode(photos: Path, out: Path, vae: VAE) -> None:
     """The job of these tests: four shards."""
-    encode_source(photos, out, vae, SETTINGS, work=Work(num_workers=0))
+    encode_dataset(photos, out, vae, SETTINGS, work=Work(num_workers=0))
 
 
 def encode_remotely(photos: Path, mirror: Mirror, vae: VAE) -> None:
     """The same job, into a store that is elsewhere."""
     mirror.pull()
-    encode_source(photos, mirror.local, vae, SETTINGS, work=Work(num_workers=0), runner=mirror.runner(encode_tasks))
+    encode_dataset(
+        photos, mirror.local, vae, SETTINGS, work=Work(num_workers=0), runner=uploading(encode_tasks, mirror)
+    )
     mirror.finish()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sdvae import atomic
-from sdvae.errors import StoreError
+from sdvae.errors import OutputError, StoreError
 from sdvae.vae import VAE
 from tests.faults.conftest import encode, read_store
 
@@ -40,7 +40,7 @@ def _check_failed_then_finished(
     operations = _fail_at(monkeypatch, nth, code)
     try:
         encode(photos, out, vae)
-    except StoreError as error:
+    except OutputError as error:
         assert os.strerror(code) in str(error) and str(out) in str(error)
         assert not any(Path(name).name.endswith(".tmp") for name in read_store(out)), "no temporary is left"
         assert read_store(out).items() <= expected.items(), "what has its name is complete"
@@ -108,7 +108,7 @@ def test_the_kernel_refuses_large_files(
 
     monkeypatch.setattr(atomic, "hook", limit)
     out = tmp_path / "out"
-    with pytest.raises(StoreError, match=r"shards/.*File too large"):
+    with pytest.raises(OutputError, match=r"shards/.*File too large"):
         encode(photos, out, small_vae)
     assert not list(out.rglob("*.tmp")) and read_store(out).items() < expected.items()
     monkeypatch.setattr(atomic, "hook", lambda operation, path: None)
@@ -135,7 +135,7 @@ from pathlib import Path
 
 import torch
 
-from sdvae.errors import StoreError
+from sdvae.errors import OutputError
 from sdvae.vae import VAE
 from tests.conftest import SMALL, random_model
 from tests.faults.conftest import encode, read_store
@@ -149,7 +149,7 @@ for number, num_free in enumerate(range(8192, 90_000, 16384)):
     ballast.write_bytes(bytes(os.statvfs(disk).f_bavail * 4096 - num_free))
     try:
         encode(photos, out, vae)
-    except StoreError as error:
+    except OutputError as error:
         print(error)
     assert not list(out.rglob("*.tmp")) and read_store(out).items() < expected.items()
     ballast.unlink()

@@ -23,13 +23,13 @@ from PIL import Image
 from torch import Tensor
 
 from sdvae import atomic
-from sdvae.data.encode import encode_source
-from sdvae.data.manifest import EncodeSettings
-from sdvae.data.preprocess import Preprocess
-from sdvae.data.store import Store
-from sdvae.data.tasks import Work
-from sdvae.data.verify import verify
+from sdvae.encoding.encode import encode_dataset
+from sdvae.encoding.manifest import EncodeSettings
+from sdvae.encoding.tasks import Work
 from sdvae.posterior import DiagonalGaussian
+from sdvae.store.geometry import Preprocess
+from sdvae.store.store import Store
+from sdvae.store.verify import verify
 from sdvae.vae import VAE
 from tests.conftest import SMALL, random_model
 from tests.faults.conftest import read_store
@@ -127,7 +127,7 @@ def _encode(photos: Path, folder: Path, num_workers: int, kill_at: int | None) -
 
         vae = Slow(random_model(SMALL), torch.device("cpu"), torch.float32, name="small random VAE")
         batches.truncate(os.fstat(batches.fileno()).st_size)
-        encode_source(photos, folder / "out", vae, SETTINGS, work=Work(num_workers=num_workers))
+        encode_dataset(photos, folder / "out", vae, SETTINGS, work=Work(num_workers=num_workers))
     (folder / "num_operations").write_text(json.dumps(num_operations))
 
 

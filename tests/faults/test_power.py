@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from sdvae import atomic
-from sdvae.data.verify import verify
 from sdvae.errors import StoreError
+from sdvae.store.verify import verify
 from sdvae.vae import VAE
 from tests.faults.conftest import encode, read_store
 

@@ -20,10 +20,10 @@ from click.testing import CliRunner, Result
 
 from sdvae import atomic
 from sdvae.cli.main import cli
-from sdvae.data.dataset import LatentDataset
-from sdvae.data.remote import Mirror, local_copy, url_of
-from sdvae.data.verify import verify
 from sdvae.errors import StoreError, VerifyError
+from sdvae.reading.dataset import LatentDataset
+from sdvae.store.remote import Mirror, local_copy, url_of
+from sdvae.store.verify import verify
 from sdvae.vae import VAE
 from tests.faults.conftest import encode, encode_remotely, read_store
 
@@ -226,7 +226,7 @@ from pathlib import Path
 import torch
 
 from sdvae import atomic
-from sdvae.data.remote import Mirror
+from sdvae.store.remote import Mirror
 from sdvae.vae import VAE
 from tests.conftest import SMALL, random_model
 from tests.faults.conftest import encode_remotely

@@ -11,12 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from sdvae import atomic
+from sdvae import atomic, sealed
 from sdvae.cli.main import cli
-from sdvae.data.repair import Photos, remedy, repair
-from sdvae.data.sources import open_source
-from sdvae.data.verify import verify
+from sdvae.encoding.repair import Photos, remedy, repair
 from sdvae.errors import StoreError
+from sdvae.journal import Journal
+from sdvae.sources.open import open_source
+from sdvae.store.verify import verify
 from sdvae.vae import VAE
 from tests.conftest import SMALL, random_model
 from tests.faults.conftest import flip, read_store, store_files
@@ -57,16 +58,22 @@ def test_each_file_but_the_numbers_follows_from_the_others(
 
 
 def test_every_bit_of_a_commit_comes_back(root: Path) -> None:
-    """Where nothing else holds a member, what is left of the damaged file does."""
+    """Whether a shard was degraded is in the journal, too."""
     path = root / "done" / "00001.json"
-    value = atomic.read_json(path)
+    journal = root / "journal" / "timings.jsonl"
+    value = sealed.read_json(path)
     for degraded in (None, 1):
-        data = atomic.seal(value | {"degraded": degraded})
+        data = sealed.seal(value | {"degraded": degraded})
+        with Journal(journal) as notes:
+            notes.append({"shard": 1, "degraded": degraded})
         for bit in range(0, 8 * len(data), 131):
             path.write_bytes(data)
             flip(path, bit)
             assert repair(root).verdict.damages == []
             assert path.read_bytes() == data, (degraded, bit)
+    journal.unlink()
+    flip(path, 0)
+    assert [damage.path for damage in repair(root).verdict.damages] == [path], "nothing is guessed"
 
 
 def test_several_files_at_once(root: Path) -> None:
@@ -99,7 +106,7 @@ def test_an_index_that_contradicts_the_numbers_is_not_committed(root: Path) -> N
 def test_a_manifest_comes_back_only_as_the_one_that_the_commits_name(root: Path) -> None:
     copy, manifest = root / "journal" / "manifest.json", root / "manifest.json"
     before = copy.read_bytes()
-    other = atomic.seal(atomic.read_json(manifest) | {"latent_error": 0.25})
+    other = sealed.seal(sealed.read_json(manifest) | {"latent_error": 0.25})
     copy.write_bytes(other)
     manifest.unlink()
     found = repair(root)

@@ -9,9 +9,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sdvae.cli.main import cli
-from sdvae.data.store import DATA_START, Store
-from sdvae.data.verify import verify
 from sdvae.errors import StoreError
+from sdvae.store.shard import DATA_START
+from sdvae.store.store import Store
+from sdvae.store.verify import verify
 from tests.faults.conftest import flip, store_files
 
 
@@ -75,24 +76,24 @@ def test_a_grown_store_has_more_to_lose(grown_root: Path) -> None:
 def test_the_records_that_are_lost_are_named(root: Path) -> None:
     store = Store.open(root)
     shard = store.shard(1)
-    assert shard.tensors is not None
-    keys = [line["key"] for line in store.records(1) if line["row"] is not None]
-    row_bytes = (shard.tensors.num_bytes - DATA_START) // (2 * len(keys))
+    assert shard.tensors_file is not None
+    keys = [line["key"] for line in store.shard(1).records() if line["row"] is not None]
+    row_bytes = (shard.tensors_file.num_bytes - DATA_START) // (2 * len(keys))
     assert len(keys) == 2, "a shard with a record in quarantine"
     for tensor in range(2):
         for row, key in enumerate(keys):
             byte = DATA_START + (tensor * len(keys) + row) * row_bytes
             for place in (byte, byte + row_bytes - 1):
-                flip(shard.tensors.path, 8 * place)
+                flip(shard.tensors_file.path, 8 * place)
                 assert verify(root).lost == [key]
-                flip(shard.tensors.path, 8 * place)
-    flip(shard.tensors.path, 8 * DATA_START - 1)  # the padding of the header
+                flip(shard.tensors_file.path, 8 * place)
+    flip(shard.tensors_file.path, 8 * DATA_START - 1)  # the padding of the header
     (damage,) = verify(root).damages
     assert (damage.shard, damage.lost) == (1, ()), "every number in it is whole"
-    data = shard.tensors.path.read_bytes()
-    shard.tensors.path.write_bytes(data[:-1])  # in the last row of mean
+    data = shard.tensors_file.path.read_bytes()
+    shard.tensors_file.path.write_bytes(data[:-1])  # in the last row of mean
     assert verify(root).lost == keys[-1:]
-    shard.tensors.path.unlink()
+    shard.tensors_file.path.unlink()
     assert verify(root).lost == keys
 
 
@@ -144,7 +145,7 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
 
 def test_progress_counts_records(root: Path) -> None:
     seen: list[tuple[int, int]] = []
-    verify(root, lambda num_done, num_all: seen.append((num_done, num_all)))
+    verify(root, lambda phase, num_done, num_all: seen.append((num_done, num_all)))
     assert seen == [(3, 9), (6, 9), (8, 9), (9, 9)]
 
 

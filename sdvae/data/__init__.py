@@ -1,1 +1,0 @@
-"""Datasets of images, and the stores of their latents."""

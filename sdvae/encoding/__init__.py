@@ -1,0 +1,1 @@
+"""Photos into a latent store."""

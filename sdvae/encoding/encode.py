@@ -1,0 +1,173 @@
+"""Photos of a source into a latent store: scan, roster, tasks, and the end, where every shard is committed."""
+
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from sdvae import atomic
+from sdvae.encoding.manifest import EncodeSettings, require_possible, row_bytes
+from sdvae.encoding.prepare import find_store, identify, list_entries, one_at_a_time, prepare, require_apart
+from sdvae.encoding.runners import Ranks, Runner, uploading
+from sdvae.encoding.scan import scan
+from sdvae.encoding.tasks import Work, encode_tasks
+from sdvae.encoding.times import Times
+from sdvae.errors import StoreError
+from sdvae.progress import Progress, silent
+from sdvae.sources.entries import Source
+from sdvae.sources.open import open_source
+from sdvae.store.buckets import Size
+from sdvae.store.paths import StorePaths
+from sdvae.store.remote import local_copy, open_mirror
+from sdvae.store.roster import Roster, find_new, plan_records
+from sdvae.store.store import Store
+from sdvae.vae import VAE
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What became of every record: num_seen == num_written + sum(quarantined.values()) when no shard is left."""
+
+    num_seen: int
+    num_written: int
+    quarantined: dict[str, int]  # reason -> records
+    num_shards_left: int  # of other ranks, not committed yet
+    num_degraded: int  # shards for which memory was short
+    images_per_s: float  # of this run, without the scan; 0 where nothing was left to do
+    seconds: float
+    times: Times
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What `encode_dataset` would do."""
+
+    num_seen: int
+    sizes: dict[Size, int]  # (height, width) in pixels -> photos that would be encoded, those of the store not counted
+    quarantined: dict[str, int]  # reason -> photos that would not
+    num_bytes: int  # of the latents
+
+
+def survey(
+    source: str | Path | Source,
+    out: str | Path,
+    vae: VAE,
+    settings: EncodeSettings | None = None,
+    *,
+    limit: int | None = None,
+    progress: Progress = silent,
+) -> Survey:
+    """Scan `source` as `encode_dataset` does, and tell what would be encoded; nothing is written.
+
+    Raises what `encode_dataset` raises before it encodes.
+    """
+    settings = settings or EncodeSettings()
+    require_possible(settings, vae)
+    source = open_source(source) if isinstance(source, str | Path) else source
+    store = find_store(StorePaths(local_copy(out).resolve()), restart=False)
+    identify(store, vae, settings, Ranks())
+    entries = list_entries(source, limit)
+    preprocess = settings.preprocess
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Path(folder) / "scan.jsonl"
+        records = scan(source, entries, preprocess.max_pixels, journal, partial(progress, "scan"))
+    planned = list(plan_records(records, preprocess, vae.config.downscale))
+    new = find_new([roster.path for roster in store.rosters], planned) if store else planned
+    num_tensors = 4 if preprocess.flip else 2
+    sizes = Counter(record.bucket_px for record in new if record.bucket_px)
+    return Survey(
+        num_seen=len(entries),
+        sizes=dict(sorted(sizes.items())),
+        quarantined=dict(Counter(record.reason for record in new if record.reason).most_common()),
+        num_bytes=num_tensors * sum(count * row_bytes(vae, settings, size) for size, count in sizes.items()),
+    )
+
+
+def encode_dataset(
+    source: str | Path | Source,
+    out: str | Path,
+    vae: VAE,
+    settings: EncodeSettings | None = None,
+    *,
+    restart: bool = False,
+    limit: int | None = None,
+    work: Work | None = None,
+    runner: Runner = encode_tasks,
+    ranks: Ranks | None = None,
+    progress: Progress = silent,
+) -> EncodeReport:
+    """Encode every photo of `source` into the store `out`, a folder or a URL; a store begun before is continued.
+
+    The bytes of the store are a function of the photos, the VAE, the settings and the compute block that the first
+    run recorded, whatever happened in between, and however many `ranks` and workers there are. Photos that came to
+    the source since become a generation of their own. `restart` throws away what is there; `limit` takes the first
+    photos only.
+
+    Raises StoreError where `out` holds anything else, was begun with other settings (all are listed), where photos
+    changed or vanished, or where it cannot be written; committed shards stay whole in any case.
+    """
+    begun = time.monotonic()
+    settings, ranks = settings or EncodeSettings(), ranks or Ranks()
+    require_possible(settings, vae)
+    source = open_source(source) if isinstance(source, str | Path) else source
+    mirror = open_mirror(out)
+    if mirror is not None and restart:
+        raise StoreError(f"{mirror.url} is not thrown away from here; remove it with the tools of its storage")
+    if mirror is not None:
+        mirror.pull()
+        runner = uploading(runner, mirror)
+    paths = StorePaths((mirror.local if mirror else Path(out)).resolve())
+    if source.root is not None:
+        require_apart(source.root.resolve(), paths.root)
+    if restart and ranks.world_size > 1:
+        raise StoreError(
+            f"{ranks.world_size} processes cannot all throw away what is in {paths.root}, each would take the work "
+            "of the others; remove the folder, then run them without --restart"
+        )
+    store = find_store(paths, restart)
+    identity = identify(None if restart else store, vae, settings, ranks)
+    entries = list_entries(source, limit)
+    if restart:
+        paths.clear()
+    paths.make_folders()
+    with one_at_a_time(paths):
+        atomic.sweep(paths.root)
+        if paths.manifest.exists():  # it may be another rank's, of this moment
+            identity = identify(Store.open(paths.root), vae, settings, ranks)
+        store = prepare(paths, source, entries, identity, vae, settings, partial(progress, "scan"))
+    times = _run(store, source, vae, work or Work(), runner, ranks, progress)
+    if store.is_finished:
+        store.finalise()
+    if mirror is not None:
+        mirror.finish()
+    shards, quarantined = store.shards(), store.quarantined()
+    return EncodeReport(
+        num_seen=len(entries),
+        num_written=sum(shard.num_rows for shard in shards),
+        quarantined=dict(Counter(line["reason"] for line in quarantined)),
+        num_shards_left=store.num_shards - len(shards),
+        num_degraded=sum(shard.degraded is not None for shard in shards),
+        images_per_s=times.num_images / times.all if times.num_images else 0.0,
+        seconds=time.monotonic() - begun,
+        times=times,
+    )
+
+
+def _run(store: Store, source: Source, vae: VAE, work: Work, runner: Runner, ranks: Ranks, progress: Progress) -> Times:
+    """Encode and commit what is not committed yet of this rank's share."""
+    shards = Roster(file.path for file in store.rosters).shards
+    share = ranks.share(range(len(shards)))
+    left = [number for number in share if not _is_committed(store, number)]
+    num_all = sum(shards[number].num_images for number in share)
+    num_done = num_all - sum(shards[number].num_images for number in left)
+    progress("encode", num_done, num_all)
+    if not left:
+        return Times()
+    return runner(store, left, source, vae, work, lambda num_images: progress("encode", num_done + num_images, num_all))
+
+
+def _is_committed(store: Store, number: int) -> bool:
+    """A shard whose files are gone or cut short counts as not committed: encoding it again mends it."""
+    return store.paths.done(number).exists() and all(file.is_present() for file in store.shard(number).files)

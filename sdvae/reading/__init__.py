@@ -1,0 +1,1 @@
+"""What is done with a latent store: training, statistics, decoding, export."""

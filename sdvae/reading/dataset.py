@@ -1,0 +1,294 @@
+"""LatentDataset: a store as a training loop wants it; what it gives depends on seed, key and epoch alone."""
+
+import bisect
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+
+import numpy as np
+import torch
+from numpy.random import Generator, Philox
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from sdvae.errors import ConfigError, DeviceError, ShapeError, StoreError, VerifyError
+from sdvae.latents import scale
+from sdvae.posterior import DiagonalGaussian
+from sdvae.store.buckets import Size
+from sdvae.store.remote import local_copy
+from sdvae.store.shard import Shard
+from sdvae.store.store import Store, differences
+
+if TYPE_CHECKING:
+    from sdvae.vae import VAE
+
+Index = SupportsIndex | tuple[SupportsIndex, int]  # a record, or (record, epoch)
+Example = dict[str, Any]
+
+_CHUNK_ROWS = 8  # rows converted at once: what stays in a core's cache is converted four times as fast
+
+
+class LatentDataset(Dataset[Example]):
+    """The written records of a finished store, as scaled latents with what a diffusion model is conditioned on.
+
+    `dataset[i]` is a record in the epoch of `set_epoch`, `dataset[i, epoch]` in that one, and `dataset[[...]]` a
+    batch of either. A record is a dict:
+
+        latents        (C, h, w) float32, (latents - shift_factor) * scaling_factor, by the store's `latent_scaling`
+        key, caption   str; the caption is "" where there is none
+        label          index into `classes`, -1 where there is none
+        original_size  (height, width) of the photo, as SDXL is conditioned; int64, like
+        crop_top_left  (top, left) of the crop in the resized photo, and
+        target_size    (height, width) of the crop
+        is_flipped     whether these are the latents of the mirrored photo
+
+    `sample` draws from the posterior, anew in each epoch; without it latents are the mean. Where the store holds
+    mirrored photos, either is as likely. Both draws come from Philox on the CPU, keyed by (seed, key) at a counter
+    from the epoch: no worker, rank, resumption, batch or device changes them.
+
+    Numbers are read from memory maps, or before the first epoch with `preload`. Raises StoreError for a store that
+    is unfinished, or of another VAE than `expect_vae` (a VAE, or its fingerprint); VerifyError for a damaged one.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        sample: bool = True,
+        seed: int = 0,
+        preload: Literal["ram", "cuda"] | None = None,
+        expect_vae: "VAE | str | None" = None,
+    ) -> None:
+        if not 0 <= seed < 2**64:
+            raise ConfigError(f"seed is {seed}; it must be a number of 64 bits, 0 or above")
+        if preload not in (None, "ram", "cuda"):
+            raise ConfigError(f"preload is {preload!r}; choose 'ram', 'cuda' or None")
+        if preload == "cuda" and not torch.cuda.is_available():
+            raise DeviceError("preload='cuda' needs a CUDA device, and torch sees none; use preload='ram'")
+        self.store = Store.open(local_copy(path))
+        if expect_vae is not None:
+            _require_vae(self.store, expect_vae)
+        self.latent_scaling = self.store.latent_scaling
+        self.sample, self.seed, self.preload = sample, seed, preload
+        self.has_flips: bool = self.store.manifest["preprocess"].get("flip", False)
+        self._shards = _written_shards(self.store)
+        self._starts = list(itertools.accumulate((shard.num_rows for shard in self._shards), initial=0))
+        # In shared memory: `set_epoch` reaches workers that live on from epoch to epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._open: dict[int, _MappedShard] = {}
+        self._classes: dict[Any, int] | None = None
+        if preload:
+            device, needed = ("cuda" if preload == "cuda" else "cpu"), (["mean", "logvar"] if sample else ["mean"])
+            for position in range(len(self._shards)):
+                self._opened(position).preload(device, needed)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def buckets(self) -> dict[Size, NDArray[np.int64]]:
+        """The numbers of the records of each size (height, width) in pixels."""
+        numbers: dict[Size, list[NDArray[np.int64]]] = {}
+        for shard, start in zip(self._shards, self._starts, strict=False):
+            assert shard.bucket_px is not None
+            numbers.setdefault(shard.bucket_px, []).append(np.arange(start, start + shard.num_rows))
+        return {bucket_px: np.concatenate(found) for bucket_px, found in numbers.items()}
+
+    @property
+    def classes(self) -> list[Any]:
+        """The labels of all records, sorted; the first look reads every index: some seconds for a million records."""
+        return list(self._class_numbers())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of indexes that name none; `BucketBatchSampler` names it with each index."""
+        self._epoch.fill_(epoch)
+
+    def record(self, index: SupportsIndex) -> dict[str, Any]:
+        """What the store's index says about a record (docs/store.md)."""
+        position, row = self._find(range(len(self))[index])
+        return self._opened(position).record(row)
+
+    def __getitem__(self, index: Index | Sequence[Index]) -> Example:
+        if isinstance(index, list):
+            return self._read(index)
+        return {name: values[0] for name, values in self._read([index]).items()}  # type: ignore[list-item]
+
+    def __getitems__(self, indices: Sequence[Index]) -> list[Example]:
+        batch = self._read(indices)
+        return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A map goes to no other process; a worker opens its own. What was preloaded, torch shares.
+        return self.__dict__ | ({} if self.preload else {"_open": {}})
+
+    def _read(self, indices: Sequence[Index]) -> Example:
+        """Records of one size, each value stacked."""
+        if self.preload == "cuda" and get_worker_info() is not None:
+            raise DeviceError("latents on the GPU cannot be read by worker processes; give the loader num_workers=0")
+        epoch_now, every = int(self._epoch), range(len(self))
+        drawn = [index if isinstance(index, tuple) else (index, epoch_now) for index in indices]
+        places = [self._find(every[record]) for record, _ in drawn]
+        shards = [self._opened(position) for position, _ in places]
+        rows = [row for _, row in places]
+        if len({shard.shape for shard in shards}) > 1:
+            found = sorted({f"{self._shards[position].bucket_px}" for position, _ in places})
+            raise ShapeError(f"a batch needs one size, this has {', '.join(found)}; draw with BucketBatchSampler")
+        records = [shard.record(row) for shard, row in zip(shards, rows, strict=True)]
+        streams = [
+            record_stream(self.seed, record["key"], epoch) if self.sample or self.has_flips else None
+            for record, (_, epoch) in zip(records, drawn, strict=True)
+        ]
+        flips = [self.has_flips and stream is not None and bool(stream.random_raw() & 1) for stream in streams]
+        batch = _conditions(records, flips)
+        numbers = self._class_numbers() if any(record["label"] is not None for record in records) else {}
+        labels = [-1 if record["label"] is None else numbers[record["label"]] for record in records]
+        return {"latents": self._latents(shards, rows, flips, streams), "label": torch.tensor(labels)} | batch
+
+    def _latents(
+        self,
+        shards: list["_MappedShard"],
+        rows: list[int],
+        flips: list[bool],
+        streams: list[Philox | None],
+    ) -> Tensor:  # (N, C, h, w) float32, scaled
+        def stacked(name: str, chunk: slice) -> Tensor:
+            places = zip(shards[chunk], rows[chunk], flips[chunk], strict=True)
+            return torch.stack([shard.tensors[name + "_flip" * flip][row] for shard, row, flip in places]).float()
+
+        device = "cuda" if self.preload == "cuda" else "cpu"
+        batch = torch.empty(len(rows), *shards[0].shape, device=device)
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            chunk = slice(start, start + _CHUNK_ROWS)
+            latents = stacked("mean", chunk)
+            if self.sample:
+                posterior = DiagonalGaussian(latents, stacked("logvar", chunk))
+                latents = posterior.mean + posterior.std * _noise(streams[chunk], shards[0].shape).to(device)
+            batch[chunk] = scale(latents, self.latent_scaling)
+        return batch
+
+    def _find(self, record: int) -> tuple[int, int]:  # (position in self._shards, row)
+        position = bisect.bisect(self._starts, record) - 1
+        return position, record - self._starts[position]
+
+    def _opened(self, position: int) -> "_MappedShard":
+        if position not in self._open:
+            self._open[position] = _MappedShard(self.store, self._shards[position])
+        return self._open[position]
+
+    def _class_numbers(self) -> dict[Any, int]:
+        if self._classes is None:
+            opened = map(self._opened, range(len(self._shards)))
+            found = {shard.record(row)["label"] for shard in opened for row in range(len(shard.spans))} - {None}
+            ordered = sorted(found, key=lambda label: (isinstance(label, str), label))
+            self._classes = {label: number for number, label in enumerate(ordered)}
+        return self._classes
+
+
+def record_stream(seed: int, key: str, epoch: int) -> Philox:
+    """The random bits of one record in one epoch: those of its key, wherever it lies and whoever asks first."""
+    identity = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+    return Philox(key=seed << 64 | identity, counter=epoch << 192)
+
+
+class _MappedShard:
+    """A shard under memory maps: its numbers, and the lines of its index, read one by one.
+
+    torch's maps keep no file open: numpy's and Python's do, and a million records in shards of 1,024 would ask
+    for more files than a process may open.
+    """
+
+    def __init__(self, store: Store, shard: Shard) -> None:
+        assert shard.tensors_file is not None
+        shard.require_whole_index()
+        shard.tensors()  # checks length and header
+        places, file = shard.places, shard.tensors_file
+        self.shape = places.shape[1:]
+        numbers = _map_file(file.path, file.num_bytes)
+        dtype = {"fp16": torch.float16, "fp32": torch.float32}[store.manifest["store_dtype"]]
+        self.tensors = {
+            name: numbers[places.start(name) :][: places.tensor_bytes].view(dtype).view(places.shape)
+            for name in places.names
+        }
+        self._index_path = shard.index_file.path
+        self._text: NDArray[np.uint8] = _map_file(shard.index_file.path, shard.index_file.num_bytes).numpy()
+        ends = np.flatnonzero(self._text == ord("\n")) + 1
+        self.spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)  # of the line of each row
+        if shard.num_quarantined:
+            is_written = [json.loads(self._line(span))["row"] is not None for span in self.spans]
+            self.spans = self.spans[is_written]
+
+    def record(self, row: int) -> dict[str, Any]:
+        """The line of a row."""
+        record: dict[str, Any] = json.loads(self._line(self.spans[row]))
+        if record["row"] != row:
+            raise VerifyError(f"{self._index_path} is damaged: its lines do not count its rows")
+        return record
+
+    def preload(self, device: str, needed: list[str]) -> None:
+        """Copy the numbers to where no disk is asked for them: those named, and the same of mirrored photos."""
+        names = [name for name in self.tensors if name.removesuffix("_flip") in needed]
+        self.tensors = {name: self.tensors[name].to(device, copy=True) for name in names}
+
+    def _line(self, span: NDArray[np.int64]) -> str:
+        return self._text[span[0] : span[1]].tobytes().decode()
+
+
+def _map_file(path: Path, num_bytes: int) -> Tensor:
+    return torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
+
+
+def _noise(streams: list[Philox | None], shape: tuple[int, ...]) -> Tensor:  # (N, *shape), standard normal
+    noise = np.empty((len(streams), *shape), np.float32)
+    for values, stream in zip(noise, streams, strict=True):
+        assert stream is not None
+        Generator(stream).standard_normal(dtype=np.float32, out=values)
+    return torch.from_numpy(noise)
+
+
+def _conditions(records: list[dict[str, Any]], flips: list[bool]) -> Example:
+    corners = []
+    for record, is_flipped in zip(records, flips, strict=True):
+        top, left, _, width = record["crop_px"]
+        # Mirrored, the crop begins where it ended; a crop that is padded begins at the border.
+        corners.append((top, max(0, record["resized_px"][1] - left - width) if is_flipped else left))
+    return {
+        "key": [record["key"] for record in records],
+        "caption": [record["caption"] or "" for record in records],
+        "original_size": _pairs([record["original_px"] for record in records]),
+        "crop_top_left": _pairs(corners),
+        "target_size": _pairs([record["bucket_px"] for record in records]),
+        "is_flipped": torch.tensor(flips),
+    }
+
+
+def _pairs(values: Sequence[Sequence[int]]) -> Tensor:  # (N, 2) int64
+    return torch.from_numpy(np.array(values, np.int64))  # torch.tensor takes three times as long
+
+
+def _written_shards(store: Store) -> list[Shard]:
+    shards = store.shards()
+    if len(shards) < store.num_shards:
+        raise StoreError(
+            f"{store.paths.root} is not finished: {len(shards)} of its {store.num_shards} shards are there; "
+            "run sdvae encode to its end"
+        )
+    written = [shard for shard in shards if shard.num_rows]
+    if not written:
+        raise StoreError(f"{store.paths.root} holds no latents; its quarantine.jsonl says why")
+    return written
+
+
+def _require_vae(store: Store, expected: "VAE | str") -> None:
+    stored = store.manifest["vae"]
+    if isinstance(expected, str):
+        wanted = stored | {"fingerprint": expected}
+    else:
+        config = json.loads(json.dumps(expected.config.to_diffusers()))
+        wanted = {"fingerprint": expected.fingerprint, "latent_space": expected.latent_space, "config": config}
+    found = differences(stored, wanted)
+    if found:
+        raise StoreError(f"{store.paths.root} holds latents of another VAE than the one expected: {'; '.join(found)}")

@@ -1,0 +1,208 @@
+"""Latents to image files: a store, a folder of latent files or one such file in, a folder of images out."""
+
+import logging
+import math
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sdvae import atomic
+from sdvae.errors import LatentsError, OutputError, StoreError
+from sdvae.images.write import encode_image
+from sdvae.progress import Progress, silent
+from sdvae.reading.latent_files import Scaling, list_latent_files, read_latents
+from sdvae.reading.names import plan_names
+from sdvae.staging import download
+from sdvae.store.buckets import Size
+from sdvae.store.records import written
+from sdvae.store.store import Store
+from sdvae.vae import VAE, Tiling
+
+Format = Literal["png", "jpeg", "webp"]
+
+SUFFIXES: dict[Format, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+# Pixels that go through the network at once: enough to fill a GPU with 8 GiB; a CPU gains nothing from batches.
+_AUTO_PIXELS = {"cuda": 4 * 512**2}
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """What `sdvae decode` was asked for; `latents` speaks for files that do not say it themselves."""
+
+    format: Format = "png"
+    latents: Scaling | None = None
+    batch_size: int | None = None  # None: chosen for the device
+    budget_bytes: int | None = None  # None: what the device has free
+    tiling: Tiling = "exact"
+
+
+@dataclass(frozen=True)
+class DecodeReport:
+    """What was done."""
+
+    num_written: int
+    seconds: float
+
+    @property
+    def images_per_s(self) -> float:
+        """Images written per second, loading of the VAE not counted."""
+        return self.num_written / self.seconds
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Latents of one shape: whose they are, and how to read some of them."""
+
+    latents_px: tuple[int, int]  # (h, w)
+    keys: list[str]
+    sizes_px: list[Size]  # of each image, (height, width), without what was padding
+    read: Callable[[slice], Tensor]  # rows -> (rows, C, h, w) raw
+
+
+def decode_dataset(
+    source: Path,
+    out: Path,
+    vae: VAE,
+    settings: DecodeSettings,
+    progress: Progress = silent,
+) -> DecodeReport:
+    """Decode every image of `source` to a file in `out`, named after its key (see `plan_names`).
+
+    Files of latents are all checked before the first image is written. `out` must be new, empty, or hold nothing but
+    files of the same names, which are written anew. Raises LatentsError, StoreError and UnsafeFileError.
+    """
+    is_store = (source / "manifest.json").exists()
+    series = _open_store(source, vae) if is_store else _open_files(source, vae, settings.latents)
+    keys = [key for one in series for key in one.keys]
+    names = dict(zip(keys, plan_names(keys, SUFFIXES[settings.format]), strict=True))
+    if len(names) < len(keys):
+        twice = next(key for key, count in Counter(keys).items() if count > 1)
+        raise LatentsError(f"two images of {source} would both be called {twice}; rename or move that file")
+    _claim(out, set(names.values()))
+
+    def write(key: str, image: NDArray[np.uint8]) -> None:
+        path = out / names[key]
+        atomic.make_folder(path.parent)
+        atomic.write_bytes(path, encode_image(image, settings.format))
+
+    start = time.perf_counter()
+    num_written = 0
+    progress("decode", 0, len(keys))
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # to compress a PNG takes longer than a GPU's decode
+        pending: list[Future[None]] = []
+        for batch in _decode(series, vae, settings):
+            num_written += _finish(pending)
+            pending = [pool.submit(write, key, image) for key, image in batch]
+            progress("decode", num_written, len(keys))
+        num_written += _finish(pending)
+    progress("decode", num_written, len(keys))
+    return DecodeReport(num_written, time.perf_counter() - start)
+
+
+def _decode(
+    series: list[_Series], vae: VAE, settings: DecodeSettings
+) -> Iterator[list[tuple[str, NDArray[np.uint8]]]]:  # batches of (key, image)
+    for one in series:
+        image_pixels = math.prod(one.latents_px) * vae.config.downscale**2
+        num_rows = settings.batch_size or max(1, _AUTO_PIXELS.get(vae.device.type, 512**2) // image_pixels)
+        batches = [slice(first, first + num_rows) for first in range(0, len(one.keys), num_rows)]
+        pixels = (vae.decode(one.read(rows), settings.budget_bytes, settings.tiling) for rows in batches)
+        for rows, images in zip(batches, download(pixels), strict=True):
+            cropped = [image[: size[0], : size[1]] for image, size in zip(images, one.sizes_px[rows], strict=True)]
+            yield list(zip(one.keys[rows], cropped, strict=True))
+
+
+def _finish(pending: list[Future[None]]) -> int:
+    for future in pending:
+        future.result()
+    return len(pending)
+
+
+def _open_store(root: Path, vae: VAE) -> list[_Series]:
+    store = Store.open(root)
+    writer = store.manifest["vae"]
+    if writer["latent_space"] != vae.latent_space:
+        raise StoreError(
+            f"{root} holds latents of the space {writer['latent_space']}, but {vae.name} decodes those of "
+            f"{vae.latent_space}; give --vae one of the former"
+        )
+    if writer["fingerprint"] != vae.fingerprint:
+        _LOG.warning(
+            "%s was encoded by another VAE (%.12s) than %s (%.12s); both share the latent space %s",
+            root, writer["fingerprint"], vae.name, vae.fingerprint, vae.latent_space,
+        )  # fmt: skip
+    shards = store.shards()
+    if len(shards) < store.num_shards:
+        _LOG.warning("%s is not finished: %d of its %d shards are there", root, len(shards), store.num_shards)
+    series = []
+    for shard in (shard for shard in shards if shard.num_rows):
+        lines = list(written(shard.records()))
+        mean, _ = shard.moments()
+        sizes = [_without_padding(line["resized_px"], line["crop_px"]) for line in lines]
+        series.append(_Series(mean.shape[2:], [line["key"] for line in lines], sizes, partial(_read_rows, mean)))
+    if not series:
+        raise StoreError(f"{root} holds no image; run sdvae encode to its end, or see its quarantine.jsonl")
+    return series
+
+
+def _without_padding(resized_px: Size, crop_px: tuple[int, int, int, int]) -> Size:
+    """The part of a crop that lies inside the resized photo."""
+    top, left, height, width = crop_px
+    return min(height, resized_px[0] - top), min(width, resized_px[1] - left)
+
+
+def _read_rows(mean: NDArray[np.floating[Any]], rows: slice) -> Tensor:
+    return torch.from_numpy(mean[rows].astype(np.float32))
+
+
+def _open_files(source: Path, vae: VAE, told: Scaling | None) -> list[_Series]:
+    @lru_cache(maxsize=1)  # a file of many images is read once for all of its batches
+    def load(path: Path) -> Tensor:
+        return read_latents(path, vae.config, told)
+
+    def read(places: list[tuple[Path, int]], rows: slice) -> Tensor:
+        return torch.stack([load(path)[row] for path, row in places[rows]])
+
+    keys: defaultdict[Size, list[str]] = defaultdict(list)
+    places: defaultdict[Size, list[tuple[Path, int]]] = defaultdict(list)
+    for path in list_latent_files(source):
+        num_images, _, height, width = load(path).shape
+        name = path.relative_to(source).as_posix() if path != source else path.name
+        keys[height, width] += [name] if num_images == 1 else [_numbered(name, row) for row in range(num_images)]
+        places[height, width] += [(path, row) for row in range(num_images)]
+    downscale = vae.config.downscale
+    return [
+        _Series((h, w), keys[h, w], [(h * downscale, w * downscale)] * len(keys[h, w]), partial(read, places[h, w]))
+        for h, w in keys
+    ]
+
+
+def _numbered(name: str, row: int) -> str:
+    path = PurePosixPath(name)
+    return str(path.with_name(f"{path.stem}-{row:05d}{path.suffix}"))
+
+
+def _claim(out: Path, names: set[str]) -> None:
+    """Refuse an output folder that holds anything but files of these names; a link counts, wherever it leads."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; give a folder for the images")
+    for path in sorted(out.rglob("*")):
+        is_ours = path.is_file() and (path.relative_to(out).as_posix() in names or atomic.is_temporary(path.name))
+        if path.is_symlink() or not (is_ours or path.is_dir()):
+            raise OutputError(
+                f"{out} holds {path.relative_to(out)}, which this command did not write; give an empty folder"
+            )
+    atomic.make_folder(out)
+    atomic.sweep(out)

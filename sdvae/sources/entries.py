@@ -1,0 +1,108 @@
+"""What a source of photos is: entries, listed in a fixed order, and the bytes of each."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
+from pathlib import Path
+from typing import Protocol
+
+from sdvae.errors import SourceError
+
+MAX_FILE_BYTES = 2**30  # a photo is read whole; a video that strayed into a source must not fill the memory
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One photo of a source, by its metadata alone; `reason` says why it must not be opened.
+
+    `num_bytes` and `mtime_ns` change when its bytes may have changed; a source that cannot tell the length
+    without reading says 0. `uri` says where the bytes are, relative to the source; None says `key`.
+    """
+
+    key: str
+    num_bytes: int = 0
+    mtime_ns: int = 0
+    reason: str | None = None
+    uri: str | None = None
+    caption: str | None = None
+    label: str | None = None
+
+
+class Source(Protocol):
+    """Photos by key. Pickled, it is small and opens again in another process, where any order of reads is right."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def root(self) -> Path | None:
+        """The folder or file that a store has to be kept apart from; None where it may lie anywhere."""
+
+    def entries(self) -> list[Entry]:
+        """Every photo, sorted by key, each key once; SourceError where they cannot be listed."""
+
+    def read(self, key: str) -> bytes:
+        """The bytes of one photo, at most MAX_FILE_BYTES; nothing but OSError, with a `strerror`, where that fails."""
+
+
+def sorted_by_key(entries: Iterable[Entry], name: str) -> list[Entry]:
+    """Entries in the order of a source; SourceError where two have one key, for nothing could tell them apart later."""
+    ordered = sorted(entries, key=attrgetter("key"))
+    for before, entry in pairwise(ordered):
+        if before.key == entry.key:
+            places = " and ".join(dict.fromkeys(found.uri or found.key for found in (before, entry)))
+            raise SourceError(f"two photos in {name} are both called {entry.key!r} ({places}); rename one")
+    return ordered
+
+
+def why_unsafe(name: str) -> str | None:
+    """Why a name inside an archive or a table must not be followed; None for a path below where it stands."""
+    if name.startswith("/"):
+        return "an absolute path"
+    if ".." in name.split("/"):
+        return "a path that leads out of the source"
+    return None
+
+
+@contextmanager
+def failing_as_one_photo() -> Iterator[None]:
+    """Let what is wrong with the file that holds many photos be said of the one that is read.
+
+    A reason goes into the store, so it names no path of this machine.
+    """
+    try:
+        yield
+    except SourceError as error:
+        raise OSError(errno.EIO, "the file that holds it is damaged or gone") from error
+    except LookupError as error:
+        raise FileNotFoundError(errno.ENOENT, "it is no longer in the file that held it") from error
+
+
+def why_no_file(status: os.stat_result) -> str | None:
+    """Why something on disk must not be opened as a photo; None for a plain file of bearable size."""
+    if not stat.S_ISREG(status.st_mode):
+        return "not a file but a device, a pipe or a socket"
+    if status.st_size > MAX_FILE_BYTES:
+        return f"larger than {MAX_FILE_BYTES:,} bytes"
+    return None
+
+
+def class_folder(key: str) -> str | None:
+    """The name of the folder a photo lies in: its class, in the datasets that sort photos so."""
+    return key.rpartition("/")[0].rpartition("/")[2] or None
+
+
+# What people and desktops keep beside photos. Every other file is a record, and is quarantined if it is no photo.
+NOT_PHOTOS = (".caption", ".cls", ".csv", ".db", ".ini", ".json", ".jsonl", ".md", ".tsv", ".txt")
+
+
+def is_photo(name: str) -> bool:
+    """Whether a file of this path is a record: not hidden, and none of NOT_PHOTOS."""
+    is_hidden = any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+    return not is_hidden and not name.lower().endswith(NOT_PHOTOS)

@@ -1,0 +1,127 @@
+"""A folder of photos, listed in a fixed order and read without leaving it."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from sdvae.errors import SourceError
+from sdvae.sources.entries import MAX_FILE_BYTES, Entry, class_folder, is_photo, sorted_by_key, why_no_file
+from sdvae.sources.pairing import MAX_TEXT_BYTES, is_text, pair
+
+
+class FolderSource:
+    """All photos in a folder and the folders in it; a record's key is its path below `root`, with `/`.
+
+    Hidden names (a leading dot) and the suffixes of NOT_PHOTOS are no records. Links to files inside
+    `root` are followed. Links that lead out of it or to folders, devices, pipes, sockets and names
+    that are not UTF-8 are entries with a reason: counted, never opened.
+
+    `only` names the files and folders below `root` that count; what lies beside them still tells their captions.
+    """
+
+    def __init__(self, root: Path, only: Iterable[str] = ("",)) -> None:
+        if not root.exists():
+            raise SourceError(f"there is no folder {root}")
+        if not root.is_dir():
+            raise SourceError(f"{root} is not a folder; give the folder that holds the photos")
+        self.root = root.resolve()
+        self.name = str(root)
+        self._only = frozenset(only)
+
+    def entries(self) -> list[Entry]:
+        """Every record of the folder, sorted by key; SourceError when a folder in it cannot be listed."""
+        photos: list[Entry] = []
+        texts: list[str] = []
+        for name, child in self._children():
+            entry = self._entry(name, child)
+            if is_text(entry.key):
+                texts.append(entry.key)
+            elif is_photo(entry.key):
+                photos.append(replace(entry, label=class_folder(entry.key)))
+        packed = {PurePosixPath(entry.key).suffix.lower() for entry in photos}
+        if packed and packed <= {".tar", ".zip", ".parquet", ".arrow"}:
+            raise SourceError(
+                f"{self.name} holds no photos, but files that hold some; name those, as in '{self.name}/*{min(packed)}'"
+            )
+        paired = pair(photos, texts, self._read_text)
+        return sorted_by_key(filter(self._counts, paired), self.name)
+
+    def read(self, key: str) -> bytes:
+        """The bytes of one file, at most MAX_FILE_BYTES of them; OSError as the file system gives it."""
+        with self._path_of(key.encode()).open("rb") as file:
+            return file.read(MAX_FILE_BYTES)
+
+    def _counts(self, entry: Entry) -> bool:
+        if "" in self._only or entry.key in self._only:
+            return True
+        return any(str(folder) in self._only for folder in PurePosixPath(entry.key).parents)
+
+    def _children(self) -> Iterator[tuple[bytes, "os.DirEntry[bytes]"]]:
+        """Every file to look at, with its path below `root` as the file system spells it: bytes."""
+        whole = [name for name in self._only if (self.root / name).is_dir()]
+        listed: set[bytes] = set()
+        for folder in sorted(os.fsencode(name) for name in whole):
+            yield from self._walk(folder, listed, is_deep=True)
+        for name in sorted(self._only.difference(whole)):
+            yield from self._walk(os.fsencode(name.rpartition("/")[0]), listed, is_deep=False)
+
+    def _walk(self, top: bytes, listed: set[bytes], *, is_deep: bool) -> Iterator[tuple[bytes, "os.DirEntry[bytes]"]]:
+        if self._path_of(top).resolve() != self._path_of(top):
+            raise SourceError(
+                f"{self._path_of(top)} is reached by a link to a folder; links to folders are not followed"
+            )
+        folders = [top]
+        while folders:
+            folder = folders.pop()
+            if folder in listed:
+                continue
+            listed.add(folder)
+            try:
+                children = list(os.scandir(os.fsencode(self._path_of(folder))))
+            except OSError as error:
+                raise SourceError(f"cannot list {self._path_of(folder)}: {error.strerror}") from error
+            for child in children:
+                path = folder + b"/" + child.name if folder else child.name
+                if child.name.startswith(b"."):
+                    continue
+                if not child.is_dir(follow_symlinks=False):
+                    yield path, child
+                elif is_deep:
+                    folders.append(path)
+
+    def _entry(self, name: bytes, child: "os.DirEntry[bytes]") -> Entry:
+        # Bytes that are no UTF-8 become \xff: a key to show, which JSON can hold and nobody will open.
+        key = name.decode("utf-8", "backslashreplace")
+        if key.encode() != name:
+            return Entry(key, reason="the name is not UTF-8; rename the file")
+        try:
+            status = child.stat()
+        except OSError as error:  # a link to nowhere, a loop of links, a file removed this moment
+            return Entry(key, reason=f"cannot be opened: {error.strerror}")
+        reason = self._why_not_to_open(self._path_of(name), status) if child.is_symlink() else why_no_file(status)
+        if reason is not None:
+            return Entry(key, reason=reason)
+        return Entry(key, status.st_size, status.st_mtime_ns)
+
+    def _why_not_to_open(self, place: Path, status: os.stat_result) -> str | None:
+        if place.is_symlink() and stat.S_ISDIR(status.st_mode):
+            return "a link to a folder; links to folders are not followed"
+        if not place.resolve().is_relative_to(self.root):
+            return "a link that leads out of the source folder"
+        return why_no_file(status)
+
+    def _read_text(self, key: str) -> bytes:
+        place = self._path_of(key.encode())
+        status = place.lstat()
+        is_link = stat.S_ISLNK(status.st_mode)  # resolving every path would take longer than all the rest
+        reason = self._why_not_to_open(place, place.stat()) if is_link else why_no_file(status)
+        if reason is not None:
+            raise OSError(errno.EINVAL, reason)
+        with place.open("rb") as file:
+            return file.read() if key.endswith((".csv", ".jsonl")) else file.read(MAX_TEXT_BYTES + 1)
+
+    def _path_of(self, name: bytes) -> Path:
+        return self.root / os.fsdecode(name)

@@ -1,0 +1,1 @@
+"""The latent store: its files, and what they hold. No torch."""
