@@ -156,7 +156,7 @@ def test_rivals_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_matrix_product_has_a_speed() -> None:
-    assert 0.001 < measure_roofline(CPU, "fp32", rounds=2) < 1000
+    assert 1e-6 < measure_roofline(CPU, "fp32", rounds=2) < 1000
 
 
 # --- benchmarks/throughput.py: more rivals ---

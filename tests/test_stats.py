@@ -105,7 +105,7 @@ def test_the_verb_prints_what_was_measured(store: Store) -> None:
 def test_an_unfinished_store_is_measured_and_said_to_be_one(store: Store) -> None:
     store.paths.done(3).unlink()
     done = CliRunner().invoke(cli, ["stats", str(store.paths.root)], catch_exceptions=False)
-    assert done.exit_code == 0 and "3 of its 4 shards are there" in done.stderr
+    assert done.exit_code == 0 and "it has 3 of 4 shards" in done.stderr
 
 
 def test_stores_on_object_storage_are_measured_and_exported(
