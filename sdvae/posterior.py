@@ -15,6 +15,9 @@ class DiagonalGaussian:
         self.mean = mean
         self.logvar = logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
 
+    def __repr__(self) -> str:
+        return f"DiagonalGaussian({tuple(self.mean.shape)}, mode() and sample() give latents)"
+
     @classmethod
     def from_moments(cls, moments: Tensor) -> "DiagonalGaussian":  # (N, 2C, h, w), the encoder's output
         """Split the encoder's output into mean and logvar along the channels."""

@@ -28,6 +28,8 @@ from sdvae.weights.load import AnyModel, build_model, load_weights, save_folder
 
 AnyImage = Image.Image | NDArray[np.uint8]
 
+_MOST_PIXEL = 16.0  # noise and interpolation leave [-1, 1], images of 0..255 are far outside
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -35,6 +37,10 @@ class Encoded:
 
     latents: list[Tensor]
     sizes: list[tuple[int, int]]
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{width}x{height}" for height, width in self.sizes[:5]) + ", ..." * (len(self.sizes) > 5)
+        return f"Encoded({len(self.latents)} images: {sizes})"
 
 
 class VAE:
@@ -61,7 +67,11 @@ class VAE:
 
     @classmethod
     def load(
-        cls, spec: str | Path | None = None, device: str = "auto", dtype: str = "auto", family: str | None = None
+        cls,
+        spec: str | Path | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        family: str | None = None,
     ) -> "VAE":
         """The embedded VAE, or the one `spec` names: a diffusers folder, a VAE's file, a checkpoint, a hub id.
 
@@ -134,6 +144,8 @@ class VAE:
 
         Takes PIL images of any mode and uint8 arrays (H, W, 3); one at a time, so memory follows the largest.
         """
+        if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+            raise ShapeError("encode_images takes a list of images, this is one; write encode_images([image])")
         arrays = [_as_image(image) for image in images]
         padded = (pad_to_multiple(image, self.config.downscale) for image in arrays)
         latents = [self.encode(to_pixels(image[None]), budget).mode() for image in padded]
@@ -204,8 +216,14 @@ class VAE:
         exact = self.in_float32().encode(pixels).mean
         return float((self.encode(pixels).mean - exact).norm() / exact.norm())
 
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"VAE({self.name!r}, latent space {self.latent_space}, {dtype} on {self.device})"
+
     def _check_pixels(self, pixels: Tensor) -> None:
         channels, downscale = self.config.in_channels, self.config.downscale
+        if not isinstance(pixels, Tensor):
+            raise ShapeError(f"encode takes a tensor of pixels, not {_kind(pixels)}; use encode_images for images")
         if pixels.dim() != 4 or pixels.shape[1] != channels or not pixels.is_floating_point():
             raise ShapeError(
                 f"encode takes float pixels (N, {channels}, H, W) in [-1, 1], not {_described(pixels)}; "
@@ -218,8 +236,18 @@ class VAE:
                 "encode_images pads and decode_images crops back"
             )
 
+        least, most = pixels.aminmax()
+        if not (least >= -_MOST_PIXEL and most <= _MOST_PIXEL):  # also where they are NaN
+            raise ShapeError(
+                f"encode takes pixels in [-1, 1], these are from {float(least):.4g} to {float(most):.4g}; "
+                "for images of 0..255 use encode_images, for 0..1 give 2 * pixels - 1"
+            )
+
     def _check_latents(self, latents: Tensor) -> None:
         channels = self.config.latent_channels
+        if not isinstance(latents, Tensor):
+            hint = "; give it posterior.mode() or .sample()" if isinstance(latents, DiagonalGaussian) else ""
+            raise LatentsError(f"decode takes a tensor of latents, not {_kind(latents)}{hint}")
         if latents.dim() != 4 or latents.shape[1] != channels or not latents.is_floating_point():
             raise LatentsError(f"{self.name} decodes float latents (N, {channels}, h, w), not {_described(latents)}")
         if not latents.isfinite().all():
@@ -229,9 +257,15 @@ class VAE:
 def _as_image(image: AnyImage) -> NDArray[np.uint8]:
     if isinstance(image, Image.Image):
         return from_pil(image)
+    if not isinstance(image, np.ndarray):
+        raise ShapeError(f"an image is a Pillow image or a uint8 array (H, W, 3), not {_kind(image)}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ShapeError(f"an image is a uint8 array (H, W, 3), not {image.dtype} {image.shape}")
     return image
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__module__}.{type(value).__name__}".replace("a builtins.", "a ")
 
 
 def _described(tensor: Tensor) -> str:

@@ -13,10 +13,10 @@ from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, count, with_cons
 from sdvae.errors import StoreError
 
 if TYPE_CHECKING:
-    from sdvae.encoding.encode import EncodeReport
+    from sdvae.encoding.encode import EncodeReport, Survey
     from sdvae.encoding.runners import Ranks, Runner
     from sdvae.encoding.times import Times
-    from sdvae.store.geometry import Resizer
+    from sdvae.store.geometry import Preprocess, Resizer
     from sdvae.vae import VAE
 
 _STEPS = {
@@ -140,6 +140,8 @@ def _with_preprocess(function: Callable[..., None]) -> Callable[..., None]:
     "--resume/--restart", default=True, show_default=True, help="Continue the store in OUT, or delete it first."
 )
 @click.option("--yes", is_flag=True, help="With --restart: delete without asking.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Encode only the first N photos of SRC.")
+@click.option("--dry-run", is_flag=True, help="Report what would be encoded, and write nothing.")
 @click.option(
     "--workers",
     metavar="auto|N",
@@ -179,6 +181,8 @@ def encode(
     store_dtype: Literal["fp16", "fp32"],
     resume: bool,
     yes: bool,
+    limit: int | None,
+    dry_run: bool,
     workers: int | None,
     on_oom: Literal["stop", "degrade"],
     audit: float,
@@ -197,7 +201,7 @@ def encode(
     read is quarantined with a reason, and the exit code is then 3. Under accelerate launch, torchrun or srun, each
     process encodes its share.
     """
-    from sdvae.encoding.encode import encode_dataset
+    from sdvae.encoding.encode import encode_dataset, survey
     from sdvae.encoding.manifest import EncodeSettings, recorded_settings
     from sdvae.encoding.resize import choose_resizer
     from sdvae.encoding.runners import Ranks
@@ -206,7 +210,7 @@ def encode(
     from sdvae.store.remote import local_copy, url_of
     from sdvae.store.store import Store
 
-    if not resume and not yes:
+    if not resume and not yes and not dry_run:
         _ask_before_restart(out)
     has_own_size = preprocess["crop"] == "none" or preprocess["buckets"] is not None
     size_px = size or (None if has_own_size else 512)
@@ -216,18 +220,24 @@ def encode(
     ranks = Ranks.of_environment()
     _take_own_gpu(ranks)
     place = url_of(out) or str(out)
+    console.note(f"encoding {source} into {place}")  # before the seconds that imports and weights take
     begun = Store.find(local_copy(out)) if resume else None
     with console.progress() as show:
         if resizer == "auto":
             resizer = recorded_settings(begun).preprocess.resizer if begun else choose_resizer(preprocess["resample"])
         settings = replace(settings, preprocess=replace(settings.preprocess, resizer=resizer))
         vae = load_vae(begun.manifest["compute"]["dtype"] if begun else "auto")  # a store holds latents of one dtype
+        console.note(_describe_run(vae, settings.preprocess))
+        if dry_run:
+            _tell_survey(console, survey(source, out, vae, settings, limit=limit, progress=show), place)
+            return
         report = encode_dataset(
             source,
             out,
             vae,
             settings,
             restart=not resume,
+            limit=limit,
             work=Work(workers, on_oom, audit, budget),
             runner=encode_tasks if runner == "local" else _ray_runner(address),
             ranks=ranks,
@@ -236,6 +246,37 @@ def encode(
     _tell(console, report, place, vae.name)
     if report.quarantined and ranks.world_size == 1:  # a launcher ends all ranks when one does not exit with 0
         click.get_current_context().exit(3)
+
+
+def _describe_run(vae: "VAE", preprocess: "Preprocess") -> str:
+    dtype = str(vae.dtype).removeprefix("torch.")
+    buckets = preprocess.buckets if isinstance(preprocess.buckets, str) else "the given"
+    size = f"{preprocess.size_px}x{preprocess.size_px} px" if preprocess.size_px else "the photos' own sizes"
+    what = f"{buckets} buckets" if preprocess.buckets else size
+    hint = (
+        "; to train a diffusion model, give its VAE with --vae"
+        if click.get_current_context().params["vae"] is None
+        else ""
+    )
+    return f"VAE: {vae.name}, {dtype} on {vae.device}; {what}, crop {preprocess.crop}{hint}"
+
+
+def _tell_survey(console: Console, found: "Survey", place: str) -> None:
+    for (height, width), number in found.sizes.items():
+        console.note(f"{number:>9} of {width}x{height} px")
+    for reason, number in found.quarantined.items():
+        console.note(f"{count(number, 'photo')} would be quarantined: {reason}")
+    num_new = sum(found.sizes.values())
+    console.result(
+        f"would encode {count(num_new, 'photo')} of {found.num_seen} into {place}, {found.num_bytes / 1e6:,.1f} MB of "
+        "latents; nothing was written",
+        output=place,
+        num_seen=found.num_seen,
+        num_to_encode=num_new,
+        sizes=[{"width": width, "height": height, "num_photos": n} for (height, width), n in found.sizes.items()],
+        quarantined=found.quarantined,
+        num_bytes=found.num_bytes,
+    )
 
 
 def _ask_before_restart(out: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -25,6 +26,7 @@ PATH = click.Path(path_type=Path)
 OUTPUT = click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The image file to write.")
 
 _LOG = logging.getLogger("sdvae")
+_LINE_EACH_S = 30.0  # of progress, where there is no terminal
 
 
 class Console:
@@ -46,7 +48,13 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A function of (phase, done, total) that draws one bar a phase, with images per second and time left."""
+        """A function of (phase, done, total) that shows images per second and time left.
+
+        On a terminal it draws one bar a phase; elsewhere, in a log, it writes a line each 30 s.
+        """
+        if self.is_quiet or not sys.stderr.isatty():
+            yield self._progress_lines()
+            return
         with ExitStack() as open_bars:
             bars: dict[str, tqdm[Any]] = {}
 
@@ -58,21 +66,35 @@ class Console:
 
             yield show
 
+    def _progress_lines(self) -> Callable[[str, int, int], None]:
+        begun: dict[str, tuple[float, int]] = {}  # phase -> when it began, and what an earlier run had done by then
+        told_s = time.monotonic()
+
+        def show(phase: str, done: int, total: int) -> None:
+            nonlocal told_s
+            now = time.monotonic()
+            start_s, done_before = begun.setdefault(phase, (now, done))
+            if now - told_s >= _LINE_EACH_S and done > done_before:
+                from tqdm import tqdm
+
+                told_s = now
+                per_s = (done - done_before) / (now - start_s)
+                left = tqdm.format_interval((total - done) / per_s)
+                self.note(f"{phase}: {done} of {total}, {per_s:.1f} images/s, {left} left")
+
+        return show
+
     def _bar(self, phase: str, done: int, total: int) -> "tqdm[Any]":
         from tqdm import tqdm
 
-        is_terminal = sys.stderr.isatty()
-        rare_s = 0.1 if is_terminal else 30.0  # in a log file every line stays
         return tqdm(
             desc=phase,
             initial=done,  # what an earlier run did says nothing about the speed of this one
             total=total,
             file=sys.stderr,
-            disable=self.is_quiet,
             unit=" images",
-            dynamic_ncols=is_terminal,
-            mininterval=rare_s,
-            delay=rare_s,
+            dynamic_ncols=True,
+            delay=0.1,
             bar_format="{desc} {percentage:3.0f}%|{bar:30}| {n_fmt} of {total_fmt}, {rate_noinv_fmt}, {remaining} left",
         )
 
