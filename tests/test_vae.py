@@ -135,19 +135,16 @@ def test_a_deterministic_overflow_has_the_same_bits_whatever_the_batch_and_budge
     pixels = torch.rand(3, 3, 128, 128) * 2 - 1
     pixels[1] *= 1e5
     with vae.deterministic():
-        scaled, exact = (
-            [engine.plan("encode", 128, 128, num, budget=sys.maxsize).predict_bytes(num) for num in (1, 3)]
-            for engine in (vae.engine, vae.engine.in_float32())
-        )
+        exact = vae.engine.in_float32()
+        needed = {num: exact.plan("encode", 128, 128, num, budget=sys.maxsize).predict_bytes(num) for num in (1, 3)}
         whole = vae.encode(pixels).mean
         assert vae.encode(pixels[1:2]).mean.equal(whole[1:2])
-        assert vae.encode(pixels[1:2], budget=exact[0]).mean.equal(whole[1:2])
-        assert vae.encode(pixels, budget=exact[1]).mean.equal(whole)
-        assert scaled[0] < exact[0], "half of the elements' bytes"
-        with pytest.raises(BudgetError):  # which lower strips, and other bits, would keep
-            vae.encode(pixels[1:2], budget=scaled[0])
-    assert vae.encode(pixels[1:2], budget=scaled[0]).mean.isfinite().all()
-    assert not vae.engine.in_float32().is_deterministic
+        assert vae.encode(pixels[1:2], budget=needed[1]).mean.equal(whole[1:2])
+        assert vae.encode(pixels, budget=needed[3]).mean.equal(whole)
+        with pytest.raises(BudgetError):  # lower strips would keep it, and change bits
+            vae.encode(pixels[1:2], budget=needed[1] - 1)
+    assert vae.encode(pixels[1:2], budget=needed[1] - 1).mean.isfinite().all()
+    assert not exact.is_deterministic
 
 
 def test_the_twin_in_fp32_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
