@@ -8,14 +8,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 
 from sdvae import VAE, atomic
 from sdvae.config import VAEConfig
 from sdvae.encoding.encode import EncodeSettings, encode_dataset
 from sdvae.errors import LatentsError, OutputError, StoreError
 from sdvae.pixels import to_images
+from sdvae.reading.dataset import LatentDataset
 from sdvae.reading.decode import DecodeSettings, decode_dataset
+from sdvae.reading.export import export
 from sdvae.store.geometry import Preprocess
+from sdvae.store.store import Store
 from tests.conftest import random_model
 
 RAW = DecodeSettings(latents="raw")
@@ -140,7 +144,7 @@ def test_the_same_command_again_writes_the_same_files_anew(store: Path, small_va
     decode_dataset(store, tmp_path / "out", small_vae, DecodeSettings())
     before = files_in(tmp_path / "out")
     (tmp_path / "out" / "c.png").write_bytes(b"cut short")
-    leftover = tmp_path / "out" / ".c.png.999999999.0123abcd.tmp"  # of a process that was killed
+    leftover = tmp_path / "out" / f".{atomic._place()}.999999999.0123abcd.tmp"  # of a process that was killed
     leftover.touch()
     decode_dataset(store, tmp_path / "out", small_vae, DecodeSettings())
     assert files_in(tmp_path / "out") == before
@@ -225,3 +229,29 @@ def test_families_of_other_channels_are_decoded(tmp_path: Path) -> None:
     decode_dataset(tmp_path / "z.npy", tmp_path / "out", vae, DecodeSettings(latents="scaled"))
     expected = to_images(vae.decode(torch.full((1, 16, 3, 5), 0.25)))[0]
     assert np.array_equal(read(tmp_path / "out" / "z.png"), expected)
+
+
+def test_a_store_opened_by_a_relative_path_survives_a_change_of_the_folder(
+    store: Path, small_vae: VAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    np.save(tmp_path / "a.npy", np.zeros((3, 4, 2, 2), np.float32))
+
+    def leave(*_: object) -> None:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+
+    monkeypatch.chdir(store.parent)
+    dataset, opened = LatentDataset("store"), Store.open(Path("store"))
+    leave()
+    loader = DataLoader(dataset, num_workers=1, multiprocessing_context="spawn")
+    assert len(list(loader)) == 4 and len(opened.quarantined()) == 1
+    monkeypatch.chdir(store.parent)
+    assert decode_dataset(Path("store"), Path("decoded"), small_vae, DecodeSettings(), leave).num_written == 4
+    monkeypatch.chdir(store.parent)
+    assert export(Path("store"), "webdataset", Path("exported"), progress=leave)["num_records"] == 4
+    monkeypatch.chdir(tmp_path)
+    assert decode_dataset(Path("a.npy"), Path("files"), small_vae, RAW, leave).num_written == 3
+    monkeypatch.chdir(store.parent)
+    encode_dataset("photos", "again", small_vae, EncodeSettings(Preprocess(size_px=32)), progress=leave)
+    assert Store.open(store.parent / "again").is_finished
+    assert not list((tmp_path / "elsewhere").iterdir())

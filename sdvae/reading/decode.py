@@ -90,6 +90,7 @@ def decode_dataset(
         twice = next(key for key, count in Counter(keys).items() if count > 1)
         raise LatentsError(f"two images of {source} would both be called {twice}; rename or move that file")
     _claim(out, set(names.values()))
+    out = out.absolute()
 
     def write(key: str, image: NDArray[np.uint8]) -> None:
         path = out / names[key]
@@ -176,6 +177,7 @@ def _open_files(source: Path, vae: VAE, told: Scaling | None) -> list[_Series]:
 
     keys: defaultdict[Size, list[str]] = defaultdict(list)
     places: defaultdict[Size, list[tuple[Path, int]]] = defaultdict(list)
+    source = source.absolute()
     for path in list_latent_files(source):
         num_images, _, height, width = load(path).shape
         name = path.relative_to(source).as_posix() if path != source else path.name
