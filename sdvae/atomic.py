@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # .<place>.<process number>.<random>.tmp; sdvae once wrote the file's name where the place stands now
 _TEMPORARY = re.compile(r"\.(.+)\.(\d{1,9})\.[0-9a-f]{8}\.tmp")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-# What a file system says of an operation that it does not have: vfat, SMB, NFS, AFS, Lustre, FUSE, vboxsf, each its own.
+# What vfat, SMB, NFS, AFS, Lustre, FUSE and vboxsf say, each in its way, of an operation that they do not have.
 _NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
 _NO_FOLDER_SYNC = _NOT_SUPPORTED | {errno.EBADF, errno.EPERM, errno.EACCES, errno.EISDIR}
 _NO_HARD_LINKS = _NOT_SUPPORTED | {errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV}

@@ -1,5 +1,6 @@
 import logging
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from sdvae import VAE, atomic
 from sdvae.config import VAEConfig
 from sdvae.encoding.encode import EncodeSettings, encode_dataset
-from sdvae.errors import LatentsError, OutputError, StoreError
+from sdvae.errors import LatentsError, OutputError, StoreError, UnsafeFileError
 from sdvae.pixels import to_images
 from sdvae.reading.dataset import LatentDataset
 from sdvae.reading.decode import DecodeSettings, decode_dataset
@@ -136,8 +137,43 @@ def test_one_bad_file_among_many_is_found_before_anything_is_written(small_vae: 
     np.save(source / "a.npy", np.zeros((1, 4, 2, 2), np.float32))
     np.save(source / "b.npy", np.full((1, 4, 2, 2), np.nan, np.float32))
     with pytest.raises(LatentsError, match=r"b.npy holds NaN"):
+        decode_dataset(source / "b.npy", tmp_path / "out", small_vae, RAW)
+    (tmp_path / "bad").mkdir()
+    shutil.copy(source / "b.npy", tmp_path / "bad")
+    with pytest.raises(LatentsError, match=r"holds no file that can be decoded; of 1, the first: .*b.npy holds NaN"):
+        decode_dataset(tmp_path / "bad", tmp_path / "out", small_vae, RAW)
+    torch.save(os.system, source / "c.pt")
+    with pytest.raises(UnsafeFileError):
         decode_dataset(source, tmp_path / "out", small_vae, RAW)
     assert not (tmp_path / "out").exists()
+    (source / "c.pt").write_bytes(b"no latents")
+    report = decode_dataset(source, tmp_path / "out", small_vae, RAW)
+    assert report.num_written == 1 and [told.split(" ")[1:3] for told in report.skipped] == [
+        ["holds", "NaN"],
+        ["is", "a"],
+    ]
+    assert files_in(tmp_path / "out").keys() == {"a.png"}
+
+
+@pytest.mark.parametrize(("name", "format"), [("out.png", "PNG"), ("new/out.JPG", "JPEG"), ("out.webp", "WEBP")])
+def test_one_image_may_go_to_a_picture_by_name(small_vae: VAE, tmp_path: Path, name: str, format: str) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((1, 4, 2, 3), np.float32))
+    for _ in range(2):
+        assert decode_dataset(tmp_path / "a.npy", tmp_path / name, small_vae, RAW).num_written == 1
+    with Image.open(tmp_path / name) as image:
+        assert (image.format, image.size) == (format, (24, 16))
+    np.save(tmp_path / "b.npy", np.zeros((2, 4, 2, 3), np.float32))
+    with pytest.raises(OutputError, match=r"names one picture, but .*b.npy holds 2 images; give a folder"):
+        decode_dataset(tmp_path / "b.npy", tmp_path / "b.png", small_vae, RAW)
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_our_own_kohya_files_are_decoded(small_vae: VAE, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    photo(64, 64).save(tmp_path / "photos/a.png")
+    encode_dataset(tmp_path / "photos", tmp_path / "store", small_vae, EncodeSettings(Preprocess(size_px=64)))
+    export(tmp_path / "store", "kohya", tmp_path / "kohya")
+    assert decode_dataset(tmp_path / "kohya", tmp_path / "out", small_vae, DecodeSettings()).num_written == 1
 
 
 def test_the_same_command_again_writes_the_same_files_anew(store: Path, small_vae: VAE, tmp_path: Path) -> None:

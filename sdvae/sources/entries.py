@@ -62,7 +62,7 @@ def sorted_by_key(entries: Iterable[Entry], name: str) -> list[Entry]:
 
 
 def absolute(path: Path) -> Path:
-    """Where `path` is, whatever the current folder becomes. A link to a file stays one: its name tells what it holds."""
+    """Where `path` is, whatever the current folder becomes. A link to a file keeps its name, which tells what it is."""
     return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
 
 

@@ -16,8 +16,8 @@ class FolderSource:
     """All photos in a folder and the folders in it; a record's key is its path below `root`, with `/`.
 
     Hidden names (a leading dot) and the suffixes of NOT_PHOTOS are no records. Links to files inside `root` are
-    followed, and in a snapshot of the Hugging Face hub's cache those to its blobs. Links that lead out of it or to folders, devices, pipes, sockets and names
-    that are not UTF-8 are entries with a reason: counted, never opened.
+    followed, and in a snapshot of the Hugging Face hub's cache those to its blobs. Links that lead out of it or to
+    folders, devices, pipes, sockets and names that are not UTF-8 are entries with a reason: counted, never opened.
 
     `only` names the files and folders below `root` that count; what lies beside them still tells their captions.
     """
