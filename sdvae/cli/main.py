@@ -98,7 +98,7 @@ def _open_streams() -> None:
 
 def _use_utf8() -> None:
     """Start again in Python's UTF-8 mode where the locale has another encoding: a store's names and texts are UTF-8."""
-    if os.fsencode("é") != "é".encode():
+    if sys.getfilesystemencoding() != "utf-8":
         os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file may name what no encoding can spell

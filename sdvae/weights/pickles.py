@@ -40,7 +40,8 @@ _INERT_NAMES = {
     "random": {"Random"},
     "types": {"SimpleNamespace"},
     "uuid": {"UUID"},
-    "builtins": {"set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "str", "complex", "object"},
+    "builtins": {"set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "str", "complex", "object"}
+    | {"slice", "range", "bytearray"},
     "__builtin__": {"set", "dict", "list", "int", "long", "float", "bool", "str", "object"},
     "_codecs": {"encode"},
     "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
