@@ -287,7 +287,7 @@ def _index_zip(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
 
 
 def _data_offset(path: Path, file: BinaryIO, header_offset: int) -> int:
-    file.seek(header_offset)
+    file.seek(max(0, header_offset))  # negative where the directory is damaged
     header = file.read(30)  # of the record itself: its extra field is not that of the directory
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise WeightsError(f"{path} is a damaged file of torch.save; download it again")
