@@ -287,9 +287,9 @@ def _index_zip(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
 
 
 def _data_offset(path: Path, file: BinaryIO, header_offset: int) -> int:
-    file.seek(max(0, header_offset))  # negative where the directory is damaged
+    file.seek(max(0, header_offset))
     header = file.read(30)  # of the record itself: its extra field is not that of the directory
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+    if header_offset < 0 or len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise WeightsError(f"{path} is a damaged file of torch.save; download it again")
     name_bytes, extra_bytes = struct.unpack("<HH", header[26:])
     return int(header_offset + 30 + name_bytes + extra_bytes)
