@@ -625,7 +625,7 @@ def test_a_signal_leaves_no_temporary_and_the_next_run_finishes(
 
 def test_temporaries_of_the_dead_are_swept(photos: Path, begun: Path, small_vae: VAE) -> None:
     before = _files(begun)
-    left = begun / "shards" / f".00000-32x32.safetensors.{os.getpid()}.0123abcd.tmp"
+    left = begun / "shards" / f".{atomic._place()}.{os.getpid()}.0123abcd.tmp"
     left.write_bytes(b"half a shard")
     encode_dataset(photos, begun, small_vae, SETTINGS)
     assert _files(begun) == before

@@ -11,6 +11,8 @@ from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, count, with_cons
 if TYPE_CHECKING:
     from sdvae.vae import VAE
 
+_MOST_NAMED = 10
+
 
 @click.command(short_help="Decode a latent store or latent files to images.")
 @click.argument("source", metavar="SRC", type=PATH)
@@ -43,8 +45,9 @@ def decode(
 ) -> None:
     """Decode SRC to image files in OUT.
 
-    SRC is a store written by `sdvae encode`, a folder of latents that samplers save (.safetensors, .npy, .pt,
-    ComfyUI's .latent), or one such file.
+    SRC is a store written by `sdvae encode`, a folder of latents that samplers and trainers save (.safetensors, .npy,
+    .npz, .pt, ComfyUI's .latent), or one such file. Files of a folder that cannot be decoded are left out and named;
+    the exit code is then 3. For one image, OUT may be the name of a picture: out.png.
     """
     from sdvae.reading.decode import DecodeSettings, decode_dataset
     from sdvae.store.remote import local_copy
@@ -53,6 +56,10 @@ def decode(
     settings = DecodeSettings(format, latents, batch_size, budget)
     with console.progress() as show:
         report = decode_dataset(local_copy(source), out, vae, settings, show)
+    for told in report.skipped[:_MOST_NAMED]:
+        console.note(f"left out: {told}")
+    if len(report.skipped) > _MOST_NAMED:
+        console.note(f"left out: {len(report.skipped) - _MOST_NAMED} more")
     console.result(
         f"{count(report.num_written, 'image')} written to {out}, {report.images_per_s:.2f} images/s",
         output=str(out),
@@ -60,4 +67,7 @@ def decode(
         seconds=report.seconds,
         images_per_s=report.images_per_s,
         vae=vae.name,
+        skipped=list(report.skipped),
     )
+    if report.skipped:
+        click.get_current_context().exit(3)

@@ -1,6 +1,5 @@
 """Before encoding: the store to encode into is found or begun, and every photo of the source is in its rosters."""
 
-import errno
 import fcntl
 import hashlib
 import logging
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdvae import sealed
+from sdvae import atomic, sealed
 from sdvae.encoding.manifest import EncodeSettings, begin, identify_run, max_rows, require_same_run
 from sdvae.encoding.runners import Ranks
 from sdvae.encoding.scan import scan
@@ -25,7 +24,6 @@ from sdvae.store.store import Store, commit_roster
 from sdvae.vae import VAE
 
 _LOG = logging.getLogger(__name__)
-_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}  # some network file systems
 
 
 def require_apart(source: Path, out: Path) -> None:
@@ -87,8 +85,9 @@ def one_at_a_time(paths: StorePaths) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+            if error.errno not in atomic.NO_LOCKS:
+                raise OutputError(f"cannot lock {path}: {error.strerror}") from error
+            atomic.say_missing("locks")
         yield
 
 

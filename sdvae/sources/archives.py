@@ -16,6 +16,7 @@ from sdvae.errors import SourceError
 from sdvae.sources.entries import (
     MAX_FILE_BYTES,
     Entry,
+    absolute,
     class_folder,
     failing_as_one_photo,
     is_photo,
@@ -162,7 +163,7 @@ class ArchiveSource:
     """
 
     def __init__(self, root: Path, paths: tuple[str, ...] | None = None) -> None:
-        self.name, self._root = str(root), root.resolve()
+        self.name, self._root = str(root), absolute(root)
         # What lies beside archives that a pattern names is no part of the source: the store may.
         self.root = self._root if paths is None else None
         self._archives: dict[str, _Archive] = {}

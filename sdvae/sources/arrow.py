@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 
 from sdvae.errors import SourceError
-from sdvae.sources.entries import Entry, failing_as_one_photo, sorted_by_key, why_no_file
+from sdvae.sources.entries import Entry, absolute, failing_as_one_photo, sorted_by_key, why_no_file
 
 SUFFIXES = (".parquet", ".arrow")
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")  # columns of binaries that hold image files
@@ -32,7 +32,7 @@ class ArrowSource:
     """
 
     def __init__(self, root: Path, tables: Mapping[str, Sequence[str]], *, is_local: bool = False) -> None:
-        self.name, self._root = str(root), root.resolve()
+        self.name, self._root = str(root), absolute(root)
         self.root: Path | None = self._root
         self._tables = {prefix: tuple(paths) for prefix, paths in tables.items()}
         self._is_local = is_local

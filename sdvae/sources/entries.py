@@ -61,6 +61,11 @@ def sorted_by_key(entries: Iterable[Entry], name: str) -> list[Entry]:
     return ordered
 
 
+def absolute(path: Path) -> Path:
+    """Where `path` is, whatever the current folder becomes. A link to a file keeps its name, which tells what it is."""
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+
+
 def why_unsafe(name: str) -> str | None:
     """Why a name inside an archive or a table must not be followed; None for a path below where it stands."""
     if name.startswith("/"):

@@ -15,9 +15,9 @@ from sdvae.sources.pairing import MAX_TEXT_BYTES, is_text, pair
 class FolderSource:
     """All photos in a folder and the folders in it; a record's key is its path below `root`, with `/`.
 
-    Hidden names (a leading dot) and the suffixes of NOT_PHOTOS are no records. Links to files inside
-    `root` are followed. Links that lead out of it or to folders, devices, pipes, sockets and names
-    that are not UTF-8 are entries with a reason: counted, never opened.
+    Hidden names (a leading dot) and the suffixes of NOT_PHOTOS are no records. Links to files inside `root` are
+    followed, and in a snapshot of the Hugging Face hub's cache those to its blobs. Links that lead out of it or to
+    folders, devices, pipes, sockets and names that are not UTF-8 are entries with a reason: counted, never opened.
 
     `only` names the files and folders below `root` that count; what lies beside them still tells their captions.
     """
@@ -28,6 +28,7 @@ class FolderSource:
         if not root.is_dir():
             raise SourceError(f"{root} is not a folder; give the folder that holds the photos")
         self.root = root.resolve()
+        self._homes = [self.root, *_hub_blobs(self.root)]
         self.name = str(root)
         self._only = frozenset(only)
 
@@ -109,7 +110,7 @@ class FolderSource:
     def _why_not_to_open(self, place: Path, status: os.stat_result) -> str | None:
         if place.is_symlink() and stat.S_ISDIR(status.st_mode):
             return "a link to a folder; links to folders are not followed"
-        if not place.resolve().is_relative_to(self.root):
+        if not any(map(place.resolve().is_relative_to, self._homes)):
             return "a link that leads out of the source folder"
         return why_no_file(status)
 
@@ -125,3 +126,9 @@ class FolderSource:
 
     def _path_of(self, name: bytes) -> Path:
         return self.root / os.fsdecode(name)
+
+
+def _hub_blobs(folder: Path) -> list[Path]:
+    """Where the files of a snapshot in the hub's cache lie; their names in the snapshot are links to there."""
+    snapshots = (parent for parent in folder.parents if parent.name == "snapshots")
+    return [blobs for parent in snapshots if (blobs := parent.with_name("blobs")).is_dir()]

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from sdvae.errors import SourceError
-from sdvae.sources.entries import MAX_FILE_BYTES, Entry, failing_as_one_photo, sorted_by_key, why_no_file
+from sdvae.sources.entries import MAX_FILE_BYTES, Entry, absolute, failing_as_one_photo, sorted_by_key, why_no_file
 from sdvae.sources.tables import Row, read_rows
 
 
@@ -20,7 +20,7 @@ class ListSource:
     """
 
     def __init__(self, path: Path) -> None:
-        self.name, self.root = str(path), path.resolve()
+        self.name, self.root = str(path), absolute(path)
 
     def __reduce__(self) -> tuple[type["ListSource"], tuple[Path]]:
         return type(self), (self.root,)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvae.errors import SourceError
-from sdvae.sources.entries import Entry, failing_as_one_photo
+from sdvae.sources.entries import Entry, absolute, failing_as_one_photo
 
 _IMAGES, _LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"  # in the names of the files
 
@@ -24,7 +24,7 @@ class MnistSource:
     """The images of one idx file, packed or not; a record's key is the number of the image."""
 
     def __init__(self, path: Path) -> None:
-        self.name, self.root = str(path), path.resolve()
+        self.name, self.root = str(path), absolute(path)
 
     def entries(self) -> list[Entry]:
         """Every image, labelled where a file of labels lies beside; SourceError for files that are no idx."""

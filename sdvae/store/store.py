@@ -19,7 +19,7 @@ class Store:
     """A latent store, opened for reading."""
 
     def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
-        self.paths = StorePaths(root)
+        self.paths = StorePaths(root.absolute())
         self.manifest = manifest
         self._manifest_sha256 = file_sha256(self.paths.manifest)
 

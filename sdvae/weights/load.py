@@ -162,12 +162,14 @@ def _derive_config(
     same = [name for name, family in FAMILIES.items() if _fields(family) == found]
     latents = found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1)
     akin = same or [name for name, family in FAMILIES.items() if (family.latent_channels, family.downscale) == latents]
+    num_groups = math.gcd(32, *found["block_out_channels"])
+    if not akin and is_copied:
+        return replace(VAEConfig(), norm_num_groups=num_groups, **found), None
     if not akin:
         raise ConfigError(
             f"{path} has {latents[0]} latent channels at 1/{latents[1]} of the size, which fits no family that sdvae "
             f"knows; put its {CONFIG_NAME} beside it"
         )
-    num_groups = math.gcd(32, *found["block_out_channels"])
     if not same and num_groups < 32 and not is_copied:
         raise ConfigError(
             f"{path} has no {CONFIG_NAME} beside it, and its widths {found['block_out_channels']} do not tell the "
