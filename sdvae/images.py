@@ -16,6 +16,7 @@ import io
 import logging
 import re
 import struct
+import sys
 import threading
 import warnings
 import zlib
@@ -28,7 +29,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, GifImagePlugin, Image, ImageCms, UnidentifiedImageError
 
 from sdvae.errors import ImageError
 
@@ -89,8 +90,11 @@ def read_size(source: Path | bytes | BinaryIO, *, max_pixels: int = MAX_IMAGE_PI
         return (width, height) if is_turned else (height, width)
 
 
-def from_pil(image: Image.Image, *, background: tuple[int, int, int] = BACKGROUND) -> NDArray[np.uint8]:
-    """Convert a Pillow image of any mode to an upright sRGB array, (H, W, 3) uint8; loads it if need be."""
+def from_pil(image: Image.Image, *, background: tuple[int, int, int] | None = BACKGROUND) -> NDArray[np.uint8]:
+    """Convert a Pillow image of any mode to an upright sRGB array, (H, W, 3) uint8; loads it if need be.
+
+    Without a background, an image that has alpha keeps it: (H, W, 4).
+    """
     if 0 in image.size:
         raise ImageError("the image has no pixels")
     with _PillowFailures(image):
@@ -98,11 +102,13 @@ def from_pil(image: Image.Image, *, background: tuple[int, int, int] = BACKGROUN
         image.load()
         width, height = image.size
         to_rgb = _converter(image, background, transparent)
-        upright, as_stored = _empty_upright(height, width, _orientation(image))
         num_rows = max(1, _BAND_PIXELS // width)
         for top in range(0, height, num_rows):
             bottom = min(top + num_rows, height)
-            as_stored[top:bottom] = to_rgb(image.crop((0, top, width, bottom)))
+            band = to_rgb(image.crop((0, top, width, bottom)))
+            if top == 0:
+                upright, as_stored = _empty_upright(height, width, _orientation(image), band.shape[2])
+            as_stored[top:bottom] = band
     return upright
 
 
@@ -200,10 +206,13 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _ORIENTATIONS else 1
 
 
-def _empty_upright(height: int, width: int, orientation: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """An upright image to be filled, and a view of it that lies as the file stores it, (height, width, 3)."""
+def _empty_upright(
+    height: int, width: int, orientation: int, num_channels: int = 3
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """An upright image to be filled, and a view of it that lies as the file stores it, (height, width, channels)."""
     is_turned, flip_rows, flip_columns = _ORIENTATIONS[orientation]
-    upright = np.empty((width, height, 3) if is_turned else (height, width, 3), np.uint8)
+    sides = (width, height) if is_turned else (height, width)
+    upright = np.empty((*sides, num_channels), np.uint8)
     as_stored = upright.swapaxes(0, 1) if is_turned else upright
     return upright, as_stored[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
 
@@ -226,9 +235,9 @@ def _has_late_metadata(stream: BinaryIO) -> bool:
 
 
 def _converter(
-    image: Image.Image, background: tuple[int, int, int], transparent: NDArray[np.int64] | None
+    image: Image.Image, background: tuple[int, int, int] | None, transparent: NDArray[np.int64] | None
 ) -> Callable[[Image.Image], NDArray[np.uint8]]:
-    """A function from a band of rows of this loaded image to sRGB, (rows, W, 3) uint8."""
+    """A function from a band of rows of this loaded image to sRGB, (rows, W, 3) uint8, or with its alpha 4."""
     deep_range = _deep_range(image)
     mode = "L" if deep_range else _COLOUR_MODES.get(image.mode)
     if mode is None:
@@ -252,6 +261,8 @@ def _converter(
         band = to_srgb(band) if to_srgb else band if mode == "RGB" else band.convert("RGB")
         if alpha is None:
             return np.asarray(band)
+        if background is None:
+            return np.dstack([np.asarray(band), np.asarray(alpha)])
         canvas = Image.new("RGB", band.size, background)
         canvas.paste(band, mask=alpha)
         return np.asarray(canvas)
@@ -357,6 +368,8 @@ _REASONS = {  # a phrase of Pillow's -> ours
     "not enough image data": "truncated: the file ends before the image does",
     "cannot load this image": "the file has a header but no image data",
     "exceeds limit": "too large: its data hold more pixels than the header says",
+    "Decompressed data too large": "its text or colour profile is larger than 64 MiB; save it without",
+    "Too much memory used in text": "its texts are larger than 128 MiB; save it without",
 }
 
 
@@ -422,8 +435,21 @@ _muting = threading.Lock()
 _num_muting = 0
 
 
+# What decides about pixels and refusals is ours while we read, whatever a program has set for itself.
+_SETTINGS = {
+    ("PIL.Image", "MAX_IMAGE_PIXELS"): MAX_IMAGE_PIXELS,  # Pillow refuses twice as many, before we see a size
+    ("PIL.ImageFile", "LOAD_TRUNCATED_IMAGES"): False,
+    ("PIL.PngImagePlugin", "MAX_TEXT_CHUNK"): 2**26,  # a text of more than 1 MB would cost the picture
+    ("PIL.PngImagePlugin", "MAX_TEXT_MEMORY"): 2**27,
+    ("PIL.GifImagePlugin", "LOADING_STRATEGY"): GifImagePlugin.LoadingStrategy.RGB_AFTER_FIRST,
+    ("PIL.TiffImagePlugin", "READ_LIBTIFF"): False,
+    ("PIL.AvifImagePlugin", "DECODE_CODEC_CHOICE"): "auto",
+}
+_theirs: dict[tuple[str, str], Any] = {}
+
+
 class muted_pillow:  # noqa: N801 - it is used like a function, as contextlib's are
-    """Ignore Pillow's warnings (odd EXIF, large images) for as long as any thread reads an image.
+    """Ignore Pillow's warnings and the program's settings of Pillow for as long as any thread reads an image.
 
     Not `warnings.catch_warnings`: of two threads that overlap, the first to leave would bring the warnings back
     for the other, and the second would leave them ignored for good.
@@ -434,6 +460,7 @@ class muted_pillow:  # noqa: N801 - it is used like a function, as contextlib's 
         with _muting:
             if _num_muting == 0:
                 warnings.filterwarnings("ignore", module=_PILLOW)
+                _set_ours()
             _num_muting += 1
 
     def __exit__(self, *failure: object) -> None:
@@ -444,6 +471,21 @@ class muted_pillow:  # noqa: N801 - it is used like a function, as contextlib's 
                 rule = ("ignore", None, Warning, re.compile(_PILLOW), 0)  # as filterwarnings put it into the list
                 if rule in warnings.filters:
                     warnings.filters.remove(rule)  # type: ignore[attr-defined]
+                _set_theirs()
+
+
+def _set_ours() -> None:
+    for (module, name), value in _SETTINGS.items():
+        if module in sys.modules and getattr(sys.modules[module], name, value) != value:
+            _theirs[module, name] = getattr(sys.modules[module], name)
+            setattr(sys.modules[module], name, value)
+
+
+def _set_theirs() -> None:
+    for (module, name), value in _theirs.items():
+        if getattr(sys.modules[module], name) == _SETTINGS[module, name]:  # not set anew in the meantime
+            setattr(sys.modules[module], name, value)
+    _theirs.clear()
 
 
 # --- Images to files ---

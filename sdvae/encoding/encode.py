@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from sdvae.encoding.times import Times
 from sdvae.errors import OutputError, SourceError, StoreError, VerifyError
 from sdvae.progress import Progress, silent
 from sdvae.sources.entries import Entry, Source
+from sdvae.sources.kinds import is_junk
 from sdvae.sources.open import open_source
 from sdvae.store.paths import StorePaths
 from sdvae.store.remote import open_mirror
@@ -28,6 +30,7 @@ from sdvae.store.roster import Roster, find_new, place, plan_records, roster_lin
 from sdvae.store.store import Store, commit_roster
 from sdvae.vae import VAE
 
+_LOG = logging.getLogger(__name__)
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}  # some network file systems
 
 
@@ -43,6 +46,7 @@ class EncodeReport:
     images_per_s: float  # of this run, without the scan; 0 where nothing was left to do
     seconds: float
     times: Times
+    remarks: tuple[str, ...] = ()  # what the source left aside: texts of no photo, files that are no photos
 
 
 def encode_dataset(
@@ -88,7 +92,9 @@ def encode_dataset(
     identity = _identify(None if restart else store, vae, settings, ranks)
     entries = source.entries()
     if not entries:
-        raise SourceError(f"{source.name} holds no photos")
+        raise SourceError("; ".join([f"{source.name} holds no photos", *source.remarks]))
+    for remark in source.remarks if ranks.rank == 0 else ():
+        _LOG.warning("%s: %s", source.name, remark)
     if restart:
         paths.clear()
     paths.make_folders()
@@ -112,6 +118,7 @@ def encode_dataset(
         images_per_s=times.num_images / times.all if times.num_images else 0.0,
         seconds=time.monotonic() - begun,
         times=times,
+        remarks=tuple(source.remarks),
     )
 
 
@@ -141,7 +148,8 @@ def _find_store(paths: StorePaths, restart: bool) -> Store | None:
     if root.exists() and not root.is_dir():
         raise StoreError(f"{root} is not a folder; give the store a folder of its own")
     store = Store.open(root) if paths.manifest.exists() else None
-    own, other = paths.contents()
+    own, found = paths.contents()
+    other = [path for path in found if not is_junk(path.relative_to(root).as_posix())]
     if other and (store is None or restart):
         names = ", ".join(path.relative_to(root).as_posix() for path in other[:5])
         raise StoreError(f"{root} holds files that no store has ({names}); nothing was touched, give another folder")
