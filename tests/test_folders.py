@@ -7,6 +7,8 @@ import pytest
 from sdvae.errors import SourceError
 from sdvae.sources.folders import FolderSource
 
+JPEG = b"\xff\xd8\xff"  # how one begins
+
 
 def _reasons(root: Path) -> dict[str, str | None]:
     return {entry.key: entry.reason for entry in FolderSource(root).entries()}
@@ -26,16 +28,16 @@ def test_photos_are_found_in_all_folders_and_sorted(tmp_path: Path) -> None:
     ]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(name.encode())
+        (tmp_path / name).write_bytes(JPEG + name.encode())
     source = FolderSource(tmp_path)
     entries = source.entries()
     assert [entry.key for entry in entries] == sorted(names)
-    assert [source.read(entry.key) for entry in entries] == [name.encode() for name in sorted(names)]
-    assert all(entry.reason is None and entry.num_bytes == len(entry.key.encode()) for entry in entries)
+    assert [source.read(entry.key) for entry in entries] == [JPEG + name.encode() for name in sorted(names)]
+    assert all(entry.reason is None and entry.num_bytes == len(JPEG + entry.key.encode()) for entry in entries)
 
 
 def test_hidden_files_and_what_lies_beside_photos_are_no_records(tmp_path: Path) -> None:
-    for name in ["a.jpg", ".b.jpg", "._a.jpg", ".git/c.jpg", "a.txt", "a.caption", "metadata.JSONL", "Thumbs.db"]:
+    for name in ["a.jpg", ".b.jpg", "._a.jpg", ".git/c.jpg", "a.txt", "a.caption", "other.JSONL", "Thumbs.db"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     assert list(_reasons(tmp_path)) == ["a.jpg"]
@@ -113,9 +115,10 @@ def test_a_name_that_is_not_utf8_is_named_and_left_alone(tmp_path: Path) -> None
 
 
 def test_a_file_too_large_to_be_a_photo_is_not_read(tmp_path: Path) -> None:
-    with (tmp_path / "film.mp4").open("wb") as file:
-        file.truncate(2**30 + 1)  # sparse
-    assert _reasons(tmp_path) == {"film.mp4": "larger than 1,073,741,824 bytes"}
+    for name in ("film.jpg", "film.unknown"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(2**30 + 1)  # sparse
+    assert _reasons(tmp_path) == dict.fromkeys(("film.jpg", "film.unknown"), "larger than 1,073,741,824 bytes")
 
 
 def test_what_is_no_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,4 +151,8 @@ def test_a_folder_of_archives_says_how_to_name_them(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"holds no photos, but files that hold some; name those, as in '.*/\*\.tar'"):
         FolderSource(tmp_path).entries()
     (tmp_path / "a.jpg").write_bytes(b"x")
-    assert len(FolderSource(tmp_path).entries()) == 3
+    source = FolderSource(tmp_path)
+    assert [entry.key for entry in source.entries()] == ["a.jpg"]
+    assert source.remarks == [
+        "3 files that are no photos were left aside (2 .tar, 1 .json): 00000.tar, 00000_stats.json, 00001.tar"
+    ]

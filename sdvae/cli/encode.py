@@ -120,6 +120,11 @@ def _with_preprocess(function: Callable[..., None]) -> Callable[..., None]:
 @click.command(short_help="Encode photos to a latent store.")
 @click.argument("source", metavar="SRC")
 @click.argument("out", type=PATH)
+@click.option(
+    "--caption",
+    metavar="NAME",
+    help="The ending of the files, or the column, that holds captions.  [default: .txt, .caption; caption, text]",
+)
 @_with_preprocess
 @click.option(
     "--shard-rows",
@@ -175,6 +180,7 @@ def _with_preprocess(function: Callable[..., None]) -> Callable[..., None]:
 def encode(
     source: str,
     out: Path,
+    caption: str | None,
     size: int | None,
     min_size: int | None,
     shard_rows: int,
@@ -206,6 +212,7 @@ def encode(
     from sdvae.encoding.resize import choose_resizer
     from sdvae.encoding.runners import Ranks
     from sdvae.encoding.tasks import Work, encode_tasks
+    from sdvae.sources.open import open_source
     from sdvae.store.geometry import Preprocess
     from sdvae.store.remote import local_copy, url_of
     from sdvae.store.store import Store
@@ -232,7 +239,7 @@ def encode(
             _tell_survey(console, survey(source, out, vae, settings, limit=limit, progress=show), place)
             return
         report = encode_dataset(
-            source,
+            open_source(source, caption),
             out,
             vae,
             settings,
@@ -339,6 +346,7 @@ def _tell(console: Console, report: "EncodeReport", place: str, vae_name: str) -
         steps_s=times.steps(),
         slowest=times.slowest() if times.num_images else None,
         psnr_db=times.psnr_db,
+        remarks=list(report.remarks),
         vae=vae_name,
     )
 

@@ -1,5 +1,6 @@
 """Photos of a source into a latent store: scan, roster, tasks, and the end, where every shard is committed."""
 
+import logging
 import tempfile
 import time
 from collections import Counter
@@ -25,6 +26,8 @@ from sdvae.store.roster import Roster, find_new, plan_records
 from sdvae.store.store import Store
 from sdvae.vae import VAE
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class EncodeReport:
@@ -38,6 +41,7 @@ class EncodeReport:
     images_per_s: float  # of this run, without the scan; 0 where nothing was left to do
     seconds: float
     times: Times
+    remarks: tuple[str, ...] = ()  # what the source left aside: texts of no photo, files that are no photos
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,8 @@ def encode_dataset(
     store = find_store(paths, restart)
     identity = identify(None if restart else store, vae, settings, ranks)
     entries = list_entries(source, limit)
+    for remark in source.remarks if ranks.rank == 0 else ():
+        _LOG.warning("%s: %s", source.name, remark)
     if restart:
         paths.clear()
     paths.make_folders()
@@ -152,6 +158,7 @@ def encode_dataset(
         images_per_s=times.num_images / times.all if times.num_images else 0.0,
         seconds=time.monotonic() - begun,
         times=times,
+        remarks=tuple(source.remarks),
     )
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import logging
 import math
 import mmap
 import os
@@ -107,14 +108,25 @@ def serve(connection_descriptor: int, memory_descriptor: int, num_bytes: int, mo
 def work(connection: Connection, memory: NDArray[np.uint8]) -> None:
     """Decode what comes, until nobody is left who could send."""
     threading.Thread(target=_end_with, args=(connection.fileno(),), daemon=True).start()
+    _mute_native_code()
     with suppress(EOFError, ConnectionResetError, BrokenPipeError):
-        source, preprocess = connection.recv()
+        source, preprocess, level = connection.recv()
+        logging.getLogger("sdvae").setLevel(level)
         connection.send("ready")
         while True:
             record, offset, shape = connection.recv()
             times = Times()
             out = memory[offset : offset + math.prod(shape)].reshape(shape)
             connection.send((load(source, preprocess, record, out, times), times))
+
+
+def _mute_native_code() -> None:
+    """Leave standard error to Python: libtiff would print 150 lines for one bad file, which Python tells in one."""
+    if sys.stderr is not None:
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def _end_with(descriptor: int) -> None:

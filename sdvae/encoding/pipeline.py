@@ -3,6 +3,7 @@
 A decoder is native code fed with files from anywhere. It runs where its crash costs one photo and not the run.
 """
 
+import logging
 import math
 import mmap
 import os
@@ -300,7 +301,7 @@ class _Worker:
         self.is_alone = False  # with a record that a process died of
         self._fork_server = fork_server
         self._number, self.connection = fork_server.fork()
-        self._send((source, preprocess))
+        self._send((source, preprocess, logging.getLogger("sdvae").getEffectiveLevel()))
 
     def give(self, job: _Job, memory: _SharedMemory) -> None:
         self.jobs.append(job)

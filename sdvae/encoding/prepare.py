@@ -16,6 +16,7 @@ from sdvae.encoding.runners import Ranks
 from sdvae.encoding.scan import scan
 from sdvae.errors import OutputError, SourceError, StoreError, VerifyError
 from sdvae.sources.entries import Entry, Source
+from sdvae.sources.kinds import is_junk
 from sdvae.store.geometry import TOO_SMALL
 from sdvae.store.paths import StorePaths
 from sdvae.store.records import Record
@@ -40,7 +41,7 @@ def list_entries(source: Source, limit: int | None = None) -> list[Entry]:
     """Every photo of a source, or the first ones; SourceError where there are none."""
     entries = source.entries()
     if not entries:
-        raise SourceError(f"{source.name} holds no photos")
+        raise SourceError("; ".join([f"{source.name} holds no photos", *source.remarks]))
     return entries[:limit]
 
 
@@ -58,7 +59,8 @@ def find_store(paths: StorePaths, restart: bool) -> Store | None:
     if root.exists() and not root.is_dir():
         raise StoreError(f"{root} is not a folder; give the store a folder of its own")
     store = Store.find(root)
-    own, other = paths.contents()
+    own, found = paths.contents()
+    other = [path for path in found if not is_junk(path.relative_to(root).as_posix())]
     if other and (store is None or restart):
         names = ", ".join(path.relative_to(root).as_posix() for path in other[:5])
         raise StoreError(f"{root} holds files that no store has ({names}); nothing was touched, give another folder")

@@ -17,9 +17,9 @@ _log = logging.getLogger(__name__)
 
 
 def rgb_converter(
-    image: Image.Image, background: tuple[int, int, int], transparent: NDArray[np.int64] | None
+    image: Image.Image, background: tuple[int, int, int] | None, transparent: NDArray[np.int64] | None
 ) -> Callable[[Image.Image], NDArray[np.uint8]]:
-    """A function from a band of rows of this loaded image to sRGB, (rows, W, 3) uint8."""
+    """A function from a band of rows of this loaded image to sRGB, (rows, W, 3) uint8, or with its alpha 4."""
     deep_range = _deep_range(image)
     mode = "L" if deep_range else _COLOUR_MODES.get(image.mode)
     if mode is None:
@@ -43,6 +43,8 @@ def rgb_converter(
         band = to_srgb(band) if to_srgb else band if mode == "RGB" else band.convert("RGB")
         if alpha is None:
             return np.asarray(band)
+        if background is None:
+            return np.dstack([np.asarray(band), np.asarray(alpha)])
         canvas = Image.new("RGB", band.size, background)
         canvas.paste(band, mask=alpha)
         return np.asarray(canvas)

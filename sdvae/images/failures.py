@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdvae.errors import ImageError
 from sdvae.images.formats import spelled
+from sdvae.images.settings import set_ours, set_theirs
 
 # What Pillow lets through when a file is bad, learned from its tests and from mutated files.
 FAILURES = (
@@ -23,6 +24,8 @@ _REASONS = {  # a phrase of Pillow's -> ours
     "Truncated": "truncated: the file ends before the image does",
     "not enough image data": "truncated: the file ends before the image does",
     "cannot load this image": "the file has a header but no image data",
+    "Decompressed data too large": "its text or colour profile is larger than 64 MiB; save it without",
+    "Too much memory used in text": "its texts are larger than 128 MiB; save it without",
     "exceeds limit": "too large: its data hold more pixels than the header says",
 }
 
@@ -62,7 +65,7 @@ _num_muting = 0
 
 
 class muted_pillow:  # noqa: N801 - it is used like a function, as contextlib's are
-    """Ignore Pillow's warnings (odd EXIF, large images) for as long as any thread reads an image.
+    """Ignore Pillow's warnings and the program's settings of Pillow for as long as any thread reads an image.
 
     Not `warnings.catch_warnings`: of two threads that overlap, the first to leave would bring the warnings back
     for the other, and the second would leave them ignored for good.
@@ -73,6 +76,7 @@ class muted_pillow:  # noqa: N801 - it is used like a function, as contextlib's 
         with _muting:
             if _num_muting == 0:
                 warnings.filterwarnings("ignore", module=_PILLOW)
+                set_ours()
             _num_muting += 1
 
     def __exit__(self, *failure: object) -> None:
@@ -80,6 +84,7 @@ class muted_pillow:  # noqa: N801 - it is used like a function, as contextlib's 
         with _muting:
             _num_muting -= 1
             if _num_muting == 0:
+                set_theirs()
                 rule = ("ignore", None, Warning, re.compile(_PILLOW), 0)  # as filterwarnings put it into the list
                 if rule in warnings.filters:
                     warnings.filters.remove(rule)  # type: ignore[attr-defined]

@@ -41,10 +41,13 @@ def swaps_axes(orientation: int) -> bool:
     return _ORIENTATIONS[orientation][0]
 
 
-def empty_upright(height: int, width: int, orientation: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """An upright image to be filled, and a view of it that lies as the file stores it, (height, width, 3)."""
+def empty_upright(
+    height: int, width: int, orientation: int, num_channels: int = 3
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """An upright image to be filled, and a view of it that lies as the file stores it, (height, width, channels)."""
     is_swapped, flip_rows, flip_columns = _ORIENTATIONS[orientation]
-    upright = np.empty((width, height, 3) if is_swapped else (height, width, 3), np.uint8)
+    sides = (width, height) if is_swapped else (height, width)
+    upright = np.empty((*sides, num_channels), np.uint8)
     as_stored = upright.swapaxes(0, 1) if is_swapped else upright
     return upright, as_stored[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
 

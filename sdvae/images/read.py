@@ -27,10 +27,10 @@ from sdvae.images.colour import rgb_converter, transparent_samples
 from sdvae.images.failures import PillowFailures
 from sdvae.images.formats import FORMATS, why_unidentified
 from sdvae.images.orientation import empty_upright, has_late_metadata, read_orientation, swaps_axes
+from sdvae.images.settings import MAX_IMAGE_PIXELS
 
 # 134 megapixels: the largest single shots (102 MP) fit, and even a progressive JPEG, whose coefficients
 # are all in memory at once, decodes in less than 1.5 GB.
-MAX_IMAGE_PIXELS = 2**27
 BACKGROUND = (255, 255, 255)
 
 _BAND_PIXELS = 2**20  # colours are converted in bands of rows, so that a big image is in memory twice, not five times
@@ -77,8 +77,11 @@ def read_size(source: Path | bytes | BinaryIO, *, max_pixels: int = MAX_IMAGE_PI
         return (width, height) if is_swapped else (height, width)
 
 
-def from_pil(image: Image.Image, *, background: tuple[int, int, int] = BACKGROUND) -> NDArray[np.uint8]:
-    """Convert a Pillow image of any mode to an upright sRGB array, (H, W, 3) uint8; loads it if need be."""
+def from_pil(image: Image.Image, *, background: tuple[int, int, int] | None = BACKGROUND) -> NDArray[np.uint8]:
+    """Convert a Pillow image of any mode to an upright sRGB array, (H, W, 3) uint8; loads it if need be.
+
+    Without a background, an image that has alpha keeps it: (H, W, 4).
+    """
     if 0 in image.size:
         raise ImageError("the image has no pixels")
     with PillowFailures(image):
@@ -86,11 +89,13 @@ def from_pil(image: Image.Image, *, background: tuple[int, int, int] = BACKGROUN
         image.load()
         width, height = image.size
         to_rgb = rgb_converter(image, background, transparent)
-        upright, as_stored = empty_upright(height, width, read_orientation(image))
         num_rows = max(1, _BAND_PIXELS // width)
         for top in range(0, height, num_rows):
             bottom = min(top + num_rows, height)
-            as_stored[top:bottom] = to_rgb(image.crop((0, top, width, bottom)))
+            band = to_rgb(image.crop((0, top, width, bottom)))
+            if top == 0:
+                upright, as_stored = empty_upright(height, width, read_orientation(image), band.shape[2])
+            as_stored[top:bottom] = band
     return upright
 
 

@@ -23,6 +23,7 @@ from sdvae.images.write import encode_image
 from sdvae.progress import Progress, silent
 from sdvae.reading.latent_files import Scaling, list_latent_files, read_latents
 from sdvae.reading.names import plan_names
+from sdvae.sources.kinds import is_junk
 from sdvae.staging import download
 from sdvae.store.buckets import Size
 from sdvae.store.records import written
@@ -217,11 +218,15 @@ def _numbered(name: str, row: int) -> str:
 
 
 def _claim(out: Path, names: set[str]) -> None:
-    """Refuse an output folder that holds anything but files of these names; a link counts, wherever it leads."""
+    """Refuse an output folder that holds anything but files of these names, and what desktops leave.
+
+    A link counts, wherever it leads.
+    """
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; give a folder for the images")
     for path in sorted(out.rglob("*")):
-        is_ours = path.is_file() and (path.relative_to(out).as_posix() in names or atomic.is_temporary(path.name))
+        name = path.relative_to(out).as_posix()
+        is_ours = path.is_file() and (name in names or is_junk(name))
         if path.is_symlink() or not (is_ours or path.is_dir()):
             raise OutputError(
                 f"{out} holds {path.relative_to(out)}, which this command did not write; give an empty folder"

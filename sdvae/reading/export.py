@@ -13,6 +13,7 @@ from sdvae.progress import Progress, silent
 from sdvae.reading.dataset import LatentDataset
 from sdvae.reading.formats import FORMATS, File, Row
 from sdvae.reading.names import plan_names
+from sdvae.sources.kinds import is_junk
 from sdvae.store.records import written
 
 DECLARATION = "sdvae-export.json"
@@ -62,7 +63,7 @@ def export(
 def _claim(out: Path, store: Path) -> None:
     if out.resolve().is_relative_to(store.resolve()):
         raise OutputError(f"{out} lies in the store {store}; give a folder outside of it")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or not all(is_junk(path.name) for path in out.iterdir())):
         raise OutputError(f"{out} exists, and is not an empty folder; give a new one")
     atomic.make_folder(out)
 

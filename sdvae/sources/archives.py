@@ -1,13 +1,13 @@
 """Photos in zip files and tars (WebDataset's, too), read where they lie: nothing is ever extracted."""
 
 import errno
+import lzma
 import os
 import stat
 import tarfile
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -15,15 +15,16 @@ from pathlib import Path, PurePosixPath
 from sdvae.errors import SourceError
 from sdvae.sources.entries import (
     MAX_FILE_BYTES,
+    PARSER_FAILURES,
     Entry,
     absolute,
     class_folder,
     failing_as_one_photo,
-    is_photo,
     sorted_by_key,
     why_unsafe,
 )
-from sdvae.sources.pairing import MAX_TEXT_BYTES, is_text, pair
+from sdvae.sources.kinds import HEAD_BYTES, remarks_on, sort_out
+from sdvae.sources.pairing import MAX_TEXT_BYTES, Pairing, is_table
 
 SUFFIXES = (".tar", ".zip")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -54,7 +55,7 @@ class _Archive(ABC):
                     raise SourceError(f"two files in {self.path} are both called {name!r}; pack it anew")
                 members[name] = member
         except OSError as error:
-            raise SourceError(f"cannot read {self.path}: {error.strerror}") from error
+            raise SourceError(f"cannot read {self.path}: {error.strerror or error}") from error
         return members
 
     @abstractmethod
@@ -89,8 +90,17 @@ class _Tar(_Archive):
                 for info in tar:
                     if not info.isdir():
                         yield _shown(info.name), _Member(info.size, _why_not_from_tar(info), info.offset_data)
-        except tarfile.TarError as error:
+                self._require_end(tar.offset)
+        except (tarfile.TarError, *PARSER_FAILURES) as error:
             raise SourceError(f"{self.path} is damaged or no tar ({error}); fetch it again") from error
+
+    def _require_end(self, offset: int) -> None:
+        """Refuse a tar that goes on behind what tarfile takes for its end, for it ends at any damage."""
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            while block := file.read(2**20):
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError(f"there is more behind byte {offset:,}, where its list of files ends")
 
 
 def _why_not_from_tar(info: tarfile.TarInfo) -> str | None:
@@ -105,10 +115,11 @@ class _Zip(_Archive):
     _open: tuple[int, zipfile.ZipFile] | None = None  # the process that opened it
 
     def read(self, name: str, max_bytes: int) -> bytes:
+        spelling = self._spellings[name]
         try:
-            with self._file().open(self._spellings[name]) as file:
+            with self._file().open(spelling) as file:
                 return file.read(max_bytes)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, lzma.LZMAError, *PARSER_FAILURES) as error:
             raise OSError(errno.EIO, "its bytes in the zip file are damaged or packed in an unknown way") from error
 
     def _list(self) -> Iterator[tuple[str, _Member]]:
@@ -116,7 +127,7 @@ class _Zip(_Archive):
             for info in self._file().infolist():
                 if not info.is_dir():
                     yield _shown(info.filename), _Member(info.file_size, _why_not_from_zip(info))
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, *PARSER_FAILURES) as error:
             raise SourceError(f"{self.path} is damaged or no zip file ({error}); fetch it again") from error
 
     @cached_property
@@ -144,6 +155,8 @@ def _why_not_from_zip(info: zipfile.ZipInfo) -> str | None:
 def _why_not(name: str, num_bytes: int) -> str | None:
     if _shown(name) != name.removeprefix("./"):
         return "the name is not UTF-8; rename the file"
+    if num_bytes < 0:
+        return "its length is damaged"
     if num_bytes > MAX_FILE_BYTES:
         return f"larger than {MAX_FILE_BYTES:,} bytes"
     return why_unsafe(name)
@@ -159,11 +172,14 @@ class ArchiveSource:
 
     A record's key is the member's path; where a pattern names the archives, the path of the archive below `root`,
     without its suffix, stands before it. Captions and labels lie beside the photos (`dog.jpg`, `dog.txt`, `dog.cls`),
-    as in a folder. Links, devices and names that lead out are entries with a reason.
+    as in a folder. Links, devices and names that lead out are entries with a reason. `caption` names the ending or the
+    column of captions (see Pairing).
     """
 
-    def __init__(self, root: Path, paths: tuple[str, ...] | None = None) -> None:
+    def __init__(self, root: Path, paths: tuple[str, ...] | None = None, caption: str | None = None) -> None:
         self.name, self._root = str(root), absolute(root)
+        self._caption = caption
+        self.remarks: Sequence[str] = ()
         # What lies beside archives that a pattern names is no part of the source: the store may.
         self.root = self._root if paths is None else None
         self._archives: dict[str, _Archive] = {}
@@ -176,8 +192,13 @@ class ArchiveSource:
 
     def entries(self) -> list[Entry]:
         """Every photo in the archives, sorted by key; SourceError for an archive that cannot be listed."""
-        found = (entry for prefix, archive in self._archives.items() for entry in self._entries(prefix, archive))
-        return sorted_by_key(found, self.name)
+        pairing, entries, aside = Pairing(self._caption), list[Entry](), list[str]()
+        for prefix, archive in self._archives.items():
+            found, others = self._entries(prefix, archive, pairing)
+            entries += found
+            aside += others
+        self.remarks = [*pairing.remarks(), *remarks_on(aside)]
+        return sorted_by_key(entries, self.name)
 
     def read(self, key: str) -> bytes:
         """The bytes of one member; OSError where the archive cannot be read, or they are damaged."""
@@ -194,20 +215,21 @@ class ArchiveSource:
                     "their photos could be confused; rename one"
                 )
 
-    def _entries(self, prefix: str, archive: _Archive) -> Iterator[Entry]:
+    def _entries(self, prefix: str, archive: _Archive, pairing: Pairing) -> tuple[list[Entry], list[str]]:
+        """The photos of one archive, and the names of what it holds besides."""
         place = self._root.name if archive.path == self._root else archive.path.relative_to(self._root).as_posix()
         mtime_ns = archive.path.stat().st_mtime_ns
-        photos = [
+        files = (
             Entry(name, member.num_bytes, mtime_ns, member.reason, label=class_folder(name))
             for name, member in archive.members.items()
-            if is_photo(name)
-        ]
-        texts = [name for name in archive.members if is_text(name)]
+        )
+        listing = sort_out(files, pairing.is_text, lambda name: archive.read(name, HEAD_BYTES))
 
         def read_text(name: str) -> bytes:
             if reason := archive.members[name].reason:
                 raise OSError(errno.EINVAL, reason)
-            return archive.read(name, MAX_FILE_BYTES if name.endswith((".csv", ".jsonl")) else MAX_TEXT_BYTES + 1)
+            return archive.read(name, MAX_FILE_BYTES if is_table(name) else MAX_TEXT_BYTES + 1)
 
-        for entry in pair(photos, texts, read_text):
-            yield replace(entry, key=prefix + entry.key, uri=f"{place}!{entry.key}")
+        paired = pairing.pair(listing.photos, listing.texts, read_text)
+        named = [replace(entry, key=prefix + entry.key, uri=f"{place}!{entry.key}") for entry in paired]
+        return named, [prefix + name for name in listing.aside]

@@ -3,17 +3,26 @@
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from operator import attrgetter
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from sdvae.errors import SourceError
 
 MAX_FILE_BYTES = 2**30  # a photo is read whole; a video that strayed into a source must not fill the memory
+
+# What parsers of zip files, tars, tables and JSON let through when a file is bad, learned from mutated files.
+PARSER_FAILURES = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, EOFError, RuntimeError,
+    MemoryError, struct.error, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +53,10 @@ class Source(Protocol):
     def root(self) -> Path | None:
         """The folder or file that a store has to be kept apart from; None where it may lie anywhere."""
 
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What the last listing left aside, in short sentences: texts of no photo, files that are no photos."""
+
     def entries(self) -> list[Entry]:
         """Every photo, sorted by key, each key once; SourceError where they cannot be listed."""
 
@@ -66,6 +79,12 @@ def absolute(path: Path) -> Path:
     return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
 
 
+def some_of(names: Iterable[str]) -> str:
+    """A few of these names."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "")
+
+
 def why_unsafe(name: str) -> str | None:
     """Why a name inside an archive or a table must not be followed; None for a path below where it stands."""
     if name.startswith("/"):
@@ -73,6 +92,45 @@ def why_unsafe(name: str) -> str | None:
     if ".." in name.split("/"):
         return "a path that leads out of the source"
     return None
+
+
+class DoubtError(Exception):
+    """Why it is not certain what a photo's caption or label is."""
+
+
+def as_text(value: Any, member: Literal["caption", "label"]) -> str | None:
+    """A caption or a label that some file or program gives; DoubtError for what is no text, or cannot be stored.
+
+    A label may be a whole number, also one that a table with gaps made a float.
+    """
+    if member == "label" and isinstance(value, float):
+        value = None if value != value else int(value) if value.is_integer() else value
+    if member == "label" and isinstance(value, Integral):
+        return str(value)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise DoubtError(f"its {member} is a {type(value).__name__}, which is no text")
+    if not is_utf8(value):
+        raise DoubtError(f"its {member} holds half a character (a lone surrogate)")
+    return str(value)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be stored: JSON can spell halves of characters that UTF-8 cannot."""
+    return text.isascii() or text.encode(errors="replace").decode() == text
+
+
+def why_no_name(name: str) -> str | None:
+    """Why no file can have this name; None for one that some file may have."""
+    if "\0" in name:
+        return "its name holds a NUL"
+    return None if is_utf8(name) else "its name holds half a character (a lone surrogate)"
+
+
+def shown(name: str) -> str:
+    """A name that no file can have, as a key: JSON holds it, and nobody takes it for another."""
+    return name.replace("\0", "\\x00").encode(errors="backslashreplace").decode()
 
 
 @contextmanager
@@ -83,10 +141,10 @@ def failing_as_one_photo() -> Iterator[None]:
     """
     try:
         yield
-    except SourceError as error:
-        raise OSError(errno.EIO, "the file that holds it is damaged or gone") from error
     except LookupError as error:
         raise FileNotFoundError(errno.ENOENT, "it is no longer in the file that held it") from error
+    except (SourceError, *PARSER_FAILURES) as error:
+        raise OSError(errno.EIO, "the file that holds it is damaged or gone") from error
 
 
 def why_no_file(status: os.stat_result) -> str | None:
@@ -101,13 +159,3 @@ def why_no_file(status: os.stat_result) -> str | None:
 def class_folder(key: str) -> str | None:
     """The name of the folder a photo lies in: its class, in the datasets that sort photos so."""
     return key.rpartition("/")[0].rpartition("/")[2] or None
-
-
-# What people and desktops keep beside photos. Every other file is a record, and is quarantined if it is no photo.
-NOT_PHOTOS = (".caption", ".cls", ".csv", ".db", ".ini", ".json", ".jsonl", ".md", ".tsv", ".txt")
-
-
-def is_photo(name: str) -> bool:
-    """Whether a file of this path is a record: not hidden, and none of NOT_PHOTOS."""
-    is_hidden = any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
-    return not is_hidden and not name.lower().endswith(NOT_PHOTOS)

@@ -3,26 +3,28 @@
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from sdvae.errors import SourceError
-from sdvae.sources.entries import MAX_FILE_BYTES, Entry, class_folder, is_photo, sorted_by_key, why_no_file
-from sdvae.sources.pairing import MAX_TEXT_BYTES, is_text, pair
+from sdvae.sources.entries import MAX_FILE_BYTES, Entry, class_folder, sorted_by_key, why_no_file
+from sdvae.sources.kinds import HEAD_BYTES, PACKED, is_junk, remarks_on, sort_out
+from sdvae.sources.pairing import MAX_TEXT_BYTES, Pairing, is_table
 
 
 class FolderSource:
     """All photos in a folder and the folders in it; a record's key is its path below `root`, with `/`.
 
-    Hidden names (a leading dot) and the suffixes of NOT_PHOTOS are no records. Links to files inside `root` are
+    Which files are photos, `kinds` says; hidden names (a leading dot) are passed over. Links to files inside `root` are
     followed, and in a snapshot of the Hugging Face hub's cache those to its blobs. Links that lead out of it or to
     folders, devices, pipes, sockets and names that are not UTF-8 are entries with a reason: counted, never opened.
 
     `only` names the files and folders below `root` that count; what lies beside them still tells their captions.
+    `caption` names the ending or the column of captions (see Pairing).
     """
 
-    def __init__(self, root: Path, only: Iterable[str] = ("",)) -> None:
+    def __init__(self, root: Path, only: Iterable[str] = ("",), caption: str | None = None) -> None:
         if not root.exists():
             raise SourceError(f"there is no folder {root}")
         if not root.is_dir():
@@ -31,34 +33,32 @@ class FolderSource:
         self._homes = [self.root, *_hub_blobs(self.root)]
         self.name = str(root)
         self._only = frozenset(only)
+        self._caption = caption
+        self.remarks: Sequence[str] = ()
 
     def entries(self) -> list[Entry]:
         """Every record of the folder, sorted by key; SourceError when a folder in it cannot be listed."""
-        photos: list[Entry] = []
-        texts: list[str] = []
-        for name, child in self._children():
-            entry = self._entry(name, child)
-            if is_text(entry.key):
-                texts.append(entry.key)
-            elif is_photo(entry.key):
-                photos.append(replace(entry, label=class_folder(entry.key)))
-        packed = {PurePosixPath(entry.key).suffix.lower() for entry in photos}
-        if packed and packed <= {".tar", ".zip", ".parquet", ".arrow"}:
+        pairing = Pairing(self._caption)
+        listing = sort_out((self._entry(*child) for child in self._children()), pairing.is_text, self._read_head)
+        packed = {PurePosixPath(name).suffix.lower() for name in listing.aside}.intersection(PACKED)
+        if packed and not listing.photos:
             raise SourceError(
                 f"{self.name} holds no photos, but files that hold some; name those, as in '{self.name}/*{min(packed)}'"
             )
-        paired = pair(photos, texts, self._read_text)
-        return sorted_by_key(filter(self._counts, paired), self.name)
+        photos = (replace(entry, label=class_folder(entry.key)) for entry in listing.photos)
+        paired = pairing.pair(photos, listing.texts, self._read_text)
+        self.remarks = [*pairing.remarks(), *remarks_on(list(filter(self._counts, listing.aside)))]
+        return sorted_by_key((entry for entry in paired if self._counts(entry.key)), self.name)
 
     def read(self, key: str) -> bytes:
         """The bytes of one file, at most MAX_FILE_BYTES of them; OSError as the file system gives it."""
         with self._path_of(key.encode()).open("rb") as file:
             return file.read(MAX_FILE_BYTES)
 
-    def _counts(self, entry: Entry) -> bool:
-        if "" in self._only or entry.key in self._only:
+    def _counts(self, key: str) -> bool:
+        if "" in self._only or key in self._only:
             return True
-        return any(str(folder) in self._only for folder in PurePosixPath(entry.key).parents)
+        return any(str(folder) in self._only for folder in PurePosixPath(key).parents)
 
     def _children(self) -> Iterator[tuple[bytes, "os.DirEntry[bytes]"]]:
         """Every file to look at, with its path below `root` as the file system spells it: bytes."""
@@ -86,7 +86,7 @@ class FolderSource:
                 raise SourceError(f"cannot list {self._path_of(folder)}: {error.strerror}") from error
             for child in children:
                 path = folder + b"/" + child.name if folder else child.name
-                if child.name.startswith(b"."):
+                if is_junk(os.fsdecode(child.name)):
                     continue
                 if not child.is_dir(follow_symlinks=False):
                     yield path, child
@@ -122,7 +122,11 @@ class FolderSource:
         if reason is not None:
             raise OSError(errno.EINVAL, reason)
         with place.open("rb") as file:
-            return file.read() if key.endswith((".csv", ".jsonl")) else file.read(MAX_TEXT_BYTES + 1)
+            return file.read() if is_table(key) else file.read(MAX_TEXT_BYTES + 1)
+
+    def _read_head(self, key: str) -> bytes:
+        with self._path_of(key.encode()).open("rb") as file:
+            return file.read(HEAD_BYTES)
 
     def _path_of(self, name: bytes) -> Path:
         return self.root / os.fsdecode(name)

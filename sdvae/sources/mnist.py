@@ -1,7 +1,9 @@
 """The digits of MNIST and what is packed like them: idx files, with labels in a file beside the images."""
 
 import gzip
+import math
 import zlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,16 @@ def is_idx(path: Path) -> bool:
 class MnistSource:
     """The images of one idx file, packed or not; a record's key is the number of the image."""
 
+    remarks: Sequence[str] = ()
+
     def __init__(self, path: Path) -> None:
         self.name, self.root = str(path), absolute(path)
 
     def entries(self) -> list[Entry]:
         """Every image, labelled where a file of labels lies beside; SourceError for files that are no idx."""
-        status = self.root.stat()
         num_bytes = self._images[0].nbytes if len(self._images) else 0
         labels = self._labels()
+        status = self.root.stat()
         return [
             Entry(f"{row:07d}", num_bytes, status.st_mtime_ns, label=None if labels is None else str(labels[row]))
             for row in range(len(self._images))
@@ -62,13 +66,20 @@ class MnistSource:
 
 def _read_idx(path: Path, num_axes: int) -> NDArray[np.uint8]:
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+        with path.open("rb") as file:
+            is_packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if is_packed else path.open("rb") as data:
+            head = data.read(4 + 4 * num_axes)
+            shape = [int(side) for side in np.frombuffer(head[4:].ljust(4 * num_axes, b"\0"), ">u4")]
+            values = data.read(math.prod(shape))  # no more: little that is packed may be much
+            is_longer = bool(data.read(1))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SourceError(f"{path} is damaged: {error}; fetch it again") from error
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error
-    header = np.frombuffer(data[4 : 4 + 4 * num_axes], ">u4")
-    if data[:4] != bytes([0, 0, 8, num_axes]) or len(data) != 4 + 4 * num_axes + int(np.prod(header, dtype=np.int64)):
+    except (OverflowError, MemoryError):  # no file is as long as its header says
+        values, is_longer = b"", True
+    is_idx = head[:4] == bytes([0, 0, 8, num_axes]) and all(shape[1:])
+    if not is_idx or is_longer or len(values) != math.prod(shape):
         raise SourceError(f"{path} is no idx file of bytes with {num_axes} axes, or is cut short; fetch it again")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * num_axes).reshape(tuple(header))
+    return np.frombuffer(values, np.uint8).reshape(shape)
