@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sdvae.config import VAEConfig
     from sdvae.encoding.encode import encode_dataset
+    from sdvae.encoding.manifest import EncodeSettings
     from sdvae.errors import SdvaeError
     from sdvae.integrations.diffusers import install, uninstall
     from sdvae.model import AutoencoderKL
     from sdvae.posterior import DiagonalGaussian
     from sdvae.reading.dataset import LatentDataset
-    from sdvae.reading.decode import decode_dataset
+    from sdvae.reading.decode import DecodeSettings, decode_dataset
     from sdvae.reading.export import export
     from sdvae.reading.samplers import BucketBatchSampler
+    from sdvae.store.geometry import Preprocess
     from sdvae.store.verify import verify
     from sdvae.vae import VAE
 
@@ -25,8 +27,11 @@ __all__ = [
     "VAE",
     "AutoencoderKL",
     "BucketBatchSampler",
+    "DecodeSettings",
     "DiagonalGaussian",
+    "EncodeSettings",
     "LatentDataset",
+    "Preprocess",
     "SdvaeError",
     "VAEConfig",
     "decode_dataset",
@@ -41,8 +46,11 @@ _MODULES = {
     "VAE": "sdvae.vae",
     "AutoencoderKL": "sdvae.model",
     "BucketBatchSampler": "sdvae.reading.samplers",
+    "DecodeSettings": "sdvae.reading.decode",
     "DiagonalGaussian": "sdvae.posterior",
+    "EncodeSettings": "sdvae.encoding.manifest",
     "LatentDataset": "sdvae.reading.dataset",
+    "Preprocess": "sdvae.store.geometry",
     "SdvaeError": "sdvae.errors",
     "VAEConfig": "sdvae.config",
     "decode_dataset": "sdvae.reading.decode",

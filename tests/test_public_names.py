@@ -24,25 +24,28 @@ def documented_names() -> set[str]:
 def test_public_names_are_the_documented_ones() -> None:
     assert documented_names() >= NOT_YET
     assert set(sdvae.__all__) == documented_names() - NOT_YET
-    assert len(sdvae.__all__) == len(set(sdvae.__all__)) == 13
+    assert len(sdvae.__all__) == len(set(sdvae.__all__)) == 16
 
 
 def test_each_name_is_the_thing_its_module_defines() -> None:
     from sdvae.config import VAEConfig
     from sdvae.encoding.encode import encode_dataset
+    from sdvae.encoding.manifest import EncodeSettings
     from sdvae.errors import SdvaeError
     from sdvae.integrations.diffusers import install, uninstall
     from sdvae.model import AutoencoderKL
     from sdvae.posterior import DiagonalGaussian
     from sdvae.reading.dataset import LatentDataset
-    from sdvae.reading.decode import decode_dataset
+    from sdvae.reading.decode import DecodeSettings, decode_dataset
     from sdvae.reading.export import export
     from sdvae.reading.samplers import BucketBatchSampler
+    from sdvae.store.geometry import Preprocess
     from sdvae.store.verify import verify
     from sdvae.vae import VAE
 
     things = (
-        VAE, VAEConfig, AutoencoderKL, BucketBatchSampler, DiagonalGaussian, LatentDataset, SdvaeError, decode_dataset,
+        VAE, VAEConfig, AutoencoderKL, BucketBatchSampler, DecodeSettings, DiagonalGaussian, EncodeSettings,
+        LatentDataset, Preprocess, SdvaeError, decode_dataset,
         encode_dataset, export, install, uninstall, verify,
     )  # fmt: skip
     defined = {thing.__name__: thing for thing in things}

@@ -4,9 +4,11 @@ import logging
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sdvae import atomic
 from sdvae.encoding.manifest import EncodeSettings, require_possible, row_bytes
@@ -55,7 +57,7 @@ class Survey:
 
 
 def survey(
-    source: str | Path | Source,
+    source: str | Path | Source | Iterable[Any],
     out: str | Path,
     vae: VAE,
     settings: EncodeSettings | None = None,
@@ -69,7 +71,7 @@ def survey(
     """
     settings = settings or EncodeSettings()
     require_possible(settings, vae)
-    source = open_source(source) if isinstance(source, str | Path) else source
+    source = open_source(source)
     store = find_store(StorePaths(local_copy(out).resolve()), restart=False)
     identify(store, vae, settings, Ranks())
     entries = list_entries(source, limit)
@@ -90,7 +92,7 @@ def survey(
 
 
 def encode_dataset(
-    source: str | Path | Source,
+    source: str | Path | Source | Iterable[Any],
     out: str | Path,
     vae: VAE,
     settings: EncodeSettings | None = None,
@@ -115,7 +117,7 @@ def encode_dataset(
     begun = time.monotonic()
     settings, ranks = settings or EncodeSettings(), ranks or Ranks()
     require_possible(settings, vae)
-    source = open_source(source) if isinstance(source, str | Path) else source
+    source = open_source(source)
     mirror = open_mirror(out)
     if mirror is not None and restart:
         raise StoreError(f"sdvae does not delete {mirror.url}; remove it with the tools of its storage")

@@ -74,10 +74,10 @@ class _Series:
 
 
 def decode_dataset(
-    source: Path,
-    out: Path,
+    source: str | Path,
+    out: str | Path,
     vae: VAE,
-    settings: DecodeSettings,
+    settings: DecodeSettings | None = None,
     progress: Progress = silent,
 ) -> DecodeReport:
     """Decode every image of `source` to a file in `out`, named after its key (see `plan_names`).
@@ -87,6 +87,7 @@ def decode_dataset(
     anew; or, for one image, a file name of a picture. Raises LatentsError where nothing can be decoded, StoreError,
     and UnsafeFileError for any file that could run code.
     """
+    source, out, settings = Path(source), Path(out), settings or DecodeSettings()
     is_store = (source / "manifest.json").exists()
     series, skipped = (_open_store(source, vae), ()) if is_store else _open_files(source, vae, settings.latents)
     keys = [key for one in series for key in one.keys]

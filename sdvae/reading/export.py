@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdvae import atomic
-from sdvae.errors import OutputError, StoreError
+from sdvae.errors import ConfigError, OutputError, StoreError
 from sdvae.progress import Progress, silent
 from sdvae.reading.dataset import LatentDataset
 from sdvae.reading.formats import FORMATS, File, Row
@@ -21,9 +21,9 @@ _NUM_WRITERS = 16
 
 
 def export(
-    path: Path,
+    path: str | Path,
     name: str,
-    out: Path,
+    out: str | Path,
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -32,7 +32,9 @@ def export(
     Returns the declaration of what is in `out`, which is written last: an export without it was interrupted.
     Raises StoreError for a store that is unfinished, or that the format or its reader would misrepresent.
     """
-    form = FORMATS[name]
+    if name not in FORMATS:
+        raise ConfigError(f"unknown format {name!r}; choose {', '.join(FORMATS)}")
+    form, out = FORMATS[name], Path(out)
     dataset = LatentDataset(path, seed=seed)
     manifest = dataset.store.manifest
     space = manifest["vae"]["latent_space"]

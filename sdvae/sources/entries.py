@@ -12,7 +12,7 @@ from itertools import pairwise
 from numbers import Integral
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from sdvae.errors import SourceError
 
@@ -42,6 +42,7 @@ class Entry:
     label: str | None = None
 
 
+@runtime_checkable
 class Source(Protocol):
     """Photos by key. Pickled, it is small and opens again in another process, where any order of reads is right."""
 

@@ -54,11 +54,12 @@ class Verdict:
         return sorted({key for damage in self.damages for key in damage.lost})
 
 
-def verify(root: Path, progress: Progress = silent) -> Verdict:
+def verify(root: str | Path, progress: Progress = silent) -> Verdict:
     """Hash every file of the store in `root`, and compare each with the digest that covers it.
 
     Raises StoreError where there is no store.
     """
+    root = Path(root)
     paths = StorePaths(root)
     foundation = _damaged_manifest(paths) or _damaged_generation(Store.open(root))
     if foundation is not None:
