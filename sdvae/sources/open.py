@@ -26,8 +26,8 @@ def open_source(spec: str | Path | Source | Iterable[Any], caption: str | None =
 
     A path to a folder, zip file, tar, Parquet or Arrow file, list (.csv, .tsv, .jsonl), saved Hugging Face dataset or
     MNIST's images; a pattern of such paths (`shards/{000..099}.tar`, `photos/**/*.jpg`); `hf://org/name:split`; or
-    an iterable of images. A source is returned as it is. `caption` names the ending of the files (`.tags`) or the column (`prompt`) that holds
-    captions.
+    an iterable of images. A source is returned as it is. `caption` names the ending of the files (`.tags`) or the
+    column (`prompt`) that holds captions.
     """
     if isinstance(spec, Source):
         return spec
