@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, GifImagePlugin, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, GifImagePlugin, Image, ImageCms, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from sdvae.errors import ImageError
 
@@ -435,13 +435,14 @@ _muting = threading.Lock()
 _num_muting = 0
 
 
-# What decides about pixels and refusals is ours while we read, whatever a program has set for itself.
+# What decides about pixels and refusals is ours while we read, whatever a program has set for itself. Modules that are
+# not imported here are set where a program has imported, and perhaps changed, them.
 _SETTINGS = {
-    ("PIL.Image", "MAX_IMAGE_PIXELS"): MAX_IMAGE_PIXELS,  # Pillow refuses twice as many, before we see a size
-    ("PIL.ImageFile", "LOAD_TRUNCATED_IMAGES"): False,
-    ("PIL.PngImagePlugin", "MAX_TEXT_CHUNK"): 2**26,  # a text of more than 1 MB would cost the picture
-    ("PIL.PngImagePlugin", "MAX_TEXT_MEMORY"): 2**27,
-    ("PIL.GifImagePlugin", "LOADING_STRATEGY"): GifImagePlugin.LoadingStrategy.RGB_AFTER_FIRST,
+    (Image.__name__, "MAX_IMAGE_PIXELS"): MAX_IMAGE_PIXELS,  # Pillow refuses twice as many, before we see a size
+    (ImageFile.__name__, "LOAD_TRUNCATED_IMAGES"): False,
+    (PngImagePlugin.__name__, "MAX_TEXT_CHUNK"): 2**26,  # a text of more than 1 MB would cost the picture
+    (PngImagePlugin.__name__, "MAX_TEXT_MEMORY"): 2**27,
+    (GifImagePlugin.__name__, "LOADING_STRATEGY"): GifImagePlugin.LoadingStrategy.RGB_AFTER_FIRST,
     ("PIL.TiffImagePlugin", "READ_LIBTIFF"): False,
     ("PIL.AvifImagePlugin", "DECODE_CODEC_CHOICE"): "auto",
 }

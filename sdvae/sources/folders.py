@@ -17,8 +17,8 @@ class FolderSource:
     """All photos in a folder and the folders in it; a record's key is its path below `root`, with `/`.
 
     Which files are photos, `kinds` says; hidden names (a leading dot) are passed over. Links to files inside `root`
-    are followed. Links that lead out of it or to folders, devices, pipes, sockets and names that are not UTF-8 are
-    entries with a reason: counted, never opened.
+    are followed, in a snapshot of the Hugging Face hub also those to its blobs. Links that lead out of it or to
+    folders, devices, pipes, sockets and names that are not UTF-8 are entries with a reason: counted, never opened.
 
     `only` names the files and folders below `root` that count; what lies beside them still tells their captions.
     `caption` names the ending or the column of captions (see Pairing).
@@ -31,6 +31,7 @@ class FolderSource:
             raise SourceError(f"{root} is not a folder; give the folder that holds the photos")
         self.root = root.resolve()
         self.name = str(root)
+        self._homes = (self.root, *_blobs(self.root))
         self._only = frozenset(only)
         self._caption = caption
         self.remarks: Sequence[str] = ()
@@ -109,7 +110,8 @@ class FolderSource:
     def _why_not_to_open(self, place: Path, status: os.stat_result) -> str | None:
         if place.is_symlink() and stat.S_ISDIR(status.st_mode):
             return "a link to a folder; links to folders are not followed"
-        if not place.resolve().is_relative_to(self.root):
+        target = place.resolve()
+        if not any(target.is_relative_to(home) for home in self._homes):
             return "a link that leads out of the source folder"
         return why_no_file(status)
 
@@ -129,3 +131,10 @@ class FolderSource:
 
     def _path_of(self, name: bytes) -> Path:
         return self.root / os.fsdecode(name)
+
+
+def _blobs(root: Path) -> Iterator[Path]:
+    """Where the files of a snapshot in the cache of the Hugging Face hub lie: the snapshot is links to them."""
+    for folder in root.parents:
+        if folder.name == "snapshots":
+            yield folder.parent / "blobs"
