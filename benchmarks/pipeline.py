@@ -50,7 +50,7 @@ class Some:
 
     def __init__(self, source: Any, num_photos: int) -> None:
         self._source, self._num_photos = source, num_photos
-        self.name, self.root = source.name, source.root
+        self.name, self.root, self.remarks = source.name, source.root, ()
 
     def entries(self) -> list[Entry]:
         """Every n-th."""
@@ -198,7 +198,7 @@ def _diffusers_loop(source: Any, vae: Any) -> float:
 class Dots:
     """Photos of 8x8 pixels that are nowhere."""
 
-    name, root = "dots", None
+    name, root, remarks = "dots", None, ()
 
     def __init__(self, num_photos: int) -> None:
         self.num_photos = num_photos

@@ -17,7 +17,7 @@ from sdvae.store.roster import place, plan_records, roster_lines
 class SyntheticSource:
     """Photos of many shapes that cost nothing to read: what is left is the work of the scan itself."""
 
-    name, root = "synthetic photos", None
+    name, root, remarks = "synthetic photos", None, ()
 
     def __init__(self, num_photos: int) -> None:
         self.num_photos = num_photos

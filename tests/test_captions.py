@@ -275,3 +275,16 @@ def test_a_tar_that_is_damaged_in_the_middle_does_not_end_there(tmp_path: Path) 
         path.write_bytes(data)
         with pytest.raises(SourceError, match="is damaged or no tar"):
             open_source(path).entries()
+
+
+def test_a_snapshot_of_the_hub_is_links_to_its_blobs(tmp_path: Path) -> None:
+    hub, snapshot = tmp_path / "datasets--me--set", tmp_path / "datasets--me--set/snapshots/1"
+    put(hub / "blobs", {"0": PHOTO, "1": b"a fox"})
+    put(tmp_path, {"elsewhere": PHOTO})
+    snapshot.mkdir(parents=True)
+    for name, target in {"a.jpg": "blobs/0", "a.txt": "blobs/1", "b.jpg": "../elsewhere", "c.jpg": "refs"}.items():
+        (snapshot / name).symlink_to(f"../../{target}")
+    source = open_source(snapshot)
+    assert captions(source) == {"a.jpg": "a fox"}
+    assert source.read("a.jpg") == PHOTO
+    assert refusals(source)["b.jpg"] == "a link that leads out of the source folder"

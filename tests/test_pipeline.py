@@ -1,6 +1,8 @@
 """The decoding processes: order, crashes, kills, and that none of them outlives anybody."""
 
 import hashlib
+import io
+import math
 import os
 import shutil
 import signal
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from sdvae.encoding.pipeline import Decoders
 from sdvae.encoding.times import Times
 from sdvae.errors import StoreError
 from sdvae.sources.entries import Entry
+from sdvae.sources.folders import FolderSource
 from sdvae.store.geometry import Preprocess, plan_geometry
 from sdvae.store.records import Record
 
@@ -245,3 +249,22 @@ def test_an_image_of_another_size_than_its_header_said_is_no_photo(tmp_path: Pat
     with decoders(source, 0, [(SIZE, records)]) as made:
         ((images, failures),) = list(made)
     assert failures == [Failure("read", "changed after the scan")] and not images.any()
+
+
+def test_what_libraries_print_of_a_bad_file_is_not_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(file, "tiff", compression="tiff_adobe_deflate")
+    bad = file.getvalue().replace(zlib.compress(bytes(SIZE[0] * SIZE[1] * 3))[:12], b"\xff" * 12)
+    assert bad != file.getvalue()
+    (tmp_path / "bad.tif").write_bytes(bad)
+    record = Record(
+        "bad.tif",
+        source_sha256=hashlib.sha256(bad).hexdigest(),
+        original_px=SIZE,
+        geometry=plan_geometry(*SIZE, PREPROCESS, 8),
+    )
+    source = FolderSource(tmp_path)
+    with Decoders(source, PREPROCESS, [(SIZE, [record])], math.prod(SIZE) * 3, np.copy, Times(num_workers=1)) as made:
+        ((_, failures),) = made
+    assert failures[0] and failures[0].step == "decode"
+    assert capfd.readouterr().err == ""

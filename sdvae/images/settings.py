@@ -3,16 +3,17 @@
 import sys
 from typing import Any
 
-from PIL import GifImagePlugin
+from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin
 
 MAX_IMAGE_PIXELS = 2**27
 
+# Modules that are not imported here are set where a program has imported, and perhaps changed, them.
 _SETTINGS = {
-    ("PIL.Image", "MAX_IMAGE_PIXELS"): MAX_IMAGE_PIXELS,  # Pillow refuses twice as many, before we see a size
-    ("PIL.ImageFile", "LOAD_TRUNCATED_IMAGES"): False,
-    ("PIL.PngImagePlugin", "MAX_TEXT_CHUNK"): 2**26,  # a text of more than 1 MB would cost the picture
-    ("PIL.PngImagePlugin", "MAX_TEXT_MEMORY"): 2**27,
-    ("PIL.GifImagePlugin", "LOADING_STRATEGY"): GifImagePlugin.LoadingStrategy.RGB_AFTER_FIRST,
+    (Image.__name__, "MAX_IMAGE_PIXELS"): MAX_IMAGE_PIXELS,  # Pillow refuses twice as many, before we see a size
+    (ImageFile.__name__, "LOAD_TRUNCATED_IMAGES"): False,
+    (PngImagePlugin.__name__, "MAX_TEXT_CHUNK"): 2**26,  # a text of more than 1 MB would cost the picture
+    (PngImagePlugin.__name__, "MAX_TEXT_MEMORY"): 2**27,
+    (GifImagePlugin.__name__, "LOADING_STRATEGY"): GifImagePlugin.LoadingStrategy.RGB_AFTER_FIRST,
     ("PIL.TiffImagePlugin", "READ_LIBTIFF"): False,
     ("PIL.AvifImagePlugin", "DECODE_CODEC_CHOICE"): "auto",
 }
