@@ -142,7 +142,7 @@ def pipeline(num_photos: int, num_fast: int, threads: int, write: bool) -> None:
 
 def _crops(source: Any) -> Iterator[np.ndarray]:
     from sdvae.encoding.resize import apply
-    from sdvae.images import read_image
+    from sdvae.images.read import read_image
     from sdvae.store.geometry import Preprocess, plan_geometry
 
     for entry in source.entries():

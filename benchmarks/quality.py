@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from sdvae import VAE
 from sdvae.encoding.resize import apply
-from sdvae.images import read_image
+from sdvae.images.read import read_image
 from sdvae.metrics import psnr
 from sdvae.pixels import to_images, to_pixels
 from sdvae.store.geometry import Preprocess, plan_geometry

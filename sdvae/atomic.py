@@ -2,20 +2,31 @@
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import secrets
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from sdvae.errors import OutputError
 
 Buffer = bytes | memoryview  # a numpy array goes in as `array.data`
 
-_TEMPORARY = re.compile(r"\..+\.(\d{1,9})\.[0-9a-f]{8}\.tmp")  # .name.<process number>.<random>.tmp
+logger = logging.getLogger(__name__)
+
+# .<place>.<process number>.<random>.tmp; sdvae once wrote the file's name where the place stands now
+_TEMPORARY = re.compile(r"\.(.+)\.(\d{1,9})\.[0-9a-f]{8}\.tmp")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}  # exFAT, SMB and some FUSE file systems
+# What vfat, SMB, NFS, AFS, Lustre, FUSE and vboxsf say, each in its way, of an operation that they do not have.
+_NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
+_NO_FOLDER_SYNC = _NOT_SUPPORTED | {errno.EBADF, errno.EPERM, errno.EACCES, errno.EISDIR}
+_NO_HARD_LINKS = _NOT_SUPPORTED | {errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV}
+NO_LOCKS = _NOT_SUPPORTED | {errno.ENOLCK, errno.EPERM, errno.EACCES, errno.EBADF}
+_DAY_S = 24 * 3600
 
 
 def _ignore(operation: str, path: Path) -> None:
@@ -68,6 +79,7 @@ def create_bytes(path: Path, *chunks: Buffer) -> bool:
         except OSError as error:
             if error.errno not in _NO_HARD_LINKS:
                 raise
+            say_missing("hard links")
             if path.exists():
                 return False
             temporary.replace(path)
@@ -93,11 +105,26 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path) -> int:
-    """Remove the temporaries that killed processes left under `folder`; returns their number."""
-    leftovers = [path for path in folder.rglob(".*.tmp") if is_temporary(path.name) and not _has_live_writer(path)]
-    for path in leftovers:
+    """Remove the temporaries that killed processes left under `folder`; returns their number.
+
+    A process number means something only on the host and in the PID namespace that gave it. A temporary of another
+    place is taken for a dead one's when nothing was written to it for a day, by the clock of the file system.
+    """
+    here, left = _place(), []
+    foreign: list[Path] = []
+    for path in folder.rglob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None:
+            continue
+        if match[1] != here:
+            foreign.append(path)
+        elif path.name not in _being_written and not _is_alive(int(match[2])):
+            left.append(path)
+    if foreign:
+        left += _older_than_a_day(foreign, folder)
+    for path in left:
         remove(path)
-    return len(leftovers)
+    return len(left)
 
 
 def is_temporary(name: str) -> bool:
@@ -108,7 +135,8 @@ def is_temporary(name: str) -> bool:
 @contextmanager
 def _temporary(path: Path, chunks: Iterable[Buffer]) -> Iterator[Path]:
     """A synced file beside `path` that holds `chunks`; the folder is synced after the body gave it its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{_place()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    _being_written.add(temporary.name)
     try:
         hook("open", path)
         # The kernel takes the umask off 0666; tempfile would make 0600, which no colleague can read.
@@ -118,11 +146,12 @@ def _temporary(path: Path, chunks: Iterable[Buffer]) -> Iterator[Path]:
                 hook("write", path)
                 write_all(file.fileno(), chunk)
             hook("fsync", path)
-            os.fsync(file.fileno())
+            _sync(file.fileno(), _NOT_SUPPORTED, "syncs of files")
         yield temporary
     finally:
         with suppress(OSError):  # the first error is the one to tell; `sweep` removes what stays
             temporary.unlink(missing_ok=True)
+        _being_written.discard(temporary.name)
     _sync_folder(path.parent)
 
 
@@ -135,11 +164,38 @@ def write_all(descriptor: int, chunk: Buffer) -> None:
 
 def _sync_folder(folder: Path) -> None:
     hook("fsync", folder)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # a folder may be for writing only
+        say_missing("syncs of folders")
+        return
+    try:
+        _sync(descriptor, _NO_FOLDER_SYNC, "syncs of folders")
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int, refusals: set[int], what: str) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in refusals:
+            raise
+        say_missing(what)
+
+
+_COSTS = {
+    "syncs of files": "a power cut may damage the newest files",
+    "syncs of folders": "a power cut may take the newest files",
+    "hard links": "of two processes that commit one file, the last wins",
+    "locks": "processes that start at once all scan the photos",
+}
+
+
+@cache
+def say_missing(what: str) -> None:
+    """Warn, once, that the file system does without `what`, and what that costs."""
+    logger.warning("this file system has no %s: %s; sdvae goes on", what, _COSTS[what])
 
 
 @contextmanager
@@ -161,15 +217,45 @@ def _sha256(chunks: Iterable[Buffer]) -> str:
     return digest.hexdigest()
 
 
-def _has_live_writer(path: Path) -> bool:
-    """Whether the process named in a temporary still runs; our own number is a dead namesake's (sweeps come first)."""
-    match = _TEMPORARY.fullmatch(path.name)
-    if match is None or int(match[1]) == os.getpid():
+# --- Whose temporary it is ---
+
+_being_written: set[str] = set()  # by this process
+_UNKNOWN_PLACE = secrets.token_hex(6)
+
+
+def _place() -> str:
+    """Where this process has its number: host, boot and PID namespace, as 12 hex digits."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        told = f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 (the text, not a path)
+    except OSError:
+        return _UNKNOWN_PLACE  # every other process counts as foreign
+    return hashlib.sha256(told.encode(errors="surrogateescape")).hexdigest()[:12]
+
+
+def _is_alive(number: int) -> bool:
+    """Whether a process of this place runs; of our own number, a namesake wrote what we are not writing."""
+    if number == os.getpid():
         return False
     try:
-        os.kill(int(match[1]), 0)
+        os.kill(number, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # it lives, as another user
         pass
     return True
+
+
+def _older_than_a_day(paths: Iterable[Path], folder: Path) -> list[Path]:
+    """Those that were last written a day before now, as the file system tells time."""
+    probe = folder / f".{_place()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    with explained(folder, ()):
+        probe.touch(exist_ok=False)
+        now = probe.stat().st_mtime
+        probe.unlink()
+    old = []
+    for path in paths:
+        with suppress(FileNotFoundError):  # its writer was quicker
+            if now - path.lstat().st_mtime > _DAY_S:
+                old.append(path)
+    return old

@@ -2,12 +2,15 @@
 
 import difflib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from sdvae.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # What diffusers' AutoencoderKL assumes for a field its config.json leaves out (0.42). They differ
 # from the defaults of VAEConfig, which are Stable Diffusion's.
@@ -16,8 +19,9 @@ _DIFFUSERS_DEFAULTS: dict[str, Any] = {
     "layers_per_block": 1,
     "sample_size": 32,
 }
-_IMPLIED_FIELDS = {"act_fn", "down_block_types", "up_block_types"}
-_CLASS_NAMES = {"AutoencoderKL", "FlaxAutoencoderKL", None}  # SD 1.5's own config.json says Flax
+_IMPLIED_FIELDS = {"act_fn", "down_block_types", "up_block_types", "double_z"}  # LDM's configs say double_z: true
+_MAX_BYTES = 1 << 20  # of a config.json; diffusers' have 1 kB
+_CLASS_NAMES = {"AutoencoderKL", "FlaxAutoencoderKL"}  # SD 1.5's own config.json says Flax
 _PLAIN, _ATTENTION = "DownEncoderBlock2D UpDecoderBlock2D", "AttnDownEncoderBlock2D AttnUpDecoderBlock2D"
 
 
@@ -67,6 +71,7 @@ class VAEConfig:
     force_upcast: bool = True
 
     def __post_init__(self) -> None:
+        self._require_sound()
         odd = [width for width in self.block_out_channels if width % self.norm_num_groups]
         if odd or not self.block_out_channels:
             raise ConfigError(
@@ -82,6 +87,24 @@ class VAEConfig:
             values = getattr(self, name)
             if values is not None and len(values) != self.latent_channels:
                 raise ConfigError(f"{name} has {len(values)} values for {self.latent_channels} latent channels")
+        if self.latents_std is not None and min(self.latents_std) <= 0:
+            raise ConfigError(f"latents_std has {min(self.latents_std)}; a standard deviation is above 0")
+
+    def _require_sound(self) -> None:
+        """Raise ConfigError for a field of another type, or out of the bounds of any published KL-VAE."""
+        counts = {"in_channels": 64, "out_channels": 64, "latent_channels": 1024, "layers_per_block": 8}
+        counts |= {"norm_num_groups": 4096, "sample_size": 1 << 20}
+        for name, most in counts.items():
+            value = getattr(self, name)
+            _require(name, value, type(value) is int and 1 <= value <= most)
+        _require("block_out_channels", self.block_out_channels, _are_widths(self.block_out_channels))
+        for name in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv", "force_upcast"):
+            _require(name, getattr(self, name), isinstance(getattr(self, name), bool))
+        factor, shift = self.scaling_factor, self.shift_factor
+        _require("scaling_factor", factor, _is_number(factor) and factor != 0)
+        _require("shift_factor", shift, shift is None or _is_number(shift))
+        for name in ("latents_mean", "latents_std"):
+            _require(name, getattr(self, name), getattr(self, name) is None or _are_numbers(getattr(self, name)))
 
     @property
     def downscale(self) -> int:
@@ -107,22 +130,35 @@ class VAEConfig:
 
         Raises ConfigError for another class, another activation, another block type, or unknown keys.
         """
-        if config.get("_class_name") not in _CLASS_NAMES:
-            raise ConfigError(f"the config describes a {config['_class_name']}; sdvae reads AutoencoderKL")
+        name = config.get("_class_name")
+        if name is not None and str(name) not in _CLASS_NAMES:
+            raise ConfigError(f"the config describes a {name!s:.60}; sdvae reads AutoencoderKL")
         known = {field.name for field in fields(cls)} - {"attention_levels"}
         given = {key: value for key, value in config.items() if not key.startswith("_")}
         unknown = sorted(given.keys() - known - _IMPLIED_FIELDS)
-        if unknown:
-            raise ConfigError(f"the config has keys that AutoencoderKL does not know: {', '.join(unknown)}")
+        unused = [key for key in unknown if given[key] is None or given[key] is False]
+        if unused:
+            logger.warning("the config has fields that sdvae does not know, unused: %s", ", ".join(unused))
+        if used := sorted(set(unknown) - set(unused)):
+            told = ", ".join(f"{key}={given[key]!r:.40}" for key in used[:6])
+            raise ConfigError(
+                f"the config has fields that AutoencoderKL does not know: {told}; if the weights do not depend on "
+                "them, remove them from config.json"
+            )
         if given.get("act_fn", "silu") not in ("silu", "swish"):
-            raise ConfigError(f"act_fn is {given['act_fn']!r}; sdvae implements silu")
+            raise ConfigError(f"act_fn is {given['act_fn']!r:.40}; sdvae implements silu")
+        if given.get("double_z", True) is not True:
+            raise ConfigError(f"double_z is {given['double_z']!r:.40}; sdvae implements true, an encoder of moments")
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in (_DIFFUSERS_DEFAULTS | given).items()
             if key in known
         }
-        if isinstance(values["sample_size"], tuple):
+        if values["sample_size"] is None:  # it changes no number
+            values["sample_size"] = _DIFFUSERS_DEFAULTS["sample_size"]
+        if isinstance(values["sample_size"], tuple) and values["sample_size"]:
             values["sample_size"] = values["sample_size"][0]
+        _require("block_out_channels", values["block_out_channels"], _are_widths(values["block_out_channels"]))
         levels = _attention_levels(given, num_levels=len(values["block_out_channels"]))
         return cls(**values, attention_levels=levels)
 
@@ -148,23 +184,49 @@ def read_config(path: Path) -> VAEConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a config file; ConfigError for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{path} has {path.stat().st_size:,} bytes; it is not the config of a VAE")
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}; mend it or move it away") from error
+        raise ConfigError(f"{path} cannot be read as JSON: {error}; repair the file or move it away") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no JSON object; it is not the config of a VAE")
     return content
 
 
+def _require(name: str, value: Any, is_sound: bool) -> None:
+    if not is_sound:
+        raise ConfigError(f"{name} is {value!r:.60}, which no KL-VAE has; correct config.json, or name a --family")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e30 < value < 1e30
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, tuple) and all(map(_is_number, values))
+
+
+def _are_widths(values: Any) -> bool:
+    is_few = isinstance(values, tuple) and 1 <= len(values) <= 8
+    return is_few and all(type(width) is int and 1 <= width <= 8192 for width in values)
+
+
 def _attention_levels(given: Mapping[str, Any], num_levels: int) -> tuple[int, ...]:
     plain_down, plain_up = _PLAIN.split()
-    down = list(given.get("down_block_types", [plain_down] * num_levels))
-    up = list(given.get("up_block_types", [plain_up] * num_levels))[::-1]
+    down = _block_types(given.get("down_block_types"), [plain_down] * num_levels)
+    up = _block_types(given.get("up_block_types"), [plain_up] * num_levels)[::-1]
     pairs = list(zip(down, up, strict=False))
     known = {tuple(_PLAIN.split()): False, tuple(_ATTENTION.split()): True}
     if len(down) != num_levels or len(up) != num_levels or any(pair not in known for pair in pairs):
-        raise ConfigError(f"block types {down} and {up[::-1]} are not those of a KL-VAE with {num_levels} levels")
+        raise ConfigError(f"block types {down[:8]} and {up[:-9:-1]} are not those of a KL-VAE with {num_levels} levels")
     return tuple(level for level, pair in enumerate(pairs) if known[pair])
+
+
+def _block_types(told: Any, default: list[str]) -> list[str]:
+    if told is None:
+        return default
+    return [str(name)[:40] for name in told] if isinstance(told, list | tuple) else [str(told)[:40]]
 
 
 _SD1 = VAEConfig()

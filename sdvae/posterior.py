@@ -1,4 +1,4 @@
-"""DiagonalGaussian: the encoder's posterior q(z|x), and the formulas of the VAE that speak of it."""
+"""DiagonalGaussian: the encoder's posterior q(z|x), and the VAE's formulas for it."""
 
 import math
 
@@ -14,6 +14,9 @@ class DiagonalGaussian:
     def __init__(self, mean: Tensor, logvar: Tensor) -> None:
         self.mean = mean
         self.logvar = logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
+
+    def __repr__(self) -> str:
+        return f"DiagonalGaussian({tuple(self.mean.shape)}, mode() and sample() give latents)"
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> "DiagonalGaussian":  # (N, 2C, h, w), the encoder's output

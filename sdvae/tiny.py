@@ -59,11 +59,11 @@ class TinyConfig(VAEConfig):
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> "TinyConfig":
-        """Not to be had: a TAESD's config.json is the same for SD 1 and SDXL. Name the family instead."""
+        """Always a ConfigError: a TAESD's config.json is the same for SD 1 and SDXL, so the family must be named."""
         raise ConfigError("the config of an AutoencoderTiny does not tell whose latents it speaks; name the family")
 
     def check_diffusers(self, config: Mapping[str, Any]) -> None:
-        """ConfigError for an AutoencoderTiny's config that asks for what shapes do not show and sdvae does not have."""
+        """ConfigError if an AutoencoderTiny's config asks for a layer that sdvae does not have."""
         ours = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
         odd = [f"{key} {config[key]!r}" for key, value in ours.items() if config.get(key, value) != value]
         if odd:
@@ -188,6 +188,7 @@ class TinyEngine:
         placed = copy.deepcopy(source).requires_grad_(False).eval().to(device, dtype)
         self._module: AutoencoderTiny = placed.to(memory_format=memory_format)  # type: ignore[call-overload]
         self._place = device, dtype, memory_format
+        self._float32: TinyEngine | None = None  # the twin that runs what overflows
 
     def encode_moments(self, pixels: Tensor, budget: int | str | None = None) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8): mean and logvar of raw latents."""
@@ -196,6 +197,16 @@ class TinyEngine:
     def decode(self, latents: Tensor, budget: int | str | None = None) -> Tensor:
         """Raw (N, C, h, w) -> pixels (N, 3, 8h, 8w)."""
         return self._run(self._module.decode, latents, budget)
+
+    def in_float32(self) -> "TinyEngine":
+        """The twin that computes in fp32, as deterministic as this engine is now; itself if it computes in fp32."""
+        device, dtype, _ = self._place
+        if dtype == torch.float32:
+            return self
+        if self._float32 is None:
+            self._float32 = TinyEngine(self.source, device, torch.float32)
+        self._float32.is_deterministic = self.is_deterministic
+        return self._float32
 
     def describe(self) -> str:
         """What runs, in words."""
@@ -213,8 +224,7 @@ class TinyEngine:
         for index, image in enumerate(out):
             if dtype != torch.float32 and not image.isfinite().all():
                 logger.warning("image %d of the batch overflowed in %s and runs again in fp32", index, dtype)
-                exact = TinyEngine(self.source, device, torch.float32)
-                image.copy_(getattr(exact, run.__name__)(batch[index : index + 1])[0])
+                image.copy_(getattr(self.in_float32(), run.__name__)(batch[index : index + 1])[0])
         return out
 
 

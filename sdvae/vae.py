@@ -1,9 +1,9 @@
 """VAE: what users hold. Weights, their identity, and a device and dtype to run them in."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from sdvae import latents as latent_scaling
 from sdvae.config import VAEConfig
-from sdvae.engine.blend import blended_decode, blended_encode
 from sdvae.engine.precision import choose_device, choose_dtype, full_precision
 from sdvae.engine.run import Budget, Engine
 from sdvae.errors import LatentsError, ShapeError
-from sdvae.images import from_pil
+from sdvae.images.read import from_pil
 from sdvae.pixels import pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.tiny import AutoencoderTiny, TinyEngine
 from sdvae.weights import identity
-from sdvae.weights.load import Network, build_model, load_weights, save_folder
+from sdvae.weights.load import AnyModel, build_model, load_weights, save_folder
 
 AnyImage = Image.Image | NDArray[np.uint8]
-Tiling = Literal["exact", "blend"]
+
+_MOST_PIXEL = 16.0  # noise and interpolation leave [-1, 1], images of 0..255 are far outside
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Encoded:
     latents: list[Tensor]
     sizes: list[tuple[int, int]]
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{width}x{height}" for height, width in self.sizes[:5]) + ", ..." * (len(self.sizes) > 5)
+        return f"Encoded({len(self.latents)} images: {sizes})"
+
 
 class VAE:
     """A KL-VAE or TAESD ready to run; inference only (train through `vae.model`, the weights as loaded).
@@ -46,7 +50,7 @@ class VAE:
     the log says so. One call at a time.
     """
 
-    def __init__(self, model: Network, device: torch.device, dtype: torch.dtype, name: str) -> None:
+    def __init__(self, model: AnyModel, device: torch.device, dtype: torch.dtype, name: str) -> None:
         """A model is neither copied nor changed: its weights are packed for `device` and `dtype` when they are used."""
         self.name = name
         self.config: VAEConfig = model.config
@@ -60,11 +64,14 @@ class VAE:
             if isinstance(model, AutoencoderTiny)
             else Engine(model, self.config, device, dtype)
         )
-        self._in_float32: VAE | None = None
 
     @classmethod
     def load(
-        cls, spec: str | Path | None = None, device: str = "auto", dtype: str = "auto", family: str | None = None
+        cls,
+        spec: str | Path | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        family: str | None = None,
     ) -> "VAE":
         """The embedded VAE, or the one `spec` names: a diffusers folder, a VAE's file, a checkpoint, a hub id.
 
@@ -88,59 +95,57 @@ class VAE:
         save_folder(Path(folder), self.config, self.model.state_dict())
 
     def in_float32(self) -> "VAE":
-        """This VAE computing in fp32 on the same device; itself if it does already."""
+        """This VAE computing in fp32 on the same device, on the fp32 twin of its engine; itself if it does already."""
         if self.dtype == torch.float32:
             return self
-        if self._in_float32 is None:
-            self._in_float32 = VAE(self.model, self.device, torch.float32, self.name)
-        return self._in_float32
+        exact = copy.copy(self)
+        exact.dtype, exact.engine = torch.float32, self.engine.in_float32()
+        return exact
 
-    def encode(self, pixels: Tensor, budget: Budget = None, tiling: Tiling = "exact") -> DiagonalGaussian:
+    def encode(self, pixels: Tensor, budget: Budget = None) -> DiagonalGaussian:
         """(N, 3, H, W) in [-1, 1] -> the posterior over raw latents (N, C, H/8, W/8).
 
         `budget` is the memory it may take beside the weights, "6GiB" or bytes; by default, what the device has free.
-        However little that is, the result is that of the whole image at once. `tiling="blend"` gives what diffusers'
-        `enable_tiling` gives instead, seams and all, for comparison with it.
+        The result is always that of the whole image.
         ShapeError for sizes that are no multiple of the downscale, BudgetError before anything is allocated.
         """
         self._check_pixels(pixels)
-        run = partial(self.engine.encode_moments, budget=budget)
         with _inference():
-            moments = run(pixels) if tiling == "exact" else blended_encode(run, self.config, pixels)
-        return DiagonalGaussian.from_moments(moments)
+            return DiagonalGaussian.from_moments(self.engine.encode_moments(pixels, budget))
 
-    def decode(self, latents: Tensor, budget: Budget = None, tiling: Tiling = "exact") -> Tensor:
+    def decode(self, latents: Tensor, budget: Budget = None) -> Tensor:
         """Raw (N, C, h, w) -> pixels (N, 3, 8h, 8w), about [-1, 1]; `unscale` scaled latents first.
 
-        `budget` and `tiling` are those of `encode`. LatentsError for other channels, NaN or infinity.
+        `budget` is that of `encode`. LatentsError for other channels, NaN or infinity.
         """
         self._check_latents(latents)
-        run = partial(self.engine.decode, budget=budget)
         with _inference():
-            return run(latents) if tiling == "exact" else blended_decode(run, self.config, latents)
+            return self.engine.decode(latents, budget)
 
     @contextmanager
     def deterministic(self) -> Iterator[None]:
         """Inside, results have the same bits whatever the batch and whatever memory is free.
 
-        What stores are encoded with. A budget that would cut the strips short is refused (BudgetError). Another number
-        of threads, library or CPU may still round otherwise.
+        Stores are encoded with it. A budget that needs other strips is refused (BudgetError). With another number of
+        threads, another library or CPU, the last bits may differ.
         """
-        engines = [self.engine, self.in_float32().engine]
-        before = [engine.is_deterministic for engine in engines]
+        engines = self.engine, self.engine.in_float32()
+        before = self.engine.is_deterministic
         for engine in engines:
             engine.is_deterministic = True
         try:
             yield
         finally:
-            for engine, was in zip(engines, before, strict=True):
-                engine.is_deterministic = was
+            for engine in engines:
+                engine.is_deterministic = before
 
     def encode_images(self, images: Sequence[AnyImage], budget: Budget = None) -> Encoded:
         """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.
 
         Takes PIL images of any mode and uint8 arrays (H, W, 3); one at a time, so memory follows the largest.
         """
+        if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+            raise ShapeError("encode_images takes a list of images, this is one; write encode_images([image])")
         arrays = [_as_image(image) for image in images]
         padded = (pad_to_multiple(image, self.config.downscale) for image in arrays)
         latents = [self.encode(to_pixels(image[None]), budget).mode() for image in padded]
@@ -211,8 +216,14 @@ class VAE:
         exact = self.in_float32().encode(pixels).mean
         return float((self.encode(pixels).mean - exact).norm() / exact.norm())
 
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"VAE({self.name!r}, latent space {self.latent_space}, {dtype} on {self.device})"
+
     def _check_pixels(self, pixels: Tensor) -> None:
         channels, downscale = self.config.in_channels, self.config.downscale
+        if not isinstance(pixels, Tensor):
+            raise ShapeError(f"encode takes a tensor of pixels, not {_kind(pixels)}; use encode_images for images")
         if pixels.dim() != 4 or pixels.shape[1] != channels or not pixels.is_floating_point():
             raise ShapeError(
                 f"encode takes float pixels (N, {channels}, H, W) in [-1, 1], not {_described(pixels)}; "
@@ -225,8 +236,18 @@ class VAE:
                 "encode_images pads and decode_images crops back"
             )
 
+        least, most = pixels.aminmax()
+        if not (least >= -_MOST_PIXEL and most <= _MOST_PIXEL):  # also where they are NaN
+            raise ShapeError(
+                f"encode takes pixels in [-1, 1], these are from {float(least):.4g} to {float(most):.4g}; "
+                "for images of 0..255 use encode_images, for 0..1 give 2 * pixels - 1"
+            )
+
     def _check_latents(self, latents: Tensor) -> None:
         channels = self.config.latent_channels
+        if not isinstance(latents, Tensor):
+            hint = "; give it posterior.mode() or .sample()" if isinstance(latents, DiagonalGaussian) else ""
+            raise LatentsError(f"decode takes a tensor of latents, not {_kind(latents)}{hint}")
         if latents.dim() != 4 or latents.shape[1] != channels or not latents.is_floating_point():
             raise LatentsError(f"{self.name} decodes float latents (N, {channels}, h, w), not {_described(latents)}")
         if not latents.isfinite().all():
@@ -236,9 +257,15 @@ class VAE:
 def _as_image(image: AnyImage) -> NDArray[np.uint8]:
     if isinstance(image, Image.Image):
         return from_pil(image)
+    if not isinstance(image, np.ndarray):
+        raise ShapeError(f"an image is a Pillow image or a uint8 array (H, W, 3), not {_kind(image)}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ShapeError(f"an image is a uint8 array (H, W, 3), not {image.dtype} {image.shape}")
     return image
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__module__}.{type(value).__name__}".replace("a builtins.", "a ")
 
 
 def _described(tensor: Tensor) -> str:

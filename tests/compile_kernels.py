@@ -15,7 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sdvae.engine import triton_ops
-from sdvae.engine.ops import Norm, strip_of
+from sdvae.engine.kernels import Norm
+from sdvae.engine.ops import strip_of
 
 KERNELS = ["_write_rows", "_merge_rows", "_normalise_tile", "_attend_block", "_merge_splits"]
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -147,14 +148,135 @@ def test_folders_are_made_with_their_parents(tmp_path: Path) -> None:
 def test_sweep_removes_what_the_dead_left_and_nothing_else(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
+    here = atomic._place()
     (tmp_path / "shards").mkdir()
-    left = [tmp_path / f".a.json.{dead.pid}.0123abcd.tmp", tmp_path / "shards" / f".b.{os.getpid()}.0123abcd.tmp"]
-    kept = [tmp_path / f".a.json.{os.getppid()}.0123abcd.tmp", tmp_path / ".hidden.tmp", tmp_path / "a.tmp"]
+    left = [tmp_path / f".{here}.{dead.pid}.0123abcd.tmp", tmp_path / "shards" / f".{here}.{os.getpid()}.0123abcd.tmp"]
+    kept = [tmp_path / f".{here}.{os.getppid()}.0123abcd.tmp", tmp_path / ".hidden.tmp", tmp_path / "a.tmp"]
     for path in left + kept:
         path.write_bytes(b"x")
     assert atomic.sweep(tmp_path) == 2
     assert [path.exists() for path in left] == [False, False]
     assert all(path.exists() for path in kept)
+
+
+def test_what_other_places_left_is_swept_when_it_is_a_day_old(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f".{'0' * 12}.{dead.pid}.0123abcd.tmp", f".a.json.{dead.pid}.0123abcd.tmp"]  # the second of an old sdvae
+    for name in names:
+        assert atomic.is_temporary(name)
+        (tmp_path / name).write_bytes(b"x")
+    assert atomic.sweep(tmp_path) == 0
+    now = (tmp_path / names[0]).stat().st_mtime
+    for name in names:
+        os.utime(tmp_path / name, (now, now - 2 * 24 * 3600))
+    assert atomic.sweep(tmp_path) == 2
+    assert _names(tmp_path) == []
+
+
+def test_sweep_spares_what_this_process_is_writing(tmp_path: Path) -> None:
+    swept = []
+
+    def chunks() -> Iterator[bytes]:
+        yield b"half"
+        swept.append(atomic.sweep(tmp_path))
+        yield b" and half"
+
+    atomic.write_stream(tmp_path / "a", chunks())
+    assert swept == [0] and (tmp_path / "a").read_bytes() == b"half and half"
+
+
+_SLOW_WRITER = """
+import sys
+from pathlib import Path
+from sdvae import atomic
+
+def chunks():
+    yield b"half"
+    print("writing", flush=True)
+    sys.stdin.readline()
+    yield b" and half"
+
+atomic.write_stream(Path(sys.argv[1]), chunks())
+"""
+_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+_STAND_IN = "from sdvae import atomic; import os; atomic._place = lambda: '0' * 12; os.getpid = lambda: 999_999_999"
+
+
+def _has_namespaces() -> bool:
+    try:
+        return subprocess.run([*_NAMESPACE, "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("kind", ["PID namespace", "stand-in"])
+def test_a_start_in_another_pid_namespace_takes_nothing_from_a_writer(tmp_path: Path, kind: str) -> None:
+    if kind == "PID namespace" and not _has_namespaces():
+        pytest.skip("unshare needs root")
+    code = _SLOW_WRITER if kind == "PID namespace" else f"{_STAND_IN}\n{_SLOW_WRITER}"
+    command = [*(_NAMESPACE if kind == "PID namespace" else []), sys.executable, "-c", code, str(tmp_path / "a")]
+
+    def start() -> "subprocess.Popen[bytes]":
+        writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert writer.stdout is not None and writer.stdout.readline() == b"writing\n"
+        return writer
+
+    with start() as writer:
+        (temporary,) = tmp_path.iterdir()
+        assert atomic.sweep(tmp_path) == 0
+        writer.communicate(b"\n")
+    assert writer.returncode == 0 and (tmp_path / "a").read_bytes() == b"half and half"
+
+    with start() as writer:
+        writer.kill()
+    (temporary,) = (path for path in tmp_path.iterdir() if path.name != "a")
+    assert atomic.sweep(tmp_path) == 0  # it could be alive
+    written = temporary.stat().st_mtime
+    os.utime(temporary, (written, written - 2 * 24 * 3600))
+    assert atomic.sweep(tmp_path) == 1
+    assert _names(tmp_path) == ["a"]
+
+
+_REFUSALS = [
+    *((name, code) for name in ("fsync", "link") for code in ("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EPERM")),
+    ("fsync", "EBADF"),
+    *(("link", code) for code in ("EACCES", "EMLINK", "EXDEV")),
+]
+
+
+@pytest.mark.parametrize(("operation", "code"), _REFUSALS)
+def test_a_file_system_may_lack_syncs_of_folders_and_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, operation: str, code: str
+) -> None:
+    real_fsync = os.fsync
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(getattr(errno, code), "not here")
+
+    def fsync(descriptor: int) -> None:
+        (refuse if stat.S_ISDIR(os.fstat(descriptor).st_mode) else real_fsync)(descriptor)
+
+    monkeypatch.setattr(os, operation, fsync if operation == "fsync" else refuse)
+    atomic.say_missing.cache_clear()
+    atomic.make_folder(tmp_path / "a")
+    for name in "bc":
+        assert atomic.create_bytes(tmp_path / "a" / name, b"first") is True
+        assert atomic.create_bytes(tmp_path / "a" / name, b"second") is False
+        atomic.write_bytes(tmp_path / "a" / "d", b"x")
+    atomic.remove(tmp_path / "a" / "d")
+    assert [path.read_bytes() for path in sorted((tmp_path / "a").iterdir())] == [b"first", b"first"]
+    assert len(caplog.messages) == 1 and "this file system has no" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("code", ["EIO", "ENOSPC", "EROFS"])
+def test_a_sync_that_fails_is_no_missing_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(getattr(errno, code), "gone wrong")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match="gone wrong"):
+        atomic.write_bytes(tmp_path / "a", b"x")
 
 
 @given(json_objects)

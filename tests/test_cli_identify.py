@@ -43,7 +43,7 @@ def test_a_folder_with_a_wrong_config_is_told_so(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.exit_code == 0
     assert done.stdout.splitlines()[0].endswith(("diffusion_pytorch_model.safetensors: sd1, likely", "sd1, certain"))
-    assert "its config says otherwise (config.json beside it tells scaling_factor 0.13025); go by sd1" in done.stderr
+    assert "its config disagrees (config.json beside it tells scaling_factor 0.13025); use sd1" in done.stderr
     assert run(tmp_path, "-q").stderr == ""
 
 
@@ -57,7 +57,7 @@ def test_a_random_vae_is_unknown(tmp_path: Path) -> None:
     assert json.loads(run(tmp_path, "--json").stdout)["scaling_factor"] is None
 
 
-@pytest.mark.parametrize(("name", "told"), [("absent.safetensors", "no folder, file or hub id"), (".", "holds no")])
+@pytest.mark.parametrize(("name", "told"), [("absent.safetensors", "not a folder, file or hub id"), (".", "holds no")])
 def test_what_is_not_there_is_a_sentence(tmp_path: Path, name: str, told: str) -> None:
     done = run(tmp_path / name)
     assert done.exit_code == 1 and done.stdout == ""

@@ -143,7 +143,7 @@ def refusal(**changes: object) -> str:
 
 def test_unknown_keys_are_named() -> None:
     message = refusal(temporal_layers=2, bottleneck="wide")
-    assert "bottleneck, temporal_layers" in message
+    assert "bottleneck='wide', temporal_layers=2; if the weights do not depend" in message
 
 
 def test_keys_with_an_underscore_are_bookkeeping() -> None:

@@ -11,6 +11,7 @@ from sdvae.bench.throughput import relative_error, seeded_model
 from sdvae.config import FAMILIES, VAEConfig
 from sdvae.engine import graphs, ops
 from sdvae.engine.execute import execute
+from sdvae.engine.kernels import Norm
 from sdvae.engine.plan import Plan, make_plan
 from sdvae.engine.program import choose_kernels, compile_program
 from sdvae.engine.stages import Direction
@@ -85,7 +86,7 @@ def test_torch_and_triton_agree() -> None:
         made, old = (torch.randn(1, 256, 24, 96, device=GPU).to(dtype) for _ in range(2))
         made, old = (one.contiguous(memory_format=torch.channels_last) for one in (made, old))
         bias = torch.randn(256, device=GPU)
-        norm = ops.Norm(torch.randn(256, device=GPU), bias, 1e-6, 32)
+        norm = Norm(torch.randn(256, device=GPU), bias, 1e-6, 32)
         results = []
         for kernels in (ops, triton_ops):
             target, statistics = old.clone(), kernels.Statistics(8)

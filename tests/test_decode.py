@@ -1,5 +1,6 @@
 import logging
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,14 +9,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 
 from sdvae import VAE, atomic
 from sdvae.config import VAEConfig
 from sdvae.encoding.encode import EncodeSettings, encode_dataset
-from sdvae.errors import LatentsError, OutputError, StoreError
+from sdvae.errors import LatentsError, OutputError, StoreError, UnsafeFileError
 from sdvae.pixels import to_images
+from sdvae.reading.dataset import LatentDataset
 from sdvae.reading.decode import DecodeSettings, decode_dataset
+from sdvae.reading.export import export
 from sdvae.store.geometry import Preprocess
+from sdvae.store.store import Store
 from tests.conftest import random_model
 
 RAW = DecodeSettings(latents="raw")
@@ -132,15 +137,50 @@ def test_one_bad_file_among_many_is_found_before_anything_is_written(small_vae: 
     np.save(source / "a.npy", np.zeros((1, 4, 2, 2), np.float32))
     np.save(source / "b.npy", np.full((1, 4, 2, 2), np.nan, np.float32))
     with pytest.raises(LatentsError, match=r"b.npy holds NaN"):
+        decode_dataset(source / "b.npy", tmp_path / "out", small_vae, RAW)
+    (tmp_path / "bad").mkdir()
+    shutil.copy(source / "b.npy", tmp_path / "bad")
+    with pytest.raises(LatentsError, match=r"holds no file that can be decoded; of 1, the first: .*b.npy holds NaN"):
+        decode_dataset(tmp_path / "bad", tmp_path / "out", small_vae, RAW)
+    torch.save(os.system, source / "c.pt")
+    with pytest.raises(UnsafeFileError):
         decode_dataset(source, tmp_path / "out", small_vae, RAW)
     assert not (tmp_path / "out").exists()
+    (source / "c.pt").write_bytes(b"no latents")
+    report = decode_dataset(source, tmp_path / "out", small_vae, RAW)
+    assert report.num_written == 1 and [told.split(" ")[1:3] for told in report.skipped] == [
+        ["holds", "NaN"],
+        ["is", "a"],
+    ]
+    assert files_in(tmp_path / "out").keys() == {"a.png"}
+
+
+@pytest.mark.parametrize(("name", "format"), [("out.png", "PNG"), ("new/out.JPG", "JPEG"), ("out.webp", "WEBP")])
+def test_one_image_may_go_to_a_picture_by_name(small_vae: VAE, tmp_path: Path, name: str, format: str) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((1, 4, 2, 3), np.float32))
+    for _ in range(2):
+        assert decode_dataset(tmp_path / "a.npy", tmp_path / name, small_vae, RAW).num_written == 1
+    with Image.open(tmp_path / name) as image:
+        assert (image.format, image.size) == (format, (24, 16))
+    np.save(tmp_path / "b.npy", np.zeros((2, 4, 2, 3), np.float32))
+    with pytest.raises(OutputError, match=r"names one picture, but .*b.npy holds 2 images; give a folder"):
+        decode_dataset(tmp_path / "b.npy", tmp_path / "b.png", small_vae, RAW)
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_our_own_kohya_files_are_decoded(small_vae: VAE, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    photo(64, 64).save(tmp_path / "photos/a.png")
+    encode_dataset(tmp_path / "photos", tmp_path / "store", small_vae, EncodeSettings(Preprocess(size_px=64)))
+    export(tmp_path / "store", "kohya", tmp_path / "kohya")
+    assert decode_dataset(tmp_path / "kohya", tmp_path / "out", small_vae, DecodeSettings()).num_written == 1
 
 
 def test_the_same_command_again_writes_the_same_files_anew(store: Path, small_vae: VAE, tmp_path: Path) -> None:
     decode_dataset(store, tmp_path / "out", small_vae, DecodeSettings())
     before = files_in(tmp_path / "out")
     (tmp_path / "out" / "c.png").write_bytes(b"cut short")
-    leftover = tmp_path / "out" / ".c.png.999999999.0123abcd.tmp"  # of a process that was killed
+    leftover = tmp_path / "out" / f".{atomic._place()}.999999999.0123abcd.tmp"  # of a process that was killed
     leftover.touch()
     decode_dataset(store, tmp_path / "out", small_vae, DecodeSettings())
     assert files_in(tmp_path / "out") == before
@@ -225,3 +265,29 @@ def test_families_of_other_channels_are_decoded(tmp_path: Path) -> None:
     decode_dataset(tmp_path / "z.npy", tmp_path / "out", vae, DecodeSettings(latents="scaled"))
     expected = to_images(vae.decode(torch.full((1, 16, 3, 5), 0.25)))[0]
     assert np.array_equal(read(tmp_path / "out" / "z.png"), expected)
+
+
+def test_a_store_opened_by_a_relative_path_survives_a_change_of_the_folder(
+    store: Path, small_vae: VAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    np.save(tmp_path / "a.npy", np.zeros((3, 4, 2, 2), np.float32))
+
+    def leave(*_: object) -> None:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+
+    monkeypatch.chdir(store.parent)
+    dataset, opened = LatentDataset("store"), Store.open(Path("store"))
+    leave()
+    loader = DataLoader(dataset, num_workers=1, multiprocessing_context="spawn")
+    assert len(list(loader)) == 4 and len(opened.quarantined()) == 1
+    monkeypatch.chdir(store.parent)
+    assert decode_dataset(Path("store"), Path("decoded"), small_vae, DecodeSettings(), leave).num_written == 4
+    monkeypatch.chdir(store.parent)
+    assert export(Path("store"), "webdataset", Path("exported"), progress=leave)["num_records"] == 4
+    monkeypatch.chdir(tmp_path)
+    assert decode_dataset(Path("a.npy"), Path("files"), small_vae, RAW, leave).num_written == 3
+    monkeypatch.chdir(store.parent)
+    encode_dataset("photos", "again", small_vae, EncodeSettings(Preprocess(size_px=32)), progress=leave)
+    assert Store.open(store.parent / "again").is_finished
+    assert not list((tmp_path / "elsewhere").iterdir())

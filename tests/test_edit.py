@@ -220,7 +220,7 @@ def test_swap_refuses_what_would_not_work(tmp_path: Path, caplog: pytest.LogCapt
     with pytest.raises(WeightsError, match=r"another structure .* decoder\.conv_in\.weight"):
         swap(source, vae, output)
     vae_file(vae, family="sdxl")
-    with pytest.raises(WeightsError, match=r"speaks sd1 latents and .* sdxl"):
+    with pytest.raises(WeightsError, match=r"has sd1 latents and .* has sdxl latents"):
         swap(source, vae, output)
     vae_file(vae)
     with pytest.raises(WeightsError, match=r"must be named \.safetensors"):

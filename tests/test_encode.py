@@ -21,7 +21,7 @@ from sdvae.encoding.manifest import EncodeSettings, fixed_threads
 from sdvae.encoding.resize import apply
 from sdvae.encoding.tasks import Work
 from sdvae.errors import ConfigError, OutputError, SourceError, StoreError, VerifyError
-from sdvae.images import read_image
+from sdvae.images.read import read_image
 from sdvae.pixels import to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.sources.open import FolderSource
@@ -317,6 +317,36 @@ def begun(photos: Path, tmp_path: Path, small_vae: VAE) -> Path:
     return tmp_path / "out"
 
 
+def test_a_survey_tells_what_would_be_done_and_writes_nothing(
+    photos: Path, tmp_path: Path, small_vae: VAE, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = replace(SETTINGS, preprocess=Preprocess(size_px=32, max_upscale=0.9))  # refuses sides of 33 px
+    found = encode.survey(photos, tmp_path / "out", small_vae, settings)
+    assert not (tmp_path / "out").exists()
+    small = "too small: it would have to be enlarged by more than 0.9"
+    assert found.sizes == {(32, 32): 9} and found.quarantined[small] == 3 and len(found.quarantined) == 3
+    told: list[tuple[str, int, int]] = []
+    report = encode_dataset(photos, tmp_path / "out", small_vae, settings, progress=lambda *now: told.append(now))
+    assert f"3 photos will not be encoded: {small}; --max-upscale N allows it" in caplog.messages
+    assert told[-1] == ("encode", 9, 9), "what is not encoded is not counted"
+    assert (report.num_seen, report.num_written) == (found.num_seen, 8)  # one header promised too much
+    tensors = sum(file.stat().st_size - 4096 for file in (tmp_path / "out" / "shards").iterdir())
+    assert found.num_bytes == tensors // 8 * 9
+    again = encode.survey(photos, tmp_path / "out", small_vae, settings)
+    assert (again.sizes, again.quarantined) == ({}, {}), "all of it is there"
+    with pytest.raises(StoreError, match="was begun with other settings"):
+        encode.survey(photos, tmp_path / "out", small_vae, SETTINGS)
+
+
+def test_a_limit_takes_the_first_photos_and_a_later_run_the_others(
+    photos: Path, tmp_path: Path, small_vae: VAE
+) -> None:
+    assert encode_dataset(photos, tmp_path / "out", small_vae, SETTINGS, limit=5).num_seen == 5
+    report = encode_dataset(photos, tmp_path / "out", small_vae, SETTINGS)
+    assert (report.num_seen, report.num_written) == (NUM_PHOTOS + NUM_BROKEN, NUM_PHOTOS)
+    assert len(Store.open(tmp_path / "out").rosters) == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "difference"),
     [
@@ -376,13 +406,12 @@ def test_what_was_chosen_once_is_not_chosen_again(
 
 
 def test_what_to_continue_with_is_told(begun: Path, tmp_path: Path) -> None:
-    assert manifest.recorded_dtype(begun) == "fp32"
-    assert manifest.recorded_dtype(tmp_path / "new") is None
-    assert manifest.recorded_resizer(begun) == "pillow"
-    assert manifest.recorded_resizer(tmp_path / "new") is None
+    store = Store.find(begun)
+    assert store is not None and store.manifest["compute"]["dtype"] == "fp32"
+    assert Store.find(tmp_path / "new") is None
     (begun / "manifest.json").write_text("{}")
     with pytest.raises(StoreError, match="not the manifest of a latent store"):
-        manifest.recorded_dtype(begun)
+        Store.find(begun)
 
 
 def test_a_lost_shard_is_encoded_again(photos: Path, begun: Path, small_vae: VAE) -> None:
@@ -596,7 +625,7 @@ def test_a_signal_leaves_no_temporary_and_the_next_run_finishes(
 
 def test_temporaries_of_the_dead_are_swept(photos: Path, begun: Path, small_vae: VAE) -> None:
     before = _files(begun)
-    left = begun / "shards" / f".00000-32x32.safetensors.{os.getpid()}.0123abcd.tmp"
+    left = begun / "shards" / f".{atomic._place()}.{os.getpid()}.0123abcd.tmp"
     left.write_bytes(b"half a shard")
     encode_dataset(photos, begun, small_vae, SETTINGS)
     assert _files(begun) == before

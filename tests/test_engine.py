@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.config import VAEConfig
+from sdvae.engine import run as running
 from sdvae.engine.calibrate import calibrate, calibration_images
 from sdvae.engine.execute import Peaks, execute
 from sdvae.engine.memory import free_bytes, parse_bytes
@@ -21,7 +22,6 @@ from sdvae.errors import BudgetError, DeviceError
 from sdvae.model import AutoencoderKL
 from sdvae.vae import VAE
 from tests.conftest import SMALL, random_model
-from tests.parity.test_model import diffusers_twin, quiet_model
 
 CPU = torch.device("cpu")
 
@@ -98,7 +98,23 @@ def test_a_copy_packs_for_itself(model: AutoencoderKL, engine: Engine) -> None:
     assert copied.decode(latents()).equal(expected)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_compared_where_they_lie(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    weights = random_model(SMALL).to(dtype).to(memory_format=memory_format).state_dict()
+    for name, values in weights.items():
+        bits = running._bits(values)
+        assert bits.data_ptr() == values.data_ptr() and bits.nbytes == values.nbytes, f"{name} was copied"
+
+
 # --- Who runs ---
+
+
+def test_a_budget_is_refused_for_the_true_reason(engine: Engine) -> None:
+    with pytest.raises(BudgetError, match=r"because the shape \(1, 5, 6, 5\) is none that it can decode"):
+        engine.decode(torch.zeros(1, 5, 6, 5), budget="1GiB")
+    with pytest.raises(BudgetError, match=r"because the input is torch.bfloat16 on cpu, and the weights are .*float32"):
+        engine.decode(latents().bfloat16(), budget="1GiB")
 
 
 def test_gradients_are_those_of_the_reference(model: AutoencoderKL, engine: Engine) -> None:
@@ -121,8 +137,9 @@ def test_what_is_more_than_weights_runs_as_it_is(model: AutoencoderKL, engine: E
     model.decoder.conv_out = louder
     assert engine.obstacle() == "decoder.conv_out is a Louder"
     assert is_close(engine.decode(latents()), model.decode(latents()))
-    with pytest.raises(BudgetError, match="reference network"):
+    with pytest.raises(BudgetError, match=r"reference network runs, because decoder\.conv_out is a Louder"):
         engine.decode(latents(), budget="1GiB")
+    assert engine.describe() == "sdvae's reference network, float32 on cpu, because decoder.conv_out is a Louder"
 
 
 def test_hooks_on_a_layer_run(model: AutoencoderKL, engine: Engine) -> None:
@@ -184,22 +201,6 @@ def test_deterministic_results_do_not_follow_the_memory_that_is_free(
     assert not small_vae.engine.is_deterministic
 
 
-def test_blended_tiles_are_those_of_diffusers() -> None:
-    config = VAEConfig(**(vars(SMALL) | {"sample_size": 32, "use_quant_conv": True, "use_post_quant_conv": True}))
-    model = quiet_model(config)
-    vae, twin = VAE(model, CPU, torch.float32, "tiled"), diffusers_twin(model)
-    twin.enable_tiling()
-    with torch.no_grad():
-        theirs = twin.decode(torch.randn(1, 4, 11, 9, generator=torch.Generator().manual_seed(2))).sample
-        ours = vae.decode(torch.randn(1, 4, 11, 9, generator=torch.Generator().manual_seed(2)), tiling="blend")
-        assert float((ours - theirs).norm() / theirs.norm()) <= 2e-6, "the rewrites round otherwise: 1e-6"
-        pixels = torch.randn(1, 3, 72, 88)
-        moments = twin.encode(pixels).latent_dist.parameters
-        blended = vae.encode(pixels, tiling="blend").mean
-        assert float((blended - moments[:, :4]).norm() / blended.norm()) <= 2e-6
-        assert float((vae.encode(pixels).mean - blended).norm() / blended.norm()) > 1e-3, "tiling is approximate"
-
-
 # --- Range scaling ---
 
 
@@ -256,7 +257,7 @@ def test_fp16_is_scaled_by_itself() -> None:
     model = loud_model(6e4)
     vae = VAE(model, CPU, torch.float16, "loud")
     scaled = vae.decode(torch.randn(1, 4, 8, 8))
-    assert scaled.isfinite().all() and vae._in_float32 is None, "not run again in fp32"
+    assert scaled.isfinite().all() and vae.engine._float32 is None, "not run again in fp32"
     assert isinstance(vae.engine, Engine) and vae.engine.program("decode").exponents
 
 

@@ -10,7 +10,7 @@ from sdvae.config import VAEConfig
 from sdvae.engine.describe import as_bytes, describe_plan, plan_values
 from sdvae.engine.plan import make_plan
 from sdvae.engine.program import compile_program
-from sdvae.engine.stages import Direction, network
+from sdvae.engine.stages import Direction, build_network
 from tests.conftest import SMALL, random_model
 
 WITH_ATTENTION = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
@@ -18,15 +18,15 @@ WITH_ATTENTION = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_every_stage_has_a_row_with_its_size_and_strips(direction: Direction) -> None:
-    line = network(WITH_ATTENTION, direction)
+    network = build_network(WITH_ATTENTION, direction)
     size = (48, 32) if direction == "encode" else (24, 16)
-    plan = make_plan(line, *size, 4, num_strips=3)
+    plan = make_plan(network, *size, 4, num_strips=3)
     text = describe_plan(plan)
     rows = {row.split()[0]: row for row in text.splitlines() if "coder." in row}
-    assert list(rows) == [stage.name for stage in line.stages]
+    assert list(rows) == [stage.name for stage in network.stages]
     assert "mid_block.attentions.0" in text
-    for stage in line.stages:
-        height, width = line.sizes(*size)[stage.level]
+    for stage in network.stages:
+        height, width = network.sizes(*size)[stage.level]
         channels = f"{stage.in_channels} > {stage.out_channels}"
         found = re.search(rf"{stage.kind} +{channels} +(\d+)x(\d+) +(\d+) ", rows[stage.name])
         assert found is not None, rows[stage.name]
@@ -35,7 +35,7 @@ def test_every_stage_has_a_row_with_its_size_and_strips(direction: Direction) ->
 
 
 def test_the_parts_of_the_memory_add_up() -> None:
-    plan = make_plan(network(SMALL, "decode"), 8, 8, 2)
+    plan = make_plan(build_network(SMALL, "decode"), 8, 8, 2)
     values = plan_values(plan, num_images=3)
     assert values["predicted_bytes"] == plan.predict_bytes(3)
     assert values["arena_bytes"] + values["strip_bytes"] + values["images_bytes"] == plan.predict_bytes(3)  # type: ignore[operator]
@@ -81,9 +81,9 @@ def test_amounts_have_three_digits(amount: int, text: str) -> None:
 
 def test_plans_are_described_without_torch() -> None:
     script = (
-        "import sys; from sdvae.config import VAEConfig; from sdvae.engine.stages import network;"
+        "import sys; from sdvae.config import VAEConfig; from sdvae.engine.stages import build_network;"
         "from sdvae.engine.plan import make_plan; from sdvae.engine.describe import describe_plan;"
-        "print(describe_plan(make_plan(network(VAEConfig(), 'decode'), 64, 64, 2)));"
+        "print(describe_plan(make_plan(build_network(VAEConfig(), 'decode'), 64, 64, 2)));"
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

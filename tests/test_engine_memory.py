@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sdvae.bench.memory import Peak, Task, measure_fresh
+from benchmarks.memory import Peak, Task, measure_fresh
 from sdvae.config import FAMILIES, VAEConfig
 from sdvae.engine.plan import make_plan
-from sdvae.engine.stages import Direction, network
+from sdvae.engine.stages import Direction, build_network
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc"
@@ -38,8 +38,8 @@ def test_the_peak_is_the_predicted_one(direction: Direction) -> None:
 
 def test_a_budget_is_kept_under_a_hard_limit() -> None:
     """With the budget's bytes and no more than libraries' few beside them; diffusers fails in the same space."""
-    line = network(QUARTER, "decode")
-    smallest = min(make_plan(line, 48, 48, 4, num_strips=count).predict_bytes() for count in (1, 4, 16, 48))
+    network = build_network(QUARTER, "decode")
+    smallest = min(make_plan(network, 48, 48, 4, num_strips=count).predict_bytes() for count in (1, 4, 16, 48))
     budget = int(1.02 * smallest)
     limit = budget + 24 * MB
     task = Task(QUARTER, "decode", 384, 384, "fp32", budget_bytes=budget, limit_bytes=limit)
@@ -53,10 +53,10 @@ def test_a_budget_is_kept_under_a_hard_limit() -> None:
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_predictions_are_256_elements_a_pixel_and_a_strip(direction: Direction) -> None:
-    line = network(FAMILIES["sd1"], direction)
+    network = build_network(FAMILIES["sd1"], direction)
     for px in (512, 1024, 2048, 4096):
         side = px if direction == "encode" else px // 8
-        plan = make_plan(line, side, side, 2)
+        plan = make_plan(network, side, side, 2)
         strip = plan.scratch_bytes
         assert plan.predict_bytes() <= 1.15 * (256 * px * px * 2 + strip)
 

@@ -14,6 +14,7 @@ from sdvae.config import VAEConfig
 from sdvae.engine import execute as executing
 from sdvae.engine import ops
 from sdvae.engine import plan as planning
+from sdvae.engine.convolutions import PackedConvolution
 from sdvae.engine.execute import execute
 from sdvae.engine.plan import Plan, make_plan
 from sdvae.engine.program import Program, compile_program
@@ -105,11 +106,11 @@ def test_each_stage_runs_in_as_many_strips_as_were_asked_for(direction: Directio
     counts: dict[str, int] = {}
 
     class Counting:
-        def __init__(self, name: str, convolution: ops.Convolution | ops.Upsampling) -> None:
+        def __init__(self, name: str, convolution: PackedConvolution) -> None:
             self._name, self._convolution = name, convolution
 
         def __getattr__(self, name: str) -> Any:
-            if name.startswith("write"):
+            if name == "write":
                 counts[self._name] = counts.get(self._name, 0) + 1
             return getattr(self._convolution, name)
 
@@ -123,7 +124,10 @@ def test_each_stage_runs_in_as_many_strips_as_were_asked_for(direction: Directio
             assert counts[stage.name] == plan.num_strips(stage) == 3
 
 
-@pytest.mark.parametrize("shape", [(65, 81), (1, 64), (256, 8)])  # latents of 520x648, one row, a column of 2048x64
+@pytest.mark.parametrize(
+    "shape",  # latents of odd sizes, one row, a column; and those of 520x648 and 2048x64
+    [(17, 21), (1, 64), (64, 2), *(pytest.param(size, marks=pytest.mark.slow) for size in ((65, 81), (256, 8)))],
+)
 def test_odd_sizes_decode_alike_in_many_strips(shape: tuple[int, int]) -> None:
     latents = inputs("all parts", "decode", *shape)
     program = compiled("all parts", "decode")
@@ -220,3 +224,13 @@ def test_reduced_precision_is_no_worse_than_diffusers(direction: Direction, dtyp
     ours, plan = run(program, images, 5, is_deterministic=False)
     assert plan.num_strips(program.network.stages[0]) == 5
     assert error(ours, exact) <= 1.2 * error(theirs, exact)
+
+
+def test_a_cpu_without_bf16_rounds_sums_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN refuses bf16 weights before AVX512."""
+    monkeypatch.setattr(ops, "_has_bf16", lambda: False)
+    latents, program = inputs("all parts", "decode", 5, 3), compiled("all parts", "decode", torch.bfloat16)
+    assert {packed.convolution.kernel for packed in program.stages if packed.convolution} == {"torch"}
+    whole = run(program, latents, 1)[0]
+    assert 1e-4 < error(whole, reference("all parts", "decode", latents)) < 0.05
+    assert run(program, latents, 5)[0].equal(whole)

@@ -397,7 +397,7 @@ def test_the_verb_says_what_it_wrote(tmp_path: Path) -> None:
     root = str(store.paths.root)
     done = CliRunner().invoke(cli, ["export", root, "--to", "kohya", "-o", str(tmp_path / "a")], catch_exceptions=False)
     assert done.exit_code == 0
-    assert "9 records are in" in done.stdout and "sample, raw" in done.stdout and "latents_flipped" in done.stdout
+    assert "9 records written to" in done.stdout and "sample, raw" in done.stdout and "latents_flipped" in done.stdout
     assert "for training, resolution: [64, 64]" in done.stderr
     arguments = ["export", root, "--to", "repa", "-o", str(tmp_path / "b"), "--json", "-q"]
     result = json.loads(CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout)

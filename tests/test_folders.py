@@ -43,6 +43,26 @@ def test_hidden_files_and_what_lies_beside_photos_are_no_records(tmp_path: Path)
     assert list(_reasons(tmp_path)) == ["a.jpg"]
 
 
+def test_a_snapshot_in_the_hubs_cache_is_read_through_its_links(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "datasets--me--set/blobs", tmp_path / "datasets--me--set/snapshots/0a1b"
+    for folder in (blobs, snapshot / "sub"):
+        folder.mkdir(parents=True)
+    (blobs / "1234").write_bytes(b"a photo")
+    (blobs / "5678").write_bytes(b"a fox")
+    (tmp_path / "secret").write_bytes(b"no photo")
+    for name, target in {"a.jpg": "../../blobs/1234", "a.txt": "../../blobs/5678", "b.jpg": "../../../secret"}.items():
+        (snapshot / name).symlink_to(target)
+    (snapshot / "sub/c.jpg").symlink_to("../../../blobs/1234")
+    found = {entry.key: (entry.reason, entry.caption) for entry in FolderSource(snapshot).entries()}
+    assert found == {
+        "a.jpg": (None, "a fox"),
+        "b.jpg": ("a link that leads out of the source folder", None),
+        "sub/c.jpg": (None, None),
+    }
+    assert FolderSource(snapshot).read("a.jpg") == b"a photo"
+    assert [entry.reason for entry in FolderSource(snapshot / "sub").entries()] == [None]
+
+
 def test_links_are_followed_inside_the_source_only(tmp_path: Path) -> None:
     root, outside = tmp_path / "photos", tmp_path / "outside"
     for folder in (root / "real", outside):

@@ -53,7 +53,7 @@ def test_taesd_is_known_by_what_it_does_not_by_name_or_dtype(
     assert (found.latent_space, found.certainty) == (space, "certain")
     assert found.network.startswith("TAESD encoder") and found.contradictions == ()
     probe = found.evidence[-1]
-    assert probe.kind == "probe" and "scaling factor 1, for 1 expected" in probe.reason
+    assert probe.kind == "probe" and "scaling factor 1, expected 1" in probe.reason
 
 
 def test_both_layouts_and_both_containers_of_taesd_are_one(data_dir: Path, tmp_path: Path, space: str) -> None:
@@ -94,7 +94,7 @@ def test_another_scale_is_less_certain(data_dir: Path, tmp_path: Path) -> None:
     save_file(tensors, path)
     found = identify(path)
     assert (found.latent_space, found.certainty) == ("sd1", "likely")
-    assert "scaling factor 0.5, for 1 expected" in found.evidence[-1].reason
+    assert "scaling factor 0.5, expected 1" in found.evidence[-1].reason
 
 
 @pytest.mark.parametrize("name", ["taesana_encoder", "taef2_encoder", "taef2_decoder"])
@@ -213,7 +213,7 @@ def test_files_without_a_vae_are_refused(tmp_path: Path) -> None:
         identify(tmp_path / "absent.safetensors")
     broken = embedded(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="mend it"):
+    with pytest.raises(ConfigError, match="repair the file"):
         identify(broken)
 
 

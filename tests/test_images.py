@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-import sdvae.images
+import sdvae.images.colour
+import sdvae.images.read
 from sdvae.errors import ImageError
-from sdvae.images import encode_image, from_pil, read_image, read_size
+from sdvae.images.read import from_pil, read_image, read_size
+from sdvae.images.write import encode_image
 
 ORIENTATION = 0x0112
 
@@ -104,7 +106,7 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 def test_orientation_is_applied_once(
     format: str, options: dict[str, object], orientation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sdvae.images, "_BAND_PIXELS", 24 * 5)  # bands of 5 rows: 5, 5, 5, 1
+    monkeypatch.setattr(sdvae.images.read, "_BAND_PIXELS", 24 * 5)  # bands of 5 rows: 5, 5, 5, 1
     stored = noise(4, 6, seed=orientation).repeat(4, axis=0).repeat(4, axis=1)  # 16x24 blocks: kind to lossy codecs
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -376,9 +378,9 @@ def test_lab_is_converted() -> None:
 def test_a_profile_that_cannot_be_used_is_logged(
     mode: str, profile: bytes, logged: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sdvae.images._srgb_transform.cache_clear()  # each profile is logged once
+    sdvae.images.colour._srgb_transform.cache_clear()  # each profile is logged once
     image = Image.fromarray(noise(8, 8)).convert(mode)
-    with caplog.at_level(logging.WARNING, logger="sdvae.images"):
+    with caplog.at_level(logging.WARNING, logger="sdvae.images.colour"):
         got = read_image(saved(image, "TIFF", icc_profile=profile))
     assert np.array_equal(got, np.asarray(image.convert("RGB")))
     assert [logged in record.message for record in caplog.records] == [True]

@@ -276,3 +276,42 @@ def test_leftovers_are_listed_by_name() -> None:
 def test_a_file_without_a_vae_is_told(keys: list[str]) -> None:
     with pytest.raises(WeightsError, match="no KL-VAE among its"):
         find_vae(keys)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "first_stage_model._orig_mod.", "x.y."]
+)
+@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+def test_a_vae_is_found_under_the_names_of_wrappers_and_of_other_modules(prefix: str, layout: str) -> None:
+    state = ldm_state_dict(TINY) if layout == "ldm" else AutoencoderKL(TINY).state_dict()
+    expected = find_vae(state)
+    found = find_vae({prefix + key for key in state})
+    assert {key.removeprefix(prefix): name for key, name in found.names.items()} == expected.names
+    assert found.layout == expected.layout
+
+
+def test_a_compiled_half_is_found() -> None:
+    state = AutoencoderKL(TINY).state_dict()
+    found = find_vae({key.replace("decoder.", "decoder._orig_mod.") for key in state})
+    assert set(found.names.values()) == set(state)
+
+
+def test_two_vaes_under_other_names_are_told_apart_by_the_user() -> None:
+    state = AutoencoderKL(TINY).state_dict()
+    with pytest.raises(WeightsError, match=r"several VAEs, under a\., b\."):
+        find_vae({prefix + key for key in state for prefix in ("a.", "b.")})
+
+
+@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+@pytest.mark.parametrize("spelling", range(3))
+def test_attention_is_found_under_any_of_its_names_in_either_layout(layout: str, spelling: int) -> None:
+    own = {"ldm": ("q", "k", "v", "proj_out"), "diffusers": ("to_q", "to_k", "to_v", "to_out.0")}[layout]
+    others = [("q", "k", "v", "proj_out"), ("to_q", "to_k", "to_v", "to_out.0"), ("query", "key", "value", "proj_attn")]
+    state = ldm_state_dict(TINY) if layout == "ldm" else AutoencoderKL(TINY).state_dict()
+    renamed = {}
+    for key in state:
+        block, _, kind = key.rpartition(".")
+        part = next((number for number, name in enumerate(own) if block.endswith(f".{name}")), None)
+        renamed[key] = key if part is None else f"{block.removesuffix(own[part])}{others[spelling][part]}.{kind}"
+    found = find_vae(set(renamed.values()))
+    assert {key: found.names[renamed[key]] for key in state} == find_vae(state).names

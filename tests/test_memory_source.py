@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
 from sdvae.errors import ImageError
-from sdvae.images import from_pil, read_image, read_size
+from sdvae.images.read import from_pil, read_image, read_size
 from sdvae.sources.open import open_source
 
 RAMP = np.random.default_rng(3).integers(0, 256, (12, 9, 3), np.uint8)

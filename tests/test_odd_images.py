@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from sdvae.errors import ImageError
-from sdvae.images import read_image, read_size
+from sdvae.images.read import read_image, read_size
 
 BACKGROUND = (255, 255, 255)
 
@@ -141,7 +141,7 @@ def test_rotated_photos_are_upright(odd: dict[Path, bool]) -> None:
 def test_33_megapixels_take_little_more_than_their_own_array(odd: dict[Path, bool]) -> None:
     path = next(path for path in odd if path.name == "large_no_samp_7680_4320.jpg")
     code = (
-        "import resource, sys, pathlib, PIL.JpegImagePlugin; from sdvae.images import read_image\n"
+        "import resource, sys, pathlib, PIL.JpegImagePlugin; from sdvae.images.read import read_image\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); image = read_image(pathlib.Path(sys.argv[1])); print(image.nbytes, (peak() - before) * 1024)"
     )

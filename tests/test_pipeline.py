@@ -32,6 +32,7 @@ from sdvae.store.records import Record
 SIZE = (16, 24)
 PREPROCESS = Preprocess(size_px=None, crop="none")
 NUM_PHOTOS = 12
+FOREVER_S = 3600  # longer than any guard of a test
 
 
 class Photos:
@@ -54,7 +55,7 @@ class Photos:
             if what == "exit":
                 os._exit(7)
             if what == "sleep":
-                time.sleep(30)
+                time.sleep(FOREVER_S)
             if what == "missing":
                 raise FileNotFoundError
             os.kill(os.getpid(), signal.Signals[what])
@@ -201,16 +202,15 @@ def test_photos_are_decoded_while_others_are_in_the_network_and_memory_stays_bou
 
 
 def test_an_error_of_who_encodes_ends_the_processes_at_once(tmp_path: Path) -> None:
-    begun = time.monotonic()
     with pytest.raises(ZeroDivisionError), decoders(Photos(tmp_path, {"5": ("sleep", 1)}), 2) as made:
         next(iter(made))
         raise ZeroDivisionError
-    assert time.monotonic() - begun < 10 and children() == []
+    assert children() == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("sdvae")]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool], guard_s: float = 120) -> None:
+    end = time.monotonic() + guard_s
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
@@ -218,7 +218,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process whose two decoders are in the middle of a photo that takes half a minute."""
+    """A process whose two decoders are in the middle of a photo that takes forever."""
     code = (
         "import pathlib, sys; from tests.test_pipeline import Photos, decoders\n"
         f"source = Photos(pathlib.Path({str(tmp_path)!r}), {{'0': ('sleep', 1), '1': ('sleep', 1)}})\n"
@@ -235,8 +235,8 @@ def test_no_process_outlives_the_encoder(encoder: subprocess.Popen[bytes], end: 
     workers = psutil.Process(encoder.pid).children(recursive=True)
     assert len(workers) == 1 + 2
     os.killpg(encoder.pid, end)
-    encoder.wait(10)
-    wait_for(lambda: not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers), 5)
+    encoder.wait(120)
+    wait_for(lambda: not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers))
 
 
 def test_an_image_of_another_size_than_its_header_said_is_no_photo(tmp_path: Path) -> None:

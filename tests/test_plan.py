@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sdvae.config import FAMILIES
 from sdvae.engine.plan import STRIP_BYTES, Plan, make_plan
-from sdvae.engine.stages import Direction, network
+from sdvae.engine.stages import Direction, build_network
 from sdvae.errors import BudgetError, ShapeError
 
 SIDES = {"encode": 8, "decode": 1}  # of a latent, in units of the input
@@ -16,7 +16,7 @@ SIDES = {"encode": 8, "decode": 1}  # of a latent, in units of the input
 
 def plan_sd1(direction: Direction, latents_px: int, budget_bytes: int | None = None) -> Plan:
     side = latents_px * SIDES[direction]
-    return make_plan(network(FAMILIES["sd1"], direction), side, side, 2, budget_bytes=budget_bytes)
+    return make_plan(build_network(FAMILIES["sd1"], direction), side, side, 2, budget_bytes=budget_bytes)
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
@@ -43,16 +43,16 @@ def test_a_large_decode_fits_where_the_whole_would_not() -> None:
 def test_a_budget_is_kept_or_the_smallest_is_named(
     direction: Direction, height: int, width: int, num_images: int, share: float
 ) -> None:
-    line = network(FAMILIES["sd1"], direction)
+    network = build_network(FAMILIES["sd1"], direction)
     size = height * SIDES[direction], width * SIDES[direction]
-    liked = make_plan(line, *size, 2, num_images=num_images).predict_bytes(num_images)
+    liked = make_plan(network, *size, 2, num_images=num_images).predict_bytes(num_images)
     budget = int(share * liked)
     try:
-        plan = make_plan(line, *size, 2, num_images=num_images, budget_bytes=budget)
+        plan = make_plan(network, *size, 2, num_images=num_images, budget_bytes=budget)
     except BudgetError as error:
         smallest = int(str(error).partition(" need ")[2].partition(" bytes")[0].replace(",", ""))
         assert smallest > budget
-        plan = make_plan(line, *size, 2, num_images=num_images, budget_bytes=smallest)
+        plan = make_plan(network, *size, 2, num_images=num_images, budget_bytes=smallest)
         assert plan.predict_bytes(num_images) == smallest
     else:
         assert plan.predict_bytes(num_images) <= budget
@@ -61,13 +61,13 @@ def test_a_budget_is_kept_or_the_smallest_is_named(
 @pytest.mark.parametrize(("direction", "height", "width"), [("encode", 7, 64), ("encode", 64, 7), ("decode", 0, 4)])
 def test_less_than_one_latent_is_refused(direction: Direction, height: int, width: int) -> None:
     with pytest.raises(ShapeError, match="too small"):
-        make_plan(network(FAMILIES["sd1"], direction), height, width, 2)
+        make_plan(build_network(FAMILIES["sd1"], direction), height, width, 2)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_a_line_of_stages_that_ends_in_its_latents(name: str) -> None:
     config = FAMILIES[name]
-    encode, decode = network(config, "encode"), network(config, "decode")
+    encode, decode = build_network(config, "encode"), build_network(config, "decode")
     side = 4 * config.downscale
     assert encode.sizes(side + 1, side)[-1] == (4, 4) and decode.sizes(4, 4)[0] == (side, side)
     assert encode.out_channels == 2 * decode.in_channels == 2 * config.latent_channels
@@ -77,36 +77,36 @@ def test_every_family_is_a_line_of_stages_that_ends_in_its_latents(name: str) ->
 def test_operations_are_those_of_the_literature() -> None:
     """512x512, in 10^9: the encoder has 1116.7, the decoder with folded upsamplers 2128; folds save 4.3 of each."""
     config = FAMILIES["sd1"]
-    assert network(config, "decode").flops(64, 64) / 1e9 == pytest.approx(2128 - 4.3, rel=1e-3)
-    assert network(config, "encode").flops(512, 512) / 1e9 == pytest.approx(1116.7 - 4.3, rel=1e-3)
+    assert build_network(config, "decode").flops(64, 64) / 1e9 == pytest.approx(2128 - 4.3, rel=1e-3)
+    assert build_network(config, "encode").flops(512, 512) / 1e9 == pytest.approx(1116.7 - 4.3, rel=1e-3)
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_a_gpu_takes_its_hosts_memory_only_where_its_own_cannot_do(direction: Direction) -> None:
-    line, side = network(FAMILIES["sd1"], direction), 512 * SIDES[direction]  # 4096 px
+    network, side = build_network(FAMILIES["sd1"], direction), 512 * SIDES[direction]  # 4096 px
     arguments: dict[str, Any] = {"is_gpu": True, "host_bytes": 64 << 30}
-    near = make_plan(line, side, side, 2, budget_bytes=9 << 30, **arguments)
+    near = make_plan(network, side, side, 2, budget_bytes=9 << 30, **arguments)
     assert not near.is_on_host and near.predict_bytes() <= 9 << 30
-    far = make_plan(line, side, side, 2, budget_bytes=4 << 30, **arguments)
+    far = make_plan(network, side, side, 2, budget_bytes=4 << 30, **arguments)
     assert far.is_on_host and far.predict_bytes() <= 4 << 30 and far.arena_bytes > 4 << 30
-    assert far.levels == make_plan(line, side, side, 2, is_gpu=True).levels, "the strips that the cache likes"
+    assert far.levels == make_plan(network, side, side, 2, is_gpu=True).levels, "the strips that the cache likes"
     with pytest.raises(BudgetError):
-        make_plan(line, side, side, 2, budget_bytes=4 << 30, is_gpu=True, host_bytes=far.arena_bytes - 1)
+        make_plan(network, side, side, 2, budget_bytes=4 << 30, is_gpu=True, host_bytes=far.arena_bytes - 1)
 
 
 def test_8192_px_fit_a_gpu_of_16_gib() -> None:
     for direction in ("encode", "decode"):
-        line, side = network(FAMILIES["sd1"], direction), 1024 * SIDES[direction]
-        plan = make_plan(line, side, side, 2, budget_bytes=16 << 30, is_gpu=True, host_bytes=64 << 30)
+        network, side = build_network(FAMILIES["sd1"], direction), 1024 * SIDES[direction]
+        plan = make_plan(network, side, side, 2, budget_bytes=16 << 30, is_gpu=True, host_bytes=64 << 30)
         assert plan.is_on_host and plan.predict_bytes() <= 16 << 30
 
 
 def test_strips_of_a_gpu_make_three_waves_of_tiles() -> None:
     """Tiles of 128x128 outputs on 132 multiprocessors, wherever a level has as many at all."""
     for direction in ("encode", "decode"):
-        line, side = network(FAMILIES["sd1"], direction), 64 * SIDES[direction]  # 512 px
-        plan = make_plan(line, side, side, 2, is_gpu=True)
-        for stage in line.stages:
+        network, side = build_network(FAMILIES["sd1"], direction), 64 * SIDES[direction]  # 512 px
+        plan = make_plan(network, side, side, 2, is_gpu=True)
+        for stage in network.stages:
             level = plan.levels[stage.level]
             rows = min(level.bounds[1], level.height)
             tiles, all_tiles = (n * level.width * max(128, stage.out_channels) / 128**2 for n in (rows, level.height))

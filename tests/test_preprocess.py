@@ -19,7 +19,8 @@ from sdvae.encoding.load_photo import read_crop
 from sdvae.encoding.manifest import decoder_identity
 from sdvae.encoding.resize import apply, choose_resizer
 from sdvae.errors import ConfigError, ImageError
-from sdvae.images import encode_image, read_image
+from sdvae.images.read import read_image
+from sdvae.images.write import encode_image
 from sdvae.store.buckets import Size, bucket_sizes
 from sdvae.store.geometry import Geometry, Preprocess, Resample, plan_geometry
 
@@ -337,7 +338,7 @@ def test_a_draft_is_decoded_small_and_looks_the_same(monkeypatch: pytest.MonkeyP
         sizes.append(image.shape[:2])
         return image
 
-    monkeypatch.setattr("sdvae.images.read_image", noted)
+    monkeypatch.setattr("sdvae.images.read.read_image", noted)
     exact = Preprocess(64)
     geometry = plan_geometry(800, 1200, exact, 8)
     reference = read_crop(data, (800, 1200), geometry, exact).astype(int)
@@ -424,7 +425,7 @@ def test_a_store_that_was_begun_before_a_setting_existed_reads_and_writes_the_sa
 
 
 def test_the_default_limit_is_that_of_reading() -> None:
-    from sdvae.images import BACKGROUND, MAX_IMAGE_PIXELS
+    from sdvae.images.read import BACKGROUND, MAX_IMAGE_PIXELS
 
     assert (Preprocess().max_pixels, Preprocess().background) == (MAX_IMAGE_PIXELS, BACKGROUND)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sdvae.engine.program import fold_after, fold_attention, fold_before, fold_upsample
 from sdvae.engine.scaling import choose_exponents, plan_scales
-from sdvae.engine.stages import network
+from sdvae.engine.stages import build_network
 from sdvae.model import Attention
 from tests.conftest import SMALL
 
@@ -68,16 +68,16 @@ def test_attention_needs_neither_keys_nor_values_of_its_own() -> None:
 
 
 def test_exponents_are_the_smallest_that_hold_and_change_only_at_convolutions_of_the_skip_path() -> None:
-    line = network(SMALL, "decode")
-    peaks = {stage.name: 1.0 for stage in line.stages} | {
-        stage.shortcut: 1.0 for stage in line.stages if stage.shortcut
+    network = build_network(SMALL, "decode")
+    peaks = {stage.name: 1.0 for stage in network.stages} | {
+        stage.shortcut: 1.0 for stage in network.stages if stage.shortcut
     }
-    assert choose_exponents(line, peaks) == {}
+    assert choose_exponents(network, peaks) == {}
     peaks["decoder.mid_block.resnets.1.conv2"] = 2.0**14 * 8  # in the stream that conv_in begins
     peaks["decoder.up_blocks.3.resnets.0.conv1"] = 2.0**14 * 1.5  # in an h
-    chosen = choose_exponents(line, peaks)
+    chosen = choose_exponents(network, peaks)
     assert chosen == {"decoder.conv_in": 3, "decoder.up_blocks.3.resnets.0.conv1": 1}
-    scales = {stage.name: scale for stage, scale in zip(line.stages, plan_scales(line, chosen), strict=True)}
+    scales = {stage.name: scale for stage, scale in zip(network.stages, plan_scales(network, chosen), strict=True)}
     assert scales["decoder.conv_in"].weight == scales["decoder.mid_block.resnets.0.conv2"].bias == 1 / 8
     assert scales["decoder.mid_block.resnets.0.conv1"].eps == 1 / 64
     leaves = scales["decoder.up_blocks.0.upsamplers.0.conv"]

@@ -17,7 +17,7 @@ from PIL import Image
 from skimage import data as skimage_data
 
 from sdvae.encoding.encode import encode_dataset
-from sdvae.encoding.manifest import EncodeSettings, num_cores, recorded_dtype, recorded_settings
+from sdvae.encoding.manifest import EncodeSettings, num_cores, recorded_settings
 from sdvae.encoding.resize import choose_resizer
 from sdvae.encoding.runners import Ranks, RayRunner, VAESpec
 from sdvae.encoding.tasks import Work
@@ -135,8 +135,8 @@ def test_what_a_killed_rank_left_is_done_by_the_next_launch(
         processes = psutil.Process(launcher.pid).children(recursive=True)
         (rank,) = [one for one in processes if "encode" in one.cmdline() and one.environ()["RANK"] == str(killed)]
         rank.kill()
-        assert launcher.wait(60) != 0
-    assert psutil.wait_procs(processes, 10)[1] == [], "orphans"
+        assert launcher.wait(120) != 0
+    assert psutil.wait_procs(processes, 120)[1] == [], "orphans"
     left_behind = {path: path.stat().st_mtime_ns for path in out.glob("done/*.json")}
     assert len(left_behind) < Store.open(out).num_shards
     done = launch(*arguments, launcher=ACCELERATE, environment={})
@@ -156,7 +156,7 @@ def test_two_ranks_write_what_one_process_writes_of_thousands_of_photos(data_dir
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(results) == 2, done.stderr
     assert results[0]["num_seen"] == len(open_source(photos).entries()) > 2000
-    dtype = recorded_dtype(out)
+    dtype = Store.open(out).manifest["compute"]["dtype"]
     assert dtype is not None
     require_bytes_of_one_process(photos, out, VAE.load(device="cpu", dtype=dtype))
     seconds = [round(result["seconds"]) for result in results]

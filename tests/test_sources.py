@@ -21,7 +21,8 @@ from PIL import Image
 
 from sdvae.encoding.scan import scan
 from sdvae.errors import SourceError
-from sdvae.images import encode_image, read_image
+from sdvae.images.read import read_image
+from sdvae.images.write import encode_image
 from sdvae.sources.open import Entry, Source, open_source
 
 
@@ -172,6 +173,19 @@ def test_every_form_gives_the_same_photos_captions_and_labels(form: str, tmp_pat
         for number, (key, (_, caption, label)) in enumerate(zip(keys, EXPECTED, strict=True))
     ]
     assert all(not record.to_json()["uri"].startswith("/") for record in records)
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "csv", "jsonl", "parquet"])
+def test_a_file_is_what_its_given_name_says_even_if_a_link_leads_to_a_blob(form: str, tmp_path: Path) -> None:
+    path = FORMS[form](tmp_path)
+    blob = tmp_path / "blobs" / "0123abcd"
+    blob.parent.mkdir()
+    path.rename(blob)
+    path.symlink_to(blob)
+    source = open_source(path)
+    assert told(source) == EXPECTED
+    assert told(pickle.loads(pickle.dumps(source))) == EXPECTED
+    assert all("0123abcd" not in (entry.uri or "") for entry in source.entries())
 
 
 def test_a_pickled_source_is_small(tmp_path: Path) -> None:

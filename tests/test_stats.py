@@ -98,14 +98,14 @@ def test_the_verb_prints_what_was_measured(store: Store) -> None:
     text = CliRunner().invoke(cli, ["stats", root], catch_exceptions=False).stdout
     for value in (*found.mean, *found.std, *found.posterior_std, found.scaling_factor):
         assert f"{value:.5f}" in text
-    assert "6 of 32x64 px" in text and "2 in quarantine: the file is truncated" in text
+    assert "6 of 32x64 px" in text and "2 quarantined: the file is truncated" in text
     assert f"the VAE's own, 0.18215, gives a std of {found.overall_std * 0.18215:.3f}" in text
 
 
 def test_an_unfinished_store_is_measured_and_said_to_be_one(store: Store) -> None:
     store.paths.done(3).unlink()
     done = CliRunner().invoke(cli, ["stats", str(store.paths.root)], catch_exceptions=False)
-    assert done.exit_code == 0 and "3 of its 4 shards are there" in done.stderr
+    assert done.exit_code == 0 and "it has 3 of 4 shards" in done.stderr
 
 
 def test_stores_on_object_storage_are_measured_and_exported(

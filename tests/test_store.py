@@ -4,6 +4,7 @@ import io
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from sdvae import atomic, sealed
+from sdvae.config import FAMILIES
 from sdvae.errors import StoreError, VerifyError
+from sdvae.reading.dataset import LatentDataset
 from sdvae.store.paths import StorePaths
 from sdvae.store.shard import TensorPlaces, commit_shard, row_sha256
 from sdvae.store.store import FORMAT, VERSION, Store, commit_roster, differences
+from tests.made_stores import make_store
 
 SCALING = {"scaling_factor": 0.5}
 KEYS = ["cats/a.jpg", "cats/b.jpg", "c.jpg", "é\u2028.jpg"]
@@ -133,17 +137,49 @@ def test_the_header_has_room_for_the_largest_shard() -> None:
 
 
 def test_the_reader_of_the_specification_works(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "store.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = _python_of_the_specification()
     monkeypatch.chdir(store.paths.root.parent)
     store.paths.root.rename(store.paths.root.parent / "OUT")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(code, {})
-    means = [*_moments(2)["mean"], *_moments(1, seed=1)["mean"]]
+        exec(code, reader := {})
+    scaled = [
+        np.float32(0.5) * mean.astype(np.float32) for mean in (*_moments(2)["mean"], *_moments(1, seed=1)["mean"])
+    ]
     written = [KEYS[0], KEYS[2], KEYS[3]]
-    expected = [f"{key} {float(mean.std())}" for key, mean in zip(written, means, strict=True)]
+    expected = [f"{key} {mean.shape} {float(mean.std())}" for key, mean in zip(written, scaled, strict=True)]
     assert printed.getvalue().split("\n")[:-1] == expected
+    path = Path("OUT/shards/00001-16x24.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(AssertionError, match=f"{KEYS[3]} is damaged"):
+        list(reader["read_store"]("OUT"))
+
+
+@pytest.mark.parametrize(("store_dtype", "has_flips"), [("fp16", True), ("fp32", False)])
+def test_the_reader_of_the_specification_scales_as_the_dataset(
+    tmp_path: Path, store_dtype: str, has_flips: bool
+) -> None:
+    whitened = replace(FAMILIES["sd3"], latents_mean=(0.25,) * 16, latents_std=(2.0,) * 16)
+    sizes = {(64, 64): 5, (64, 96): 3}
+    make_store(
+        tmp_path / "a", sizes, has_flips=has_flips, store_dtype=store_dtype, config=whitened, broken=("cat/000.png",)
+    )
+    (code,) = _python_of_the_specification()
+    exec(code.partition("\nfor record, mean, std")[0], reader := {})
+    found = list(reader["read_store"](tmp_path / "a"))
+    dataset = LatentDataset(tmp_path / "a", sample=False)
+    expected = [dataset[number] for number in range(len(dataset))]
+    assert [record["key"] for record, _, _ in found] == [example["key"] for example in expected]
+    assert len(expected) == 7
+    for (_, mean, std), example in zip(found, expected, strict=True):
+        assert mean.shape == std.shape == example["latents"].shape
+        if not example["is_flipped"]:
+            np.testing.assert_allclose(mean, example["latents"], rtol=1e-5, atol=1e-6)
+
+
+def _python_of_the_specification() -> list[str]:
+    text = (Path(__file__).parents[1] / "docs" / "store.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def _all_files(store: Store) -> list[Path]:

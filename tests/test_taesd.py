@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sdvae.cli.main import cli
 from sdvae.config import FAMILIES
 from sdvae.errors import ConfigError, WeightsError
-from sdvae.images import read_image
+from sdvae.images.read import read_image
 from sdvae.metrics import psnr
 from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers, named_as_taesd
 from sdvae.vae import VAE
@@ -109,7 +109,7 @@ def test_a_taesd_that_nothing_names_warns_and_names_the_flag(tmp_path: Path, cap
     encoder, _ = random_halves(tmp_path)
     assert load(encoder).latent_space == "sd1"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "may be of sd1 or sdxl" in caplog.text and "--family sdxl" in caplog.text
+    assert "may be sd1 or sdxl" in caplog.text and "--family sdxl" in caplog.text
     caplog.clear()
     vae = load(encoder, family="sdxl")
     assert (vae.latent_space, vae.config.scaling_factor) == ("sdxl", 0.13025)
@@ -217,7 +217,7 @@ def test_what_no_conversion_leads_to_is_refused(tmp_path: Path, monkeypatch: pyt
     save_file(ldm_state_dict(FAMILIES["sd1"]), kl)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for source, output, layout, told in (
-        (kl, tmp_path / "out", "taesd", "is a KL-VAE; a TAESD is another network"),
+        (kl, tmp_path / "out", "taesd", "is a KL-VAE; it cannot be converted to a TAESD"),
         (encoder, tmp_path / "out.safetensors", "ldm", "is a TAESD, another network"),
         (encoder, tmp_path / "out.safetensors", "taesd", "must be a folder"),
         (encoder, tmp_path / "none" / "out", "taesd", "there is no folder"),

@@ -245,7 +245,7 @@ def test_the_network_does_not_wait_for_the_disk(
     commit = tasks.commit_shard
 
     def slow(*arguments: Any) -> None:
-        assert both_encoded.wait(30)
+        assert both_encoded.wait(120)
         commit(*arguments)
 
     monkeypatch.setattr(tasks, "commit_shard", slow)

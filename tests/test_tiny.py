@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdvae.config import FAMILIES
 from sdvae.errors import ConfigError
-from sdvae.images import read_image
+from sdvae.images.read import read_image
 from sdvae.metrics import psnr
 from sdvae.pixels import to_images, to_pixels
 from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers, named_as_taesd

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdvae.engine import ops
-from sdvae.engine.ops import Norm
+from sdvae.engine.kernels import Norm
 from sdvae.errors import ShapeError
 from tests import triton_interpreter
 

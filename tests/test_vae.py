@@ -1,12 +1,17 @@
 import logging
+import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sdvae.errors import DeviceError, LatentsError, ShapeError
+from sdvae import vae as vaes
+from sdvae.engine import plan as planning
+from sdvae.errors import BudgetError, DeviceError, LatentsError, SdvaeError, ShapeError
 from sdvae.vae import VAE
+from sdvae.weights import identity
 from tests.conftest import SMALL, random_model
 
 CPU = torch.device("cpu")
@@ -14,6 +19,12 @@ CPU = torch.device("cpu")
 
 def noise_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def any_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `encode` take pixels far outside of [-1, 1]: the easiest way to overflow fp16."""
+    monkeypatch.setattr(vaes, "_MOST_PIXEL", float("inf"))
 
 
 def test_encode_and_decode_agree_with_the_reference_module(small_vae: VAE) -> None:
@@ -100,7 +111,7 @@ def test_bf16_is_close_to_fp32_and_says_how_close() -> None:
     assert exact.in_float32() is exact
 
 
-def test_an_overflow_is_computed_again_in_fp32_and_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_overflow_is_computed_again_in_fp32_and_reported(caplog: pytest.LogCaptureFixture, any_pixels: None) -> None:
     model = random_model(SMALL)
     model.encoder.conv_in.weight.data.mul_(2e3)
     vae = VAE(model, CPU, torch.float16, "huge")
@@ -116,6 +127,32 @@ def test_an_overflow_is_computed_again_in_fp32_and_reported(caplog: pytest.LogCa
     ]
 
 
+def test_a_deterministic_overflow_has_the_same_bits_whatever_the_batch_and_budget(
+    monkeypatch: pytest.MonkeyPatch, any_pixels: None
+) -> None:
+    monkeypatch.setattr(planning, "STRIP_BYTES", 2**16)  # several strips of several rows at every size here
+    vae = VAE(random_model(SMALL), CPU, torch.float16, "huge")
+    pixels = torch.rand(3, 3, 128, 128) * 2 - 1
+    pixels[1] *= 1e5
+    with vae.deterministic():
+        exact = vae.engine.in_float32()
+        needed = {num: exact.plan("encode", 128, 128, num, budget=sys.maxsize).predict_bytes(num) for num in (1, 3)}
+        whole = vae.encode(pixels).mean
+        assert vae.encode(pixels[1:2]).mean.equal(whole[1:2])
+        assert vae.encode(pixels[1:2], budget=needed[1]).mean.equal(whole[1:2])
+        assert vae.encode(pixels, budget=needed[3]).mean.equal(whole)
+        with pytest.raises(BudgetError):  # lower strips would keep it, and change bits
+            vae.encode(pixels[1:2], budget=needed[1] - 1)
+    assert vae.encode(pixels[1:2], budget=needed[1] - 1).mean.isfinite().all()
+    assert not exact.is_deterministic
+
+
+def test_the_twin_in_fp32_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = VAE(random_model(SMALL), CPU, torch.bfloat16, "one")
+    monkeypatch.setattr(identity, "fingerprint", lambda tensors: pytest.fail("the weights are hashed again"))
+    assert vae.in_float32().engine is vae.in_float32().engine is vae.engine.in_float32()
+
+
 def test_vae_leaves_the_given_model_alone_and_wants_no_gradients() -> None:
     model = random_model(SMALL)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -128,3 +165,26 @@ def test_unknown_devices_and_dtypes_are_refused() -> None:
     for arguments in [{"device": "tpu"}, {"dtype": "int4"}, {"device": "cpu", "dtype": "fp16"}, {"device": "cuda:99"}]:
         with pytest.raises(DeviceError):
             VAE.load(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda vae: vae.encode(np.zeros((1, 3, 8, 8), np.float32)), r"a tensor of pixels, not a numpy\.ndarray"),
+        (lambda vae: vae.encode(torch.full((1, 3, 8, 8), 255.0)), r"in \[-1, 1\], these are from 255 to 255"),
+        (lambda vae: vae.encode(torch.full((1, 3, 8, 8), float("nan"))), r"these are from nan to nan"),
+        (lambda vae: vae.encode_images(Image.new("RGB", (8, 8))), r"write encode_images\(\[image\]\)"),
+        (lambda vae: vae.encode_images(["photo.jpg"]), r"a Pillow image or a uint8 array \(H, W, 3\), not a str"),
+        (lambda vae: vae.decode(vae.encode(torch.zeros(1, 3, 8, 8))), r"give it posterior\.mode\(\) or \.sample\(\)"),
+    ],
+)
+def test_a_wrong_argument_is_told_the_right_call(call: Callable[[VAE], object], message: str, small_vae: VAE) -> None:
+    with pytest.raises(SdvaeError, match=message):
+        call(small_vae)
+
+
+def test_what_is_printed_of_them_is_short(small_vae: VAE) -> None:
+    assert repr(small_vae).endswith("float32 on cpu)")
+    encoded = small_vae.encode_images([Image.new("RGB", (24, 16))])
+    assert repr(encoded) == "Encoded(1 images: 24x16)"
+    assert repr(small_vae.encode(torch.zeros(1, 3, 8, 8))).startswith("DiagonalGaussian((1, 4, 1, 1)")

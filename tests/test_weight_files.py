@@ -138,6 +138,60 @@ def test_a_lightning_checkpoint_reads_bit_equal(how: str, tmp_path: Path) -> Non
     assert_equal({key.removeprefix("first_stage_model."): value for key, value in found.items()}, state)
 
 
+@pytest.mark.parametrize("how", ["zip.ckpt", "legacy.ckpt"])
+def test_bookkeeping_of_any_trainer_is_passed_over(how: str, tmp_path: Path) -> None:
+    """Classes of packages that sdvae has never heard of, beside tensors: they are never made, and nothing is lost."""
+    import datetime
+
+    import numpy as np
+
+    class Schedule:
+        pass
+
+    class Logger:
+        def __reduce__(self) -> Any:
+            return Schedule, ()
+
+    state, path = ldm_state_dict(TINY), tmp_path / how
+    with module("somebodys.trainer", Schedule=Schedule, Logger=Logger):
+        Schedule.__qualname__, Logger.__qualname__ = "Schedule", "Logger"
+        schedule = Schedule()
+        schedule.__dict__.update(last=np.float32(3.0), ema=torch.ones(2))
+        saved = {
+            "hparams": types.SimpleNamespace(lr=1e-4, begun=datetime.datetime(2024, 1, 1)),
+            "schedule": schedule, "logger": Logger(), "epoch": np.int64(3), "rng": np.arange(5),
+            "size": torch.Size([2]),
+            "device": torch.device("cpu"),
+        }  # fmt: skip
+        torch.save(saved | {"state_dict": state}, path, **SAVE_AS[how])
+        torch.save(saved | state, tmp_path / f"flat-{how}", **SAVE_AS[how])
+    with recorded() as events:
+        assert_equal(read(path), state)
+        assert_equal(read(tmp_path / f"flat-{how}"), state)
+    assert events == []
+
+
+def test_tensors_that_only_unknown_code_can_make_are_refused(tmp_path: Path) -> None:
+    class Packed:
+        def __reduce__(self) -> Any:
+            return unpack, (torch.ones(2), 3)
+
+    def unpack(*parts: Any) -> None:
+        pass
+
+    with module("somebodys.quantiser", unpack=unpack):
+        unpack.__qualname__ = "unpack"
+        torch.save(ldm_state_dict(TINY) | {"decoder.extra.weight": Packed()}, tmp_path / "model.ckpt")
+    refuses(tmp_path / "model.ckpt", UnsafeFileError, "is refused: it asks for 'somebodys.quantiser'.'unpack'")
+
+
+def test_metadata_may_hold_pictures(tmp_path: Path) -> None:
+    save_file(
+        every_dtype(), tmp_path / "a.safetensors", {"modelspec.thumbnail": "data:image/png;base64," + "A" * 20_000_000}
+    )
+    assert open_weights(tmp_path / "a.safetensors").entries.keys() == every_dtype().keys()
+
+
 def test_only_the_tensors_asked_for_are_read(tmp_path: Path) -> None:
     tensors = {"big": torch.zeros(100 * MIB, dtype=torch.uint8), "small": torch.arange(5.0)}
     save_file(tensors, tmp_path / "a.safetensors")
@@ -263,7 +317,8 @@ ROUTES: dict[str, bytes] = {
     "a dotted name": call("torch", "serialization.os.system", TOUCH, opcode=b"\x93"),
     "storage's loader": call("torch.storage", "_load_from_bytes", TOUCH),
     "a whole module": call("ldm.models.autoencoder", "AutoencoderKL"),
-    "state of a code object": pickle.dumps({"state_dict": Reduce(types.SimpleNamespace, state={"a": 1})}),
+    "state of an unknown object": pickle.dumps({"state_dict": Reduce(Path.home, state={"a": 1})}),
+    "code beside tensors": pickle.dumps({"epoch": 1, "hook": Reduce(os.system, TOUCH)}),
 }
 
 
@@ -336,9 +391,11 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "noise": (bytes(range(128, 256)) * 9, "not a readable safetensors file"),
     "zeros": (bytes(4096), "not a readable safetensors file"),
     "tar of torch 0.1": (b"storages" + bytes(504), "not a readable safetensors file"),
-    "header longer than the file": (safetensors(described(a=F4), bytes(4), length=1 << 40), "header is to have"),
-    "header of 20 MB": (safetensors(b"{" + b" " * (20 * MIB)), "more than any model needs"),
-    "header cut off": (safetensors(described(a=F4), bytes(4))[:40], "header is to have"),
+    "header longer than the file": (safetensors(described(a=F4), bytes(4), length=1 << 40), "header should have"),
+    "header of 20 MB": (safetensors(b"{" + b" " * (20 * MIB)), "unreadable header"),
+    "header of a million lists": (safetensors(b'{"a":[' + b"[]," * MIB + b"[]]}"), "more parts than any model needs"),
+    "a shape of a thousand axes": (safetensors(described(a=("F32", [1] * 1000, [0, 4])), bytes(4)), "contradict"),
+    "header cut off": (safetensors(described(a=F4), bytes(4))[:40], "header should have"),
     "header not JSON": (safetensors(b"{'a': 1}"), "unreadable header"),
     "header of nested lists": (safetensors(b'{"a":' + b"[" * 200_000), "unreadable header"),
     "header not UTF-8": (safetensors(b'{"\xff": 1}'), "unreadable header"),
@@ -380,9 +437,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "a list": (in_zip(pickle.dumps([1, 2], 2)), "no tensors by name"),
     "legacy cut off": (saved("legacy.ckpt")[:-100], "truncated"),
     "legacy without storages": (saved("legacy.ckpt")[:-1300], "damaged"),
+    "a pickle of a million steps": (b"\x80\x02" + b"]" * MIB + b".", "damaged or foreign pickle"),
     "any pickle": (pickle.dumps({"a": 1}), "not one of torch.save"),
     "a memo of 16 GB": (b"\x80\x02]r\xff\xff\xff\x7f.", "not one of torch.save"),
-    "an extension code": (b"\x80\x02\x82\x01.", "EXT1 has no business"),
+    "an extension code": (b"\x80\x02\x82\x01.", "torch.save does not write EXT1"),
     "ends without STOP": (b"\x80\x02]", "damaged or foreign pickle"),
     "a string longer than the file": (
         b"\x80\x04\x8e" + struct.pack("<Q", 1 << 50) + b"x.",
@@ -397,7 +455,7 @@ def refuses(path: Path, error: type[WeightsError], says: str, **arguments: Any) 
     with recorded() as events, peak_rss() as peak_bytes, pytest.raises(error) as caught:
         start = time.process_time()
         load_weights(path, **arguments)
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 5  # of this process; no clock on the wall
     assert peak_bytes() < 64 * MIB
     assert events == []
     message = str(caught.value)

@@ -5,18 +5,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers import AutoencoderKL as DiffusersVAE
-from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from sdvae.config import FAMILIES
 from sdvae.engine.precision import DTYPES
 from sdvae.errors import ConfigError, UnsafeFileError, WeightsError
-from sdvae.images import read_image
+from sdvae.images.read import read_image
 from sdvae.pixels import to_pixels
 from sdvae.vae import VAE
 from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES
@@ -87,7 +88,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     remote, cache = tmp_path / "remote", tmp_path / "cache"
     remote.mkdir()
 
-    def hf_hub_download(repo_id: str, filename: str, *, subfolder: str | None = None) -> str:
+    def hf_hub_download(
+        repo_id: str, filename: str, *, subfolder: str | None = None, local_files_only: bool = False
+    ) -> str:
+        assert not local_files_only
         if repo_id != "org/name":
             raise RepositoryNotFoundError("401 Client Error.\n\nRepository Not Found", response=Mock())
         name = f"{subfolder}/{filename}" if subfolder else filename
@@ -98,6 +102,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return str(cache / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", Mock())
     return remote
 
 
@@ -155,6 +160,60 @@ def test_offline_the_hub_is_not_asked(tmp_path: Path, monkeypatch: pytest.Monkey
         load("org/name/vae/model.safetensors")
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    folder: Path, small_vae: VAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub itself would try each name of a file for a minute."""
+
+    class ConnectError(HfHubHTTPError.__bases__[0]):  # type: ignore[misc]  # httpx's, whichever version the hub uses
+        pass
+
+    asked = Mock(side_effect=ConnectError("[Errno -3] Temporary failure in name resolution"))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", asked)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("socket.socket.connect", Mock(side_effect=AssertionError("the network was asked")))
+    with pytest.raises(WeightsError, match=r"cannot be reached \(\[Errno -3\] Temporary failure in name resolution\)"):
+        load("org/name")
+    assert asked.call_count == 1
+    repository = tmp_path / "hub" / "models--org--name"  # what is in the cache is still found
+    shutil.copytree(folder, repository / "snapshots" / "abc" / "vae")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    assert load("org/name").fingerprint == small_vae.fingerprint
+
+
+@pytest.mark.parametrize("how", [{"variant": "bf16"}, {"variant": "ema"}, {"variant": "fp16", "max_shard_size": "50KB"},
+                                 {"safe_serialization": False, "max_shard_size": "50KB"}])  # fmt: skip
+def test_a_folder_of_any_variant_is_read(tmp_path: Path, how: dict[str, Any]) -> None:
+    vae = DiffusersVAE.from_config(SMALL.to_diffusers())
+    vae.save_pretrained(tmp_path / "plain")
+    vae.save_pretrained(tmp_path / "variant", **how)
+    assert load(tmp_path / "variant").fingerprint == load(tmp_path / "plain").fingerprint
+
+
+def test_the_only_file_of_weights_in_a_folder_is_meant(folder: Path, small_vae: VAE) -> None:
+    path = folder / WEIGHTS_NAMES[0]
+    shutil.copy(path.rename(folder / "my_vae.safetensors"), folder / "another.ckpt")
+    assert load(folder).fingerprint == small_vae.fingerprint
+    shutil.copy(folder / "my_vae.safetensors", folder / "other.safetensors")
+    with pytest.raises(WeightsError, match=r"several files of weights \(my_vae.safetensors, other.safetensors\)"):
+        load(folder)
+
+
+def test_a_config_of_another_version_is_read_where_it_changes_nothing(
+    folder: Path, small_vae: VAE, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder / CONFIG_NAME
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"new": None, "newer": False, "double_z": True, "sample_size": None}))
+    assert load(folder).config == replace(small_vae.config, sample_size=32)
+    assert "fields that sdvae does not know, unused: new, newer" in caplog.text
+    for name in ("scaling_factor", "latent_channels", "force_upcast", "norm_num_groups"):
+        path.write_text(json.dumps(whole | {name: None}))
+        with pytest.raises(ConfigError, match=f"{name} is None, which no KL-VAE has"):
+            load(folder)
+
+
 def test_missing_and_unexpected_keys_are_named(folder: Path) -> None:
     path = folder / WEIGHTS_NAMES[0]
     tensors = load_file(path)
@@ -203,7 +262,7 @@ def test_real_files_that_only_look_like_weights_are_refused(data_dir: Path, tmp_
 
 
 def test_a_spec_that_is_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="no folder, file or hub id"):
+    with pytest.raises(WeightsError, match="not a folder, file or hub id"):
         load(tmp_path / "absent")
     with pytest.raises(WeightsError, match=r"holds no diffusion_pytorch_model\.safetensors"):
         load(tmp_path)

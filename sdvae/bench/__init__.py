@@ -1,1 +1,1 @@
-"""Measurements: speed and memory against rivals, memory against predictions, single kernels against the roofline."""
+"""Measurements: speed and memory of sdvae, beside diffusers."""

@@ -34,16 +34,12 @@ def measure_peak(run: Callable[[], T], device: torch.device) -> tuple[T, int | N
         return run(), None
     ctypes.CDLL(None).malloc_trim(0)
     _CLEAR.write_text(_RESET_PEAK)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     result = run()
-    return result, _resident("VmHWM") - before
+    return result, resident("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes in a field of /proc/self/status, such as VmRSS; Linux only."""
     lines = _STATUS.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def address_space() -> int:
-    """Bytes of address space this process has taken, as RLIMIT_AS counts them; Linux only."""
-    return _resident("VmSize")

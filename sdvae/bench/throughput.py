@@ -1,4 +1,4 @@
-"""Ours against rivals, in one process and in turns; what does not compute the same is not timed."""
+"""sdvae beside rivals, in one process and in turns; what does not compute the same is not timed."""
 
 import logging
 import statistics
@@ -9,28 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sdvae.bench.kernels import measure_roofline
+from sdvae.bench.contenders import Contender, sdvae
 from sdvae.bench.peak import measure_peak
-from sdvae.bench.rivals import (
-    Contender,
-    diffusers,
-    diffusers_compiled,
-    diffusers_tiled,
-    ours,
-    reference,
-    survey_configurations,
-)
-from sdvae.bench.timing import in_turns
+from sdvae.bench.timing import in_turns, median_seconds
 from sdvae.config import VAEConfig
+from sdvae.engine.precision import DTYPES
 from sdvae.engine.run import Engine
-from sdvae.engine.stages import Direction, network
+from sdvae.engine.stages import Direction, build_network
 from sdvae.model import AutoencoderKL
 from sdvae.vae import VAE
 
-# Relative L2 from fp32 at which a result is another one: several times what rounding does to this network.
-TOLERANCES = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.15}
-APPROXIMATE = 0.8  # tiles have statistics of their own: far off on random weights, but still akin
-_SURVEY_ROUNDS = 2
+_MATMUL_SIDE = {"cuda": 8192}
+_CPU_MATMUL_SIDE = 2048
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +32,7 @@ class Row:
     name: str
     dtype: str
     memory_format: str
-    relative_error: float | None = None  # L2, of the output against the reference network in fp32
+    relative_error: float  # L2, of the output against the reference network in fp32
     seconds: tuple[float, ...] = ()
     peak_bytes: int | None = None  # above what was there before the call, weights not counted
     refused: str | None = None
@@ -54,20 +44,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One direction at one size."""
-
-    direction: Direction
-    height: int
-    width: int
-    batch_size: int
-    flops: int  # of the batch, as sdvae computes it; rivals, which fold no upsampling, do more for the same result
-    predicted_bytes: int  # by sdvae's plan
-    rows: tuple[Row, ...]  # sdvae first
-    survey: tuple[Row, ...]  # diffusers in each dtype and memory format
-
-
-@dataclass(frozen=True)
 class Settings:
     """What is measured."""
 
@@ -76,7 +52,16 @@ class Settings:
     width: int
     batch_size: int = 1
     rounds: int = 5
-    rivals: tuple[str, ...] = ()  # of RIVALS
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One direction at one size."""
+
+    settings: Settings
+    flops: int  # of the batch, as sdvae computes it; rivals, which fold no upsampling, do more for the same result
+    predicted_bytes: int  # by sdvae's plan
+    rows: tuple[Row, ...]  # sdvae first
 
 
 def seeded_model(config: VAEConfig, seed: int = 0) -> AutoencoderKL:
@@ -97,56 +82,38 @@ def seeded_batch(config: VAEConfig, settings: Settings) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def measure(vae: VAE, model: AutoencoderKL, settings: Settings) -> Measurement:
+def measure(vae: VAE, model: AutoencoderKL, settings: Settings, rivals: Sequence[Contender] = ()) -> Measurement:
     """Compare, then time: A B A B. `model` holds the same weights in fp32 on the CPU."""
-    direction, device = settings.direction, vae.device
+    direction = settings.direction
     batch = seeded_batch(model.config, settings)
     logger.info("the reference network in fp32")
-    expected = reference(model, direction, batch)
-    batch = batch.to(device)
-    survey: tuple[Row, ...] = ()
-    contenders = [ours(vae, direction)]
-    if "loaded" in settings.rivals:
-        title = "diffusers as loaded"
-        contenders.append(diffusers(model, direction, device, "fp32", "contiguous", title=title))
-    dtype, memory_format = contenders[0].dtype, "channels_last"
-    if {"best", "compile"} & set(settings.rivals):
-        survey = _survey(model, batch, expected, settings, device)
-        best = min((row for row in survey if row.seconds), key=lambda row: row.median_s or 0.0)
-        best_configuration = best.dtype, best.memory_format
-        if "best" in settings.rivals:
-            contenders.append(diffusers(model, direction, device, *best_configuration, title="diffusers at its best"))
-        if "compile" in settings.rivals:
-            for is_reindexed in (True, False) if device.type == "cuda" else (True,):
-                logger.info("compiling diffusers")
-                contenders.append(
-                    diffusers_compiled(model, direction, device, *best_configuration, is_reindexed=is_reindexed)
-                )
-    if "tiled" in settings.rivals:
-        side_px = max(settings.height, settings.width)
-        contenders.append(diffusers_tiled(model, direction, device, dtype, memory_format, side_px))
-    rows = _race(contenders, batch, expected, settings.rounds, device)
+    expected = _reference(model, direction, batch)
+    batch = batch.to(vae.device)
+    rows = _race([sdvae(vae, direction), *rivals], batch, expected, settings.rounds, vae.device)
     height, width = batch.shape[2:]
     assert isinstance(vae.engine, Engine)  # a TAESD is not measured
     predicted = vae.engine.plan(direction, height, width, len(batch)).predict_bytes(len(batch))
-    flops = len(batch) * network(model.config, direction).flops(height, width)
-    size = settings.height, settings.width
-    return Measurement(direction, *size, len(batch), flops, predicted, tuple(rows), survey)
+    flops = len(batch) * build_network(model.config, direction).flops(height, width)
+    return Measurement(settings, flops, predicted, tuple(rows))
 
 
-def rooflines(measurements: Sequence[Measurement], device: torch.device) -> dict[str, float]:
-    """TFLOP/s of a large matrix product in each dtype that was timed."""
-    rows = [row for measurement in measurements for row in measurement.rows if row.seconds]
-    return {dtype: measure_roofline(device, dtype) for dtype in sorted({row.dtype for row in rows})}
+def measure_roofline(device: torch.device, dtype: str, rounds: int = 5) -> float:
+    """TFLOP/s of a large square matrix product, which no convolution of the same dtype is expected to beat."""
+    side = _MATMUL_SIDE.get(device.type, _CPU_MATMUL_SIDE)
+    left, right = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
+    return 2 * side**3 / median_seconds(lambda: left @ right, device, rounds) / 1e12
 
 
-def _survey(
-    model: AutoencoderKL, batch: Tensor, expected: Tensor, settings: Settings, device: torch.device
-) -> tuple[Row, ...]:
-    """A row for each dtype and memory format of diffusers."""
-    configurations = survey_configurations(device)
-    contenders = [diffusers(model, settings.direction, device, *one) for one in configurations]
-    return tuple(_race(contenders, batch, expected, min(settings.rounds, _SURVEY_ROUNDS), device))
+def relative_error(values: Tensor, expected: Tensor) -> float:
+    """L2 of the difference over that of what is expected."""
+    return float((values.cpu().float() - expected).norm() / expected.norm())
+
+
+def _reference(model: AutoencoderKL, direction: Direction, batch: Tensor) -> Tensor:
+    """What is right: the reference network in fp32 on the CPU, which tests compare with diffusers."""
+    network = model.float()
+    with torch.no_grad():
+        return network.encode(batch).mean if direction == "encode" else network.decode(batch)
 
 
 def _race(
@@ -162,18 +129,10 @@ def _race(
 
 
 def _check(contender: Contender, batch: Tensor, expected: Tensor, device: torch.device) -> Row:
-    row = Row(contender.name, contender.dtype, contender.memory_format, refused=contender.obstacle)
-    if contender.obstacle is not None:
-        return row
     logger.info("%s in %s, %s", contender.name, contender.dtype, contender.memory_format)
     error = relative_error(contender.run(batch), expected)
-    tolerance = APPROXIMATE if contender.is_approximate else TOLERANCES[contender.dtype]
-    if not error <= tolerance:  # NaN is refused, too
-        return replace(row, relative_error=error, refused=f"differs from fp32 by {error:.2g}, more than {tolerance:g}")
+    row = Row(contender.name, contender.dtype, contender.memory_format, error)
+    if not error <= contender.tolerance:  # NaN is refused, too
+        return replace(row, refused=f"differs from fp32 by {error:.2g}, more than {contender.tolerance:g}")
     _, peak_bytes = measure_peak(lambda: contender.run(batch), device)
-    return replace(row, relative_error=error, peak_bytes=peak_bytes)
-
-
-def relative_error(values: Tensor, expected: Tensor) -> float:
-    """L2 of the difference over that of what is expected."""
-    return float((values.cpu().float() - expected).norm() / expected.norm())
+    return replace(row, peak_bytes=peak_bytes)

@@ -14,7 +14,7 @@ from sdvae.cli.shared import DRY_RUN, FAMILY, STORED_DTYPE, WEIGHTS_OUTPUT, Cons
 @click.option(
     "--layout",
     type=click.Choice(["ldm", "diffusers", "taesd"]),
-    help="How the tensors are named; taesd is two files for a TAESD.  [default: as they are]",
+    help="Naming of the tensors; taesd: a TAESD as two files.  [default: unchanged]",
 )
 @STORED_DTYPE
 @FAMILY
@@ -31,8 +31,8 @@ def convert(
 ) -> None:
     """Write the VAE that IN holds (a file, a diffusers folder, a hub id) to OUT.
 
-    OUT is a file named .safetensors, or a folder that diffusers reads. A TAESD may go either way, too, or in its
-    author's layout: a folder of two files, as ComfyUI wants them.
+    OUT is a file named .safetensors, or a folder that diffusers reads. A TAESD can also be written in its
+    author's layout: a folder of two files, as ComfyUI expects them.
     """
     from sdvae.engine.precision import DTYPES
     from sdvae.weights.edit import convert

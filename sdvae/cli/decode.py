@@ -6,30 +6,31 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, with_console, with_vae
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, count, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE
 
+_MOST_NAMED = 10
 
-@click.command(short_help="Decode a store or files of latents to images in OUT.")
+
+@click.command(short_help="Decode a latent store or latent files to images.")
 @click.argument("source", metavar="SRC", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--format", type=click.Choice(["png", "jpeg", "webp"]), default="png", show_default=True)
+@click.option(
+    "--format",
+    type=click.Choice(["png", "jpeg", "webp"]),
+    default="png",
+    show_default=True,
+    help="Format of the image files.",
+)
 @click.option(
     "--latents",
     type=click.Choice(["raw", "scaled"]),
-    help="What files hold that do not say it: raw latents of a VAE, or a diffusion model's scaled ones.",
+    help="For files that do not declare it: a VAE's raw latents, or a diffusion model's scaled latents.",
 )
 @BATCH_SIZE
 @BUDGET
-@click.option(
-    "--tiling",
-    type=click.Choice(["exact", "blend"]),
-    default="exact",
-    show_default=True,
-    help="blend: the seams of diffusers' tiled decode, for comparison with it.",
-)
 @with_vae
 @with_console
 def decode(
@@ -39,27 +40,34 @@ def decode(
     latents: Literal["raw", "scaled"] | None,
     batch_size: int | None,
     budget: int | None,
-    tiling: Literal["exact", "blend"],
     load_vae: "Callable[[], VAE]",
     console: Console,
 ) -> None:
     """Decode SRC to image files in OUT.
 
-    SRC is a store written by `sdvae encode`, a folder of latents that samplers save (.safetensors, .npy, .pt,
-    ComfyUI's .latent), or one such file.
+    SRC is a store written by `sdvae encode`, a folder of latents that samplers and trainers save (.safetensors, .npy,
+    .npz, .pt, ComfyUI's .latent), or one such file. Files of a folder that cannot be decoded are left out and named;
+    the exit code is then 3. For one image, OUT may be the name of a picture: out.png.
     """
     from sdvae.reading.decode import DecodeSettings, decode_dataset
     from sdvae.store.remote import local_copy
 
     vae = load_vae()
-    settings = DecodeSettings(format, latents, batch_size, budget, tiling)
+    settings = DecodeSettings(format, latents, batch_size, budget)
     with console.progress() as show:
         report = decode_dataset(local_copy(source), out, vae, settings, show)
+    for told in report.skipped[:_MOST_NAMED]:
+        console.note(f"left out: {told}")
+    if len(report.skipped) > _MOST_NAMED:
+        console.note(f"left out: {len(report.skipped) - _MOST_NAMED} more")
     console.result(
-        f"{report.num_written} images are in {out}, {report.images_per_s:.2f} images/s",
+        f"{count(report.num_written, 'image')} written to {out}, {report.images_per_s:.2f} images/s",
         output=str(out),
         num_written=report.num_written,
         seconds=report.seconds,
         images_per_s=report.images_per_s,
         vae=vae.name,
+        skipped=list(report.skipped),
     )
+    if report.skipped:
+        click.get_current_context().exit(3)

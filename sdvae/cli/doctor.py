@@ -157,8 +157,8 @@ def _check_codecs() -> Iterator[Finding]:
         elif codec in _NEEDED_CODECS:
             yield Finding("images", name, "missing", "broken", "install a pillow wheel: pip install --upgrade pillow")
         else:
-            what = "photos keep their own colours" if codec == "littlecms2" else "such photos go to quarantine"
-            yield Finding("images", name, "missing", "warning", f"{what}; pillow's wheels have it")
+            what = "colour profiles are ignored" if codec == "littlecms2" else "such photos are quarantined"
+            yield Finding("images", name, "missing", "warning", f"{what}; the wheels of pillow include it")
 
 
 def _print_table(findings: list[Finding]) -> None:

@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, with_console, with_vae
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, count, with_console, with_vae
 from sdvae.errors import StoreError
 
 if TYPE_CHECKING:
-    from sdvae.encoding.encode import EncodeReport
+    from sdvae.encoding.encode import EncodeReport, Survey
     from sdvae.encoding.runners import Ranks, Runner
     from sdvae.encoding.times import Times
-    from sdvae.store.geometry import Resizer
+    from sdvae.store.geometry import Preprocess, Resizer
     from sdvae.vae import VAE
 
 _STEPS = {
     "read": "read files", "decode": "decode, resize", "copy": "copy to the device", "encode": "encode",
-    "write": "copy back, write", "waiting": "encoder waiting",
+    "write": "copy back, write", "waiting": "encoder idle",
 }  # fmt: skip
 
 
 def _parse_share(ctx: click.Context, param: click.Parameter, value: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)%", value)
     if match is None or float(match[1]) > 100:
-        raise click.BadParameter(f"{value!r} is no share from 0% to 100%.")
+        raise click.BadParameter(f"{value!r} is not a share from 0% to 100%.")
     return float(match[1]) / 100
 
 
@@ -61,47 +61,53 @@ _PREPROCESS = (
         type=click.Choice(["center", "random", "none"]),
         default="center",
         show_default=True,
-        help="A square from the middle or from anywhere, or the whole photo.",
+        help="center and random cut a square; none keeps the whole photo.",
     ),
     click.option(
-        "--seed", type=click.IntRange(min=0), metavar="N", default=0, show_default=True, help="Places random crops."
+        "--seed", type=click.IntRange(min=0), metavar="N", default=0, show_default=True, help="Seed of random crops."
     ),
     click.option(
         "--buckets",
         metavar="sd1|sdxl|WxH,...",
         callback=_parse_buckets,
-        help="Sizes of several aspect ratios instead of a square; a photo gets the nearest.",
+        help="Several sizes instead of one square; each photo gets the size with the nearest aspect ratio.",
     ),
-    click.option("--flip", is_flag=True, help="Encode each photo mirrored, too."),
+    click.option("--flip", is_flag=True, help="Also encode each photo mirrored."),
     click.option(
         "--max-upscale",
         type=click.FloatRange(min=0, min_open=True),
         metavar="X",
-        help="Quarantine photos that would be enlarged more.  [default: no limit; 1.0 with --buckets]",
+        help="Quarantine photos that would be enlarged by more than X.  [default: no limit; 1.0 with --buckets]",
     ),
-    click.option("--min-size", type=click.IntRange(min=1), metavar="PX", help="Quarantine photos with a shorter side."),
+    click.option(
+        "--min-size", type=click.IntRange(min=1), metavar="PX", help="Quarantine smaller photos (shorter side)."
+    ),
     click.option(
         "--resample",
         type=click.Choice(["lanczos", "bicubic"]),
         default="lanczos",
         show_default=True,
-        help="How photos are resized, antialiased both.",
+        help="Filter for resizing; both are antialiased.",
     ),
     click.option(
         "--decoder",
         type=click.Choice(["pillow", "simplejpeg"]),
         default="pillow",
         show_default=True,
-        help="What decodes JPEG.",
+        help="Library that decodes JPEG.",
     ),
     click.option(
         "--resizer",
         type=click.Choice(["auto", "torch", "pillow"]),
         default="auto",
         show_default=True,
-        help="What resizes; auto: torch where it can, for it is faster, or what OUT was begun with.",
+        help="Library that resizes. auto: the one OUT was begun with, else torch if it has the filter (faster).",
     ),
-    click.option("--jpeg-draft", is_flag=True, help="Decode large JPEGs at a half, a quarter or an eighth. Faster."),
+    click.option(
+        "--jpeg-draft",
+        is_flag=True,
+        help="Decode large JPEGs at 1/2, 1/4 or 1/8 size: faster, a little softer.",
+    ),
 )
 
 
@@ -126,41 +132,47 @@ def _with_preprocess(function: Callable[..., None]) -> Callable[..., None]:
     metavar="N",
     default=1024,
     show_default=True,
-    help="Images in a shard, at most.",
+    help="Maximum number of records in a shard.",
 )
 @click.option(
     "--store-dtype",
     type=click.Choice(["fp16", "fp32"]),
     default="fp16",
     show_default=True,
-    help="What latents are stored in.",
+    help="The dtype that latents are stored in.",
 )
 @click.option(
-    "--resume/--restart", default=True, show_default=True, help="Continue what OUT holds, or throw it away first."
+    "--resume/--restart", default=True, show_default=True, help="Continue the store in OUT, or delete it first."
 )
-@click.option("--yes", is_flag=True, help="With --restart, do not ask.")
+@click.option("--yes", is_flag=True, help="With --restart: delete without asking.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Encode only the first N photos of SRC.")
+@click.option("--dry-run", is_flag=True, help="Report what would be encoded, and write nothing.")
 @click.option(
     "--workers",
     metavar="auto|N",
     default="auto",
     show_default=True,
     callback=_parse_workers,
-    help="Processes that read and decode.",
+    help="Processes that read and decode photos.",
 )
 @click.option(
     "--on-oom",
     type=click.Choice(["stop", "degrade"]),
     default="stop",
     show_default=True,
-    help="Where memory is short: say what fits, or go on with less at once and mark the shards.",
+    help="When memory runs out: stop and report what fits, or go on with smaller batches and mark the shards.",
 )
 @click.option(
-    "--audit", metavar="P%", default="0%", callback=_parse_share, help="Decode this share back, and say its PSNR."
+    "--audit",
+    metavar="P%",
+    default="0%",
+    callback=_parse_share,
+    help="Decode this share of the photos; report the PSNR.",
 )
 @click.option(
-    "--runner", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Who encodes shards."
+    "--runner", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="What runs the encoding."
 )
-@click.option("--address", metavar="HOST:PORT", help="Of the Ray cluster.  [default: one on this machine]")
+@click.option("--address", metavar="HOST:PORT", help="Address of the Ray cluster.  [default: one on this machine]")
 @BATCH_SIZE
 @BUDGET
 @with_vae
@@ -175,6 +187,8 @@ def encode(
     store_dtype: Literal["fp16", "fp32"],
     resume: bool,
     yes: bool,
+    limit: int | None,
+    dry_run: bool,
     workers: int | None,
     on_oom: Literal["stop", "degrade"],
     audit: float,
@@ -189,20 +203,21 @@ def encode(
 ) -> None:
     """Encode the photos in SRC into the latent store OUT, a folder or s3://BUCKET/STORE.
 
-    Run again after an interruption, it continues; new photos in SRC are added. Photos that cannot be read are
-    quarantined with a reason; then the exit code is 3. Started by accelerate launch, torchrun or srun, each process
-    encodes its share.
+    After an interruption, the same command continues. It also adds photos that are new in SRC. A photo that cannot be
+    read is quarantined with a reason, and the exit code is then 3. Under accelerate launch, torchrun or srun, each
+    process encodes its share.
     """
-    from sdvae.encoding.encode import encode_dataset
-    from sdvae.encoding.manifest import EncodeSettings, recorded_dtype, recorded_resizer
+    from sdvae.encoding.encode import encode_dataset, survey
+    from sdvae.encoding.manifest import EncodeSettings, recorded_settings
     from sdvae.encoding.resize import choose_resizer
     from sdvae.encoding.runners import Ranks
     from sdvae.encoding.tasks import Work, encode_tasks
     from sdvae.sources.open import open_source
     from sdvae.store.geometry import Preprocess
     from sdvae.store.remote import local_copy, url_of
+    from sdvae.store.store import Store
 
-    if not resume and not yes:
+    if not resume and not yes and not dry_run:
         _ask_before_restart(out)
     has_own_size = preprocess["crop"] == "none" or preprocess["buckets"] is not None
     size_px = size or (None if has_own_size else 512)
@@ -212,18 +227,24 @@ def encode(
     ranks = Ranks.of_environment()
     _take_own_gpu(ranks)
     place = url_of(out) or str(out)
-    folder = local_copy(out)
+    console.note(f"encoding {source} into {place}")  # before the seconds that imports and weights take
+    begun = Store.find(local_copy(out)) if resume else None
     with console.progress() as show:
         if resizer == "auto":
-            resizer = (resume and recorded_resizer(folder)) or choose_resizer(preprocess["resample"])
+            resizer = recorded_settings(begun).preprocess.resizer if begun else choose_resizer(preprocess["resample"])
         settings = replace(settings, preprocess=replace(settings.preprocess, resizer=resizer))
-        vae = load_vae((resume and recorded_dtype(folder)) or "auto")
+        vae = load_vae(begun.manifest["compute"]["dtype"] if begun else "auto")  # a store holds latents of one dtype
+        console.note(_describe_run(vae, settings.preprocess))
+        if dry_run:
+            _tell_survey(console, survey(source, out, vae, settings, limit=limit, progress=show), place)
+            return
         report = encode_dataset(
             open_source(source, caption),
             out,
             vae,
             settings,
             restart=not resume,
+            limit=limit,
             work=Work(workers, on_oom, audit, budget),
             runner=encode_tasks if runner == "local" else _ray_runner(address),
             ranks=ranks,
@@ -234,16 +255,47 @@ def encode(
         click.get_current_context().exit(3)
 
 
+def _describe_run(vae: "VAE", preprocess: "Preprocess") -> str:
+    dtype = str(vae.dtype).removeprefix("torch.")
+    buckets = preprocess.buckets if isinstance(preprocess.buckets, str) else "the given"
+    size = f"{preprocess.size_px}x{preprocess.size_px} px" if preprocess.size_px else "the photos' own sizes"
+    what = f"{buckets} buckets" if preprocess.buckets else size
+    hint = (
+        "; to train a diffusion model, give its VAE with --vae"
+        if click.get_current_context().params["vae"] is None
+        else ""
+    )
+    return f"VAE: {vae.name}, {dtype} on {vae.device}; {what}, crop {preprocess.crop}{hint}"
+
+
+def _tell_survey(console: Console, found: "Survey", place: str) -> None:
+    for (height, width), number in found.sizes.items():
+        console.note(f"{number:>9} of {width}x{height} px")
+    for reason, number in found.quarantined.items():
+        console.note(f"{count(number, 'photo')} would be quarantined: {reason}")
+    num_new = sum(found.sizes.values())
+    console.result(
+        f"would encode {count(num_new, 'photo')} of {found.num_seen} into {place}, {found.num_bytes / 1e6:,.1f} MB of "
+        "latents; nothing was written",
+        output=place,
+        num_seen=found.num_seen,
+        num_to_encode=num_new,
+        sizes=[{"width": width, "height": height, "num_photos": n} for (height, width), n in found.sizes.items()],
+        quarantined=found.quarantined,
+        num_bytes=found.num_bytes,
+    )
+
+
 def _ask_before_restart(out: Path) -> None:
     from sdvae.store.paths import StorePaths
 
     num_shards = len(list(StorePaths(out).done(0).parent.glob("*.json")))
     try:
-        is_sure = not num_shards or click.confirm(f"Throw away the {num_shards} shards in {out}?", err=True)
-    except click.Abort:  # nobody is there to ask
+        is_sure = not num_shards or click.confirm(f"Delete {count(num_shards, 'shard')} in {out}?", err=True)
+    except click.Abort:  # there is no terminal to ask on
         is_sure = False
     if not is_sure:
-        raise StoreError(f"{out} holds {num_shards} shards, nothing was touched; --yes throws them away unasked")
+        raise StoreError(f"{out} holds {count(num_shards, 'shard')}, nothing was deleted; --yes deletes unasked")
 
 
 def _take_own_gpu(ranks: "Ranks") -> None:
@@ -262,10 +314,10 @@ def _ray_runner(address: str | None) -> "Runner":
 
 
 def _tell(console: Console, report: "EncodeReport", place: str, vae_name: str) -> None:
-    for reason, count in Counter(report.quarantined).most_common(10):
-        console.note(f"{count} in quarantine: {reason}")
+    for reason, number in Counter(report.quarantined).most_common(10):
+        console.note(f"{count(number, 'photo')} quarantined: {reason}")
     if report.num_degraded:
-        console.note(f"{report.num_degraded} shards are degraded: memory did not suffice for whole batches")
+        console.note(f"{count(report.num_degraded, 'shard')} degraded: there was not enough memory for whole batches")
     times = report.times
     if times.num_images:
         for line in _table(times):
@@ -274,13 +326,15 @@ def _tell(console: Console, report: "EncodeReport", place: str, vae_name: str) -
         values = times.psnr_db
         worst = min(values, key=values.__getitem__)
         mean = sum(values.values()) / len(values)
-        console.note(f"{len(values)} decoded back: {mean:.2f} dB PSNR, the worst {values[worst]:.2f} dB ({worst})")
+        console.note(
+            f"audit of {count(len(values), 'photo')}: {mean:.2f} dB PSNR, lowest {values[worst]:.2f} dB ({worst})"
+        )
     num_quarantined = sum(report.quarantined.values())
-    in_quarantine = f", {num_quarantined} in {place}/quarantine.jsonl" if num_quarantined else ""
-    unfinished = f", {report.num_shards_left} shards are left to others" if report.num_shards_left else ""
-    speed = f"{report.images_per_s:.2f} images/s" if report.images_per_s else "nothing was left to do"
+    quarantined = f", {num_quarantined} quarantined in {place}/quarantine.jsonl" if num_quarantined else ""
+    others = f", {count(report.num_shards_left, 'shard')} left to other processes" if report.num_shards_left else ""
+    speed = f"{report.images_per_s:.2f} images/s" if report.images_per_s else "nothing left to do"
     console.result(
-        f"{report.num_written} of {report.num_seen} photos are in {place}{in_quarantine}{unfinished}; {speed}",
+        f"{report.num_written} of {count(report.num_seen, 'photo')} stored in {place}{quarantined}{others}; {speed}",
         output=place,
         num_seen=report.num_seen,
         num_written=report.num_written,
@@ -298,8 +352,8 @@ def _tell(console: Console, report: "EncodeReport", place: str, vae_name: str) -
 
 
 def _table(times: "Times") -> list[str]:
-    """Where the time went, and which step held up the others."""
+    """Where the time went, and which step limited the speed."""
     shares = times.shares()
     rows = [f"{_STEPS[step]:>18} {seconds:8.1f} s {shares[step]:5.0%}" for step, seconds in times.steps().items()]
     who = f"{times.num_workers} processes" if times.num_workers > 1 else "one process"
-    return [*rows, f"held up by: {_STEPS[times.slowest()]} ({who} decoded)"]
+    return [*rows, f"slowest step: {_STEPS[times.slowest()]} ({who} decoded)"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from sdvae.cli.shared import PATH, Console, with_console
+from sdvae.cli.shared import PATH, Console, count, with_console
 
 
 @click.command(short_help="Write a store in another trainer's format.")
@@ -14,24 +14,25 @@ from sdvae.cli.shared import PATH, Console, with_console
     "name",
     type=click.Choice(["kohya", "repa", "fast-dit", "webdataset"]),
     required=True,
-    help="Whose format: sd-scripts' .npz, REPA's and fast-DiT's .npy, WebDataset's tars.",
+    help="The format: sd-scripts' .npz, REPA's and fast-DiT's .npy, WebDataset's tars.",
 )
-@click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="A new folder for it.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of samples, where it has some.")
+@click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The new folder to write.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of samples.")
 @with_console
 def export(path: Path, name: str, output: Path, seed: int, console: Console) -> None:
     """Write the latents in STORE to the folder OUT, as another trainer reads them.
 
-    OUT/sdvae-export.json says what that is: sample, mean or moments, scaled or raw, the range of pixels, mirrored
-    latents, what to set in the trainer. A store that the format cannot hold, or its reader would misread, is refused.
+    OUT/sdvae-export.json states what the files hold (sample, mean or moments; scaled or raw; the range of pixels;
+    mirrored latents) and what to set in the trainer. A store that the format cannot hold, or that its reader would
+    misread, is refused.
     """
     from sdvae.reading.export import export
 
     with console.progress() as show:
         done = export(path, name, output, seed, show)
     console.result(
-        f"{done['num_records']} records are in {output} for {done['reader']}: {done['value']}, {done['scaling']}; "
-        f"mirrored latents: {done['flips']}",
+        f"{count(done['num_records'], 'record')} written to {output} for {done['reader']}: "
+        f"{done['value']}, {done['scaling']}; mirrored latents: {done['flips']}",
         output=str(output),
         **done,
     )

@@ -1,4 +1,4 @@
-"""`sdvae identify`: which latent space the VAE in a weights file speaks, and how certain that is."""
+"""`sdvae identify`: which latent space the VAE in a weights file has, and how certain that is."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 @click.argument("file")
 @with_console
 def identify(file: str, console: Console) -> None:
-    """Tell which latent space the VAE in FILE (also a folder or hub id) speaks: sd1, sdxl, sd3, flux1 or unknown.
+    """Tell which latent space the VAE in FILE (also a folder or hub id) has: sd1, sdxl, sd3, flux1 or unknown.
 
-    Its encoder is run on one image whose latents in each space are known: SD 1 and SDXL have equal names and shapes.
+    Names and shapes are the same in SD 1 and SDXL, so the encoder is run on an image whose latents are known.
     """
     from sdvae.weights.find import find_file
     from sdvae.weights.identify import identify as identify_file
@@ -29,7 +29,7 @@ def identify(file: str, console: Console) -> None:
     factors = {"scaling_factor": family and family.scaling_factor, "shift_factor": family and family.shift_factor}
     console.result("\n".join(_lines(str(path), found)), **{"file": str(path)} | asdict(found) | factors)
     for item in found.contradictions:
-        console.note(f"its {item.kind} says otherwise ({item.reason}); go by {found.latent_space}")
+        console.note(f"its {item.kind} disagrees ({item.reason}); use {found.latent_space}")
 
 
 def _lines(file: str, found: "Identity") -> list[str]:

@@ -13,7 +13,7 @@ from sdvae.errors import SdvaeError
 @click.command(short_help="Show what a weights file holds.")
 @click.argument("file")
 @FAMILY
-@click.option("--tensors", is_flag=True, help="List every tensor, too.")
+@click.option("--tensors", is_flag=True, help="Also list every tensor.")
 @with_console
 def inspect(file: str, family: str | None, tensors: bool, console: Console) -> None:
     """Show the tensors, dtypes and metadata of FILE (also a folder or hub id), and the VAE in it.

@@ -1,4 +1,4 @@
-"""`sdvae interpolate`: the way from one photo to another through latent space."""
+"""`sdvae interpolate`: images between two photos in latent space."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,19 +15,24 @@ if TYPE_CHECKING:
     from sdvae.vae import VAE
 
 
-@click.command(short_help="Go from one photo to another in latent space.")
+@click.command(short_help="Interpolate between two photos in latent space.")
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
 @OUTPUT
 @click.option(
-    "--steps", type=click.IntRange(min=2), metavar="N", default=8, show_default=True, help="Images, both ends included."
+    "--steps",
+    type=click.IntRange(min=2),
+    metavar="N",
+    default=8,
+    show_default=True,
+    help="Images, both ends included.",
 )
 @click.option(
     "--mode",
     type=click.Choice(["slerp", "lerp"]),
     default="slerp",
     show_default=True,
-    help="Along the sphere, which keeps the norm of the latents, or straight.",
+    help="slerp keeps the norm of the latents; lerp is a straight line.",
 )
 @click.option(
     "--size", type=click.IntRange(min=1), metavar="PX", default=512, show_default=True, help="Pixels along each side."
@@ -46,12 +51,12 @@ def interpolate(
     load_vae: "Callable[[], VAE]",
     console: Console,
 ) -> None:
-    """Go from photo A to photo B in latent space: a film strip, or a GIF where FILE ends in .gif."""
+    """Interpolate from photo A to photo B in latent space: a row of images, or a GIF if FILE ends in .gif."""
     check_output(output, a, b, others=(".gif",))
     import numpy as np
 
     from sdvae.encoding.resize import apply
-    from sdvae.images import read_image
+    from sdvae.images.read import read_image
     from sdvae.store.geometry import Preprocess, plan_geometry
 
     def read_square(path: Path) -> "NDArray[np.uint8]":
@@ -65,4 +70,4 @@ def interpolate(
         write_gif(output, frames)
     else:
         write_picture(output, grid(frames, columns=len(frames)))
-    console.result(f"{steps} images from {a} to {b} are in {output}", output=str(output), steps=steps, mode=mode)
+    console.result(f"{steps} images from {a} to {b} written to {output}", output=str(output), steps=steps, mode=mode)

@@ -1,6 +1,8 @@
 """The `sdvae` command: its verbs, and how errors and signals become sentences and exit codes."""
 
 import errno
+import io
+import os
 import signal
 import sys
 from types import FrameType
@@ -48,7 +50,9 @@ class _Sdvae(click.Group):
             self._fail(ctx, "out of memory; try a smaller --batch-size or --size, or --device cpu", 1)
 
     def _fail(self, ctx: click.Context, message: str, exit_code: int) -> NoReturn:
-        click.echo(f"sdvae: {message}", err=True)
+        # What a message quotes of a stranger's file must not move the cursor.
+        shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
+        click.echo(f"sdvae: {shown}", err=True)
         ctx.exit(exit_code)
 
 
@@ -58,12 +62,13 @@ class _Sdvae(click.Group):
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
-    epilog="Every option can be set in the environment, too: SDVAE_DEVICE=cpu. "
-    "Exit codes: 0 done, 1 error, 2 usage, 3 some images quarantined, 4 an unsafe file refused, 5 verify mismatch.",
+    epilog="Every option can also be set in the environment, for example SDVAE_DEVICE=cpu. "
+    "Exit codes: 0 done, 1 error, 2 usage, 3 some photos or files left out, 4 an unsafe file refused, "
+    "5 verify mismatch.",
 )
 @click.version_option(__version__, prog_name="sdvae", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Images to latents and back, with a KL-VAE in Stable Diffusion's format."""
+    """Turn photos into latents and back, with a KL-VAE in Stable Diffusion's format."""
 
 
 _PICTURES = (encode, decode, verify, stats, export, roundtrip, sample, interpolate)
@@ -82,8 +87,27 @@ def _stop(signum: int, frame: FrameType | None) -> NoReturn:
     raise _Stopped(128 + signum)
 
 
+def _open_streams() -> None:
+    """Put /dev/null where standard streams are closed: else the next file that is opened would take their place."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
+
+
+def _use_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale has another encoding: a store's names and texts are UTF-8."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file may name what no encoding can spell
+
+
 def main() -> NoReturn:
     """Run the command line as a process: SIGINT exits with 130 and SIGTERM with 143."""
+    _open_streams()
+    _use_utf8()
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     try:

@@ -1,4 +1,4 @@
-"""The pictures that verbs make of images: a grid with captions, as a file or a GIF."""
+"""Image files that verbs make for people to look at: a grid with captions, a GIF."""
 
 import io
 import math
@@ -22,7 +22,7 @@ _FRAME_MS = 80
 
 
 def check_output(output: Path, *inputs: Path, others: tuple[str, ...] = ()) -> None:
-    """Refuse a picture file that cannot be written, or is one of the inputs, before any work is done."""
+    """Refuse an image file that cannot be written, or is one of the inputs, before any work is done."""
     suffixes = (*_FORMATS, *others)
     if output.suffix.lower() not in suffixes:
         raise click.BadParameter(f"{output} must end with one of {' '.join(suffixes)}.", param_hint="--output")
@@ -36,13 +36,13 @@ def check_output(output: Path, *inputs: Path, others: tuple[str, ...] = ()) -> N
 def write_picture(path: Path, image: "Image") -> None:
     """Write an image in the format its file name asks for."""
     from sdvae import atomic
-    from sdvae.images import encode_image
+    from sdvae.images.write import encode_image
 
     atomic.write_bytes(path, encode_image(image, _FORMATS[path.suffix.lower()]))
 
 
 def write_gif(path: Path, frames: Sequence["Image"]) -> None:
-    """Write an endless GIF that plays the frames forth and back."""
+    """Write a GIF that plays the frames forward and backward in a loop."""
     from PIL import Image
 
     from sdvae import atomic

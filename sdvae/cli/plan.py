@@ -42,7 +42,7 @@ def plan(
     """
     from sdvae.engine.describe import describe_plan, plan_values
     from sdvae.engine.plan import make_plan, max_images
-    from sdvae.engine.stages import Direction, network
+    from sdvae.engine.stages import Direction, build_network
 
     config = _config(vae, family)
     scales: dict[Direction, int] = {"encode": 1, "decode": config.downscale}
@@ -51,9 +51,9 @@ def plan(
         if height % config.downscale or width % config.downscale:
             raise ShapeError(f"{width}x{height} px: both sides must be multiples of {config.downscale}")
         for direction, scale in scales.items():
-            line = network(config, direction)
+            network = build_network(config, direction)
             found = make_plan(
-                line,
+                network,
                 height // scale,
                 width // scale,
                 _ELEMENT_BYTES[dtype],

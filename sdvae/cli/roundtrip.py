@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sdvae.vae import VAE
 
 
-@click.command(short_help="Encode and decode a photo, before and after side by side.")
+@click.command(short_help="Encode and decode a photo; show both side by side.")
 @click.argument("image", type=PATH)
 @OUTPUT
 @click.option(
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 def roundtrip(
     image: Path, output: Path, size: int, budget: int | None, load_vae: "Callable[[], VAE]", console: Console
 ) -> None:
-    """Encode and decode a photo, and put before and after side by side."""
+    """Encode and decode a photo, and write the photo and the result side by side."""
     check_output(output, image)
     import numpy as np
 
     from sdvae.encoding.resize import apply
-    from sdvae.images import read_image
+    from sdvae.images.read import read_image
     from sdvae.metrics import psnr
     from sdvae.store.geometry import Preprocess, plan_geometry
 
@@ -56,7 +56,7 @@ def roundtrip(
     quality = "no difference" if psnr_db is None else f"{psnr_db:.2f} dB"
     write_picture(output, grid([photo, after], 2, [f"before: {image.name}", f"after {vae.name}: {quality}"]))
     console.result(
-        f"{image} at {width}x{height}: {quality} PSNR in {seconds:.2f} s; before and after are in {output}",
+        f"{image} at {width}x{height}: {quality} PSNR in {seconds:.2f} s; both are in {output}",
         image=str(image),
         output=str(output),
         width=width,

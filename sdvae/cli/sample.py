@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sdvae.cli.pictures import check_output, grid, write_picture
-from sdvae.cli.shared import BUDGET, OUTPUT, Console, with_console, with_vae
+from sdvae.cli.shared import BUDGET, OUTPUT, Console, count, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     metavar="N",
     default=0,
     show_default=True,
-    help="The same seed, the same sheet.",
+    help="The same seed gives the same images.",
 )
 @BUDGET
 @with_vae
@@ -44,12 +44,11 @@ def sample(
 ) -> None:
     """Decode latents drawn from the prior N(0, I) to a contact sheet.
 
-    The VAE of a diffusion model is held to its prior by a thread: expect textures. The photos are the diffusion
-    model's work.
+    The VAE of a diffusion model is only weakly regularised towards its prior: expect textures, not photos.
     """
     check_output(output)
     import numpy as np
 
     images = [np.asarray(image) for image in load_vae().sample(num, size, size, seed, budget)]
     write_picture(output, grid(images, columns=math.ceil(math.sqrt(num))))
-    console.result(f"{num} samples are in {output}", output=str(output), num=num, size=size, seed=seed)
+    console.result(f"{count(num, 'image')} written to {output}", output=str(output), num=num, size=size, seed=seed)

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
     from sdvae.weights.edit import Written
 
 PATH = click.Path(path_type=Path)
-OUTPUT = click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The picture to write.")
+OUTPUT = click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The image file to write.")
 
 _LOG = logging.getLogger("sdvae")
+_LINE_EACH_S = 30.0  # of progress, where there is no terminal
 
 
 class Console:
-    """Where a verb speaks: results on stdout, everything else on stderr."""
+    """Where a verb prints: results on stdout, everything else on stderr."""
 
     def __init__(self, command: str, is_json: bool, is_quiet: bool) -> None:
         self.command = command
@@ -46,7 +48,13 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A function of (phase, done, total) that draws one bar a phase, with images per second and time left."""
+        """A function of (phase, done, total) that shows images per second and time left.
+
+        On a terminal it draws one bar a phase; elsewhere, in a log, it writes a line each 30 s.
+        """
+        if self.is_quiet or not sys.stderr.isatty():
+            yield self._progress_lines()
+            return
         with ExitStack() as open_bars:
             bars: dict[str, tqdm[Any]] = {}
 
@@ -58,21 +66,35 @@ class Console:
 
             yield show
 
+    def _progress_lines(self) -> Callable[[str, int, int], None]:
+        begun: dict[str, tuple[float, int]] = {}  # phase -> when it began, and what an earlier run had done by then
+        told_s = time.monotonic()
+
+        def show(phase: str, done: int, total: int) -> None:
+            nonlocal told_s
+            now = time.monotonic()
+            start_s, done_before = begun.setdefault(phase, (now, done))
+            if now - told_s >= _LINE_EACH_S and done > done_before:
+                from tqdm import tqdm
+
+                told_s = now
+                per_s = (done - done_before) / (now - start_s)
+                left = tqdm.format_interval((total - done) / per_s)
+                self.note(f"{phase}: {done} of {total}, {per_s:.1f} images/s, {left} left")
+
+        return show
+
     def _bar(self, phase: str, done: int, total: int) -> "tqdm[Any]":
         from tqdm import tqdm
 
-        is_terminal = sys.stderr.isatty()
-        rare_s = 0.1 if is_terminal else 30.0  # in a log file every line stays
         return tqdm(
             desc=phase,
             initial=done,  # what an earlier run did says nothing about the speed of this one
             total=total,
             file=sys.stderr,
-            disable=self.is_quiet,
             unit=" images",
-            dynamic_ncols=is_terminal,
-            mininterval=rare_s,
-            delay=rare_s,
+            dynamic_ncols=True,
+            delay=0.1,
             bar_format="{desc} {percentage:3.0f}%|{bar:30}| {n_fmt} of {total_fmt}, {rate_noinv_fmt}, {remaining} left",
         )
 
@@ -95,7 +117,7 @@ def _log_on_stderr(level: int) -> Iterator[None]:
     try:
         yield
     except SdvaeError:
-        _LOG.debug("the error arose here", exc_info=True)
+        _LOG.debug("the error occurred here", exc_info=True)
         raise
     finally:
         _LOG.setLevel(before)
@@ -128,25 +150,25 @@ def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 def _parse_size(value: str) -> tuple[int, int]:  # "1024x768" -> (768, 1024)
     sides = value.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise click.BadParameter(f"{value!r} is no size; write 512, or 1024x768 for width and height.")
+        raise click.BadParameter(f"{value!r} is not a size; write 512, or 1024x768 for width and height.")
     return int(sides[-1]), int(sides[0])
 
 
 FAMILY = click.option(
-    "--family", type=click.Choice(list(FAMILIES)), help="Which VAE it is, where its file leaves that open."
+    "--family", type=click.Choice(list(FAMILIES)), help="The family of the VAE, if its file does not tell it."
 )
 WEIGHTS_OUTPUT = click.option(
     "-o", "--output", type=PATH, required=True, metavar="OUT", help="The file or folder to write."
 )
 STORED_DTYPE = click.option(
-    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="What the VAE is stored in.  [default: as it is]"
+    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="The dtype to store the VAE in.  [default: unchanged]"
 )
 DRY_RUN = click.option(
-    "--dry-run", is_flag=True, help="Check everything, say what would be written, and write nothing."
+    "--dry-run", is_flag=True, help="Check everything and report what would be written, but write nothing."
 )
 _VAE_OPTIONS = (
     click.option(
-        "--vae", metavar="VAE", help="A folder, a file of a VAE or checkpoint, a hub id.  [default: the embedded VAE]"
+        "--vae", metavar="VAE", help="A folder, a VAE or checkpoint file, or a hub id.  [default: the embedded VAE]"
     ),
     FAMILY,
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps."),
@@ -155,7 +177,7 @@ _VAE_OPTIONS = (
         type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
         default="auto",
         show_default=True,
-        help="What the network computes in.",
+        help="The dtype that the network computes in.",
     ),
 )
 BATCH_SIZE = click.option(
@@ -164,13 +186,13 @@ BATCH_SIZE = click.option(
     default="auto",
     show_default=True,
     callback=_parse_batch_size,
-    help="Images that go through the network at once.",
+    help="Images in one batch.",
 )
 BUDGET = click.option(
     "--budget",
     metavar="BYTES",
     callback=_parse_budget,
-    help="Memory that may be taken beside the weights: 6GiB, 800MiB.  [default: what is free]",
+    help="Memory limit, weights not included: 6GiB, 800MiB.  [default: free memory]",
 )
 SIZES = click.option(
     "--size",
@@ -180,12 +202,12 @@ SIZES = click.option(
     default=("512",),
     show_default=True,
     callback=_parse_sizes,
-    help="Pixels along each side, or width and height; may be given again.",
+    help="Pixels along each side, or width and height; can be repeated.",
 )
 _CONSOLE_OPTIONS = (
     click.option("--json", is_flag=True, help="Print the result as one JSON object."),
-    click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
-    click.option("-v", "--verbose", is_flag=True, help="Say what is done, and where an error arose."),
+    click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr."),
+    click.option("-v", "--verbose", is_flag=True, help="Log what is done, and where an error occurred."),
 )
 
 
@@ -204,7 +226,7 @@ def with_console(function: Callable[..., None]) -> Callable[..., None]:
 def with_vae(function: Callable[..., None]) -> Callable[..., None]:
     """Add the options of a VAE to a verb, and hand it `load_vae`, to be called when its input is known good.
 
-    `load_vae(auto_dtype)` takes what "auto" is to mean where the work was begun in some dtype before.
+    `load_vae(auto_dtype)` takes the dtype that "auto" stands for, so that work continues in the dtype it began in.
     """
 
     @wraps(function)
@@ -219,6 +241,11 @@ def with_vae(function: Callable[..., None]) -> Callable[..., None]:
         function(load_vae=load_vae, **arguments)
 
     return _add(_VAE_OPTIONS, run)
+
+
+def count(number: int, what: str) -> str:
+    """A number and its noun: 1 image, 2 images."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def tell_written(console: Console, written: "Written", is_dry_run: bool) -> None:

@@ -1,4 +1,4 @@
-"""`sdvae stats`: what the latents of a store are like."""
+"""`sdvae stats`: mean, std, sizes and failures of a store."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdvae.cli.shared import PATH, Console, with_console
+from sdvae.cli.shared import PATH, Console, count, with_console
 
 if TYPE_CHECKING:
     from sdvae.reading.stats import StoreStats
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 @click.argument("path", metavar="STORE", type=PATH)
 @with_console
 def stats(path: Path, console: Console) -> None:
-    """Measure the raw latents in STORE: mean and std of each channel, the scaling factor they ask for, sizes, failures.
+    """Measure the raw latents in STORE: mean and std of each channel, scaling factor, sizes, failures.
 
-    One pass over every number, in fp64. Latents are measured as a training loop draws them, from the posterior.
+    Reads every number once, in fp64. Latents are measured as a training loop draws them: from the posterior.
     """
     from sdvae.reading.stats import measure
     from sdvae.store.remote import local_copy
@@ -38,12 +38,12 @@ def stats(path: Path, console: Console) -> None:
         num_committed_shards=num_shards,
     )
     if num_shards < store.num_shards:
-        console.note(f"the store is not finished: {num_shards} of its {store.num_shards} shards are there")
+        console.note(f"the store is not complete: it has {num_shards} of {count(store.num_shards, 'shard')}")
 
 
 def _lines(path: Path, found: "StoreStats", vae_factor: float) -> list[str]:
     lines = [
-        f"{path}: {found.num_written} latents, {found.num_quarantined} records in quarantine",
+        f"{path}: {count(found.num_written, 'record')}, {found.num_quarantined} more quarantined",
         f"{'channel':<9}{'mean':>12}{'std':>12}{'posterior std':>16}",
     ]
     rows = zip(found.mean, found.std, found.posterior_std, strict=True)
@@ -51,7 +51,7 @@ def _lines(path: Path, found: "StoreStats", vae_factor: float) -> list[str]:
     lines.append(f"{'all':<9}{found.overall_mean:>12.5f}{found.overall_std:>12.5f}")
     own = f"the VAE's own, {vae_factor:g}, gives a std of {found.overall_std * vae_factor:.3f}"
     lines.append(f"scaling factor for a std of 1: {found.scaling_factor:.5f}; {own}")
-    lines += [f"{count:>9} of {bucket} px" for bucket, count in found.buckets.items()]
+    lines += [f"{number:>9} of {bucket} px" for bucket, number in found.buckets.items()]
     if found.num_enlarged:
         lines.append(f"{found.num_enlarged:>9} enlarged; --max-upscale of sdvae encode sets a limit")
-    return lines + [f"{count:>9} in quarantine: {reason}" for reason, count in found.quarantined.items()]
+    return lines + [f"{number:>9} quarantined: {reason}" for reason, number in found.quarantined.items()]

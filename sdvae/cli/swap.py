@@ -18,7 +18,7 @@ from sdvae.cli.shared import DRY_RUN, FAMILY, PATH, STORED_DTYPE, WEIGHTS_OUTPUT
 def swap(
     checkpoint: Path, vae: str, output: Path, dtype: str | None, family: str | None, dry_run: bool, console: Console
 ) -> None:
-    """Write the checkpoint CKPT to OUT.safetensors with another VAE in it; all else stays bit for bit."""
+    """Write the checkpoint CKPT to OUT.safetensors with another VAE in it; all other tensors stay bit for bit."""
     from sdvae.engine.precision import DTYPES
     from sdvae.weights.edit import swap
     from sdvae.weights.find import find_file

@@ -1,4 +1,4 @@
-"""`sdvae verify`: whether a store still holds every byte that was committed, and what can bring back the others."""
+"""`sdvae verify`: whether a store still holds every byte that was committed, and how to restore the others."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdvae.cli.shared import PATH, Console, with_console, with_vae
+from sdvae.cli.shared import PATH, Console, count, with_console, with_vae
 from sdvae.errors import StoreError, VerifyError
 
 if TYPE_CHECKING:
@@ -20,21 +20,21 @@ _NUM_NAMES = 20  # of lost records that a person is shown; --json has them all
 
 @click.command(short_help="Check every byte of a store; restore what is lost.")
 @click.argument("store", type=PATH)
-@click.option("--repair", is_flag=True, help="Restore what is damaged, as far as the rest of the store tells it.")
-@click.option("--source", metavar="SRC", help="With --repair: the photos, to encode lost numbers again.")
+@click.option("--repair", is_flag=True, help="Restore damaged files from the rest of the store where possible.")
+@click.option("--source", metavar="SRC", help="With --repair: the photos, to encode lost latents again.")
 @with_vae
 @with_console
 def verify(store: Path, repair: bool, source: str | None, load_vae: "Callable[[str], VAE]", console: Console) -> None:
     """Check every byte of the latent store STORE against its digest.
 
-    Where a file is damaged or missing, the exit code is 5, and the records that are lost are named.
+    If a file is damaged or missing, the exit code is 5 and the lost records are listed.
     """
     from sdvae.store.remote import url_of
 
     if source is not None and not repair:
-        raise click.UsageError("--source is for --repair.")
+        raise click.UsageError("--source needs --repair.")
     if url := url_of(store):
-        raise StoreError(f"{url} is checked against its commits whenever it is copied here; give verify a folder")
+        raise StoreError(f"verify needs a local folder; {url} is checked against its commits whenever it is copied")
     with console.progress() as show:
         if repair:
             found = _repair(store, source, load_vae, show)
@@ -77,27 +77,27 @@ def _repair(store: Path, source: str | None, load_vae: "Callable[[str], VAE]", p
 def _describe(store: Path, verdict: "Verdict", is_repaired: bool) -> str:
     if not verdict.damages:
         return (
-            f"{store} is whole: {verdict.num_records:,} records in {verdict.num_files:,} files, "
+            f"{store} is whole: {count(verdict.num_records, 'record')} in {count(verdict.num_files, 'file')}, "
             f"{verdict.num_bytes / 1e6:,.1f} MB, every byte as it was committed"
         )
     if verdict.is_unfinished:
         return (
-            f"{store} is whole as far as it goes, but {_count(len(verdict.damages), 'shard')} not encoded yet; "
-            "run the command that encoded it again"
+            f"{store} is not complete: {count(len(verdict.damages), 'shard')} not encoded yet, none damaged; "
+            "run its encode command again"
         )
     broken = [damage for damage in verdict.damages if damage.state != "not encoded yet"]
     names = [damage.path.relative_to(store).as_posix() for damage in broken]
     width = max(map(len, names))
     lines = [f"{store} is damaged:"]
     for name, damage in zip(names, broken, strict=True):
-        lost = _count(len(damage.lost), "record") + " lost" if damage.lost else ""
+        lost = count(len(damage.lost), "record") + " lost" if damage.lost else ""
         lines.append(f"  {name:{width}}  {damage.state:7}  {lost}".rstrip())
     if len(broken) < len(verdict.damages):
-        lines.append(f"  not encoded yet: {_count(len(verdict.damages) - len(broken), 'shard')}")
+        lines.append(f"  not encoded yet: {count(len(verdict.damages) - len(broken), 'shard')}")
     if verdict.lost:
         lines.append("lost: " + ", ".join(verdict.lost[:_NUM_NAMES]) + ", ..." * (len(verdict.lost) > _NUM_NAMES))
     if not is_repaired:
-        lines.append(f"next: sdvae verify {store} --repair, with --source SRC --vae VAE where numbers are lost")
+        lines.append(f"next: sdvae verify {store} --repair, with --source SRC --vae VAE where latents are lost")
         return "\n".join(lines)
     from sdvae.encoding.repair import remedy
 
@@ -106,7 +106,3 @@ def _describe(store: Path, verdict: "Verdict", is_repaired: bool) -> str:
         files.setdefault(remedy(damage), []).append(name)
     lines += [f"{', '.join(group[:3])}{', ...' * (len(group) > 3)}: {text}" for text, group in files.items()]
     return "\n".join(lines)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"

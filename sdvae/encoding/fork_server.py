@@ -35,7 +35,7 @@ class ForkServer:
 
     def __init__(self, preprocess: Preprocess, memory_descriptor: int, num_bytes: int) -> None:
         self._connection, theirs = pipe()
-        modules = ["sdvae.images", *(["torch"] if preprocess.resizer == "torch" else [])]
+        modules = ["sdvae.images.read", *(["torch"] if preprocess.resizer == "torch" else [])]
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; from sdvae.encoding.fork_server import serve; "
             f"serve({theirs.fileno()}, {memory_descriptor}, {num_bytes}, {modules})"

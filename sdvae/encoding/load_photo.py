@@ -65,7 +65,7 @@ def read_crop(
     data: bytes, original_px: Size, geometry: Geometry, preprocess: Preprocess
 ) -> NDArray[np.uint8]:  # (h, w, 3)
     """The pixels of a photo that enter the VAE; ImageError where its picture cannot be read, or has another size."""
-    from sdvae.images import read_image
+    from sdvae.images.read import read_image
 
     image = read_image(
         data,

@@ -17,7 +17,7 @@ from sdvae.engine.precision import DTYPES
 from sdvae.errors import ConfigError, StoreError
 from sdvae.store import store as stores
 from sdvae.store.buckets import Size
-from sdvae.store.geometry import Preprocess, Resizer, plan_geometry
+from sdvae.store.geometry import Preprocess, plan_geometry
 from sdvae.store.paths import StorePaths
 from sdvae.store.roster import Task, roster_lines
 from sdvae.store.shard import STORE_DTYPES
@@ -54,24 +54,6 @@ def recorded_settings(store: Store) -> EncodeSettings:
         manifest["compute"]["batch_rows"],
         manifest["compute"]["num_threads"],
     )
-
-
-def recorded_dtype(out: Path) -> str | None:
-    """The dtype ("bf16") that a store begun in `out` is computed in, None where there is none.
-
-    Whoever chooses a dtype by timing, as "auto" does on a CPU, chooses this one instead: the clock may say
-    something else each time, and a store holds latents of one dtype.
-    """
-    if not StorePaths(out).manifest.exists():
-        return None
-    return str(Store.open(out).manifest["compute"]["dtype"])
-
-
-def recorded_resizer(out: Path) -> Resizer | None:
-    """What resizes the photos of a store begun in `out`, None where there is none; "auto" means this one, as above."""
-    if not StorePaths(out).manifest.exists():
-        return None
-    return recorded_settings(Store.open(out)).preprocess.resizer
 
 
 def require_possible(settings: EncodeSettings, vae: VAE) -> None:
@@ -153,9 +135,13 @@ def max_rows(vae: VAE, settings: EncodeSettings, bucket_px: Size | None) -> int:
     """Most records in a shard of this size."""
     if bucket_px is None:
         return settings.shard_rows
+    return min(settings.shard_rows, max(1, MAX_SHARD_BYTES // row_bytes(vae, settings, bucket_px)))
+
+
+def row_bytes(vae: VAE, settings: EncodeSettings, bucket_px: Size) -> int:
+    """The bytes of one photo of this size in each tensor."""
     num_latents = vae.config.latent_channels * bucket_px[0] * bucket_px[1] // vae.config.downscale**2
-    row_bytes = num_latents * STORE_DTYPES[settings.store_dtype].itemsize
-    return min(settings.shard_rows, max(1, MAX_SHARD_BYTES // row_bytes))
+    return num_latents * STORE_DTYPES[settings.store_dtype].itemsize
 
 
 def num_cores() -> int:

@@ -153,7 +153,8 @@ class RayRunner:
                         f"Ray could not encode shard {number}: {type(error).__name__} after {_MAX_RETRIES} retries; "
                         "run the same command again to go on"
                     ) from error
-                num_records += store.shard(number).num_records
+                shard = store.shard(number)
+                num_records += shard.num_records if shard.bucket_px else 0
                 count(num_records)
         times.all = time.monotonic() - begun
         return times

@@ -11,7 +11,8 @@ from typing import Any
 import PIL
 
 from sdvae.errors import ImageError
-from sdvae.images import muted_pillow, read_size
+from sdvae.images.failures import muted_pillow
+from sdvae.images.read import read_size
 from sdvae.journal import Journal, read_journal
 from sdvae.sources.entries import Entry, Source
 from sdvae.store.records import Record

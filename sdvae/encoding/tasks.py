@@ -39,7 +39,7 @@ from sdvae.store.store import Store
 from sdvae.vae import VAE
 
 Moments = dict[str, Tensor]  # the tensors of a shard by name, each (rows, C, h, w) raw
-Count = Callable[[int], None]  # told how many records are dealt with so far
+Count = Callable[[int], None]  # told how many photos went through the network so far
 
 _QUEUED_WRITES = 4  # of batches and commits, before the encoder waits for the disk
 _NO_DIFFERENCE_DB = 100.0  # PSNR of equal images, which JSON could not tell
@@ -126,7 +126,7 @@ class _Encoder:
                 shard = _ShardBuilder(self.store, self.roster.task(number), self.vae.device, self.times)
                 self._encode_shard(shard, batches, writer, num_before)
                 writer.submit(self._commit, shard, journal, left)
-                num_before += len(shard.task.records)
+                num_before += shard.task.num_images
                 self.count(num_before)
 
     def _plan(self, number: int) -> Iterator[tuple[Size, Sequence[Record]]]:
@@ -147,7 +147,7 @@ class _Encoder:
         writer: "_Writer",
         num_before: int,
     ) -> None:
-        num_left = len(shard.task.records)
+        num_left = shard.task.num_images
         num_before += num_left
         for records in shard.task.batches(self.batch_rows):
             begun = time.monotonic()
@@ -169,7 +169,7 @@ class _Encoder:
         journal.append({"shard": shard.task.number, "degraded": shard.degraded} | spent)  # before: repair asks for it
         shard.commit()
         self.times.write += time.monotonic() - begun
-        self.num_committed += len(shard.task.records)
+        self.num_committed += shard.task.num_images
         left.popleft()
 
     # --- The network ---

@@ -1,1 +1,1 @@
-"""How a VAE runs: dtypes now, compiled programs and memory plans as they land."""
+"""How a VAE runs: dtypes, memory plans, and the programs that run under them."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sdvae.engine import ops
 from sdvae.engine.arena import Memory, allocate
+from sdvae.engine.kernels import Kernels, RunningStatistics
 from sdvae.engine.plan import Level, Plan, input_rows, window_shape
 from sdvae.engine.program import PackedStage, Program
 
@@ -14,9 +15,9 @@ Peaks = dict[str, float]  # the largest absolute value that each stage and short
 
 
 def execute(program: Program, plan: Plan, images: Tensor, peaks: Peaks | None = None) -> Tensor:
-    """All images (N, C, H, W) through the network -> (N, C', H', W') fp32; `peaks` are noted where a dict is given.
+    """All images (N, C, H, W) through the network -> (N, C', H', W') fp32; a dict of `peaks` is filled.
 
-    Memory is allocated once, and given back at the end.
+    Memory is allocated once and freed at the end.
     """
     out = empty_output(program, plan, len(images))
     with allocate(plan, program.dtype, program.device) as memory:
@@ -26,7 +27,7 @@ def execute(program: Program, plan: Plan, images: Tensor, peaks: Peaks | None = 
 
 
 def empty_output(program: Program, plan: Plan, num_images: int) -> Tensor:
-    """Where the output of images belongs: (N, C', H', W') fp32."""
+    """Memory for the output of images: (N, C', H', W') fp32."""
     last = plan.levels[program.stages[-1].stage.level]
     return torch.empty(num_images, program.network.out_channels, last.height, last.width, device=program.device)
 
@@ -34,19 +35,19 @@ def empty_output(program: Program, plan: Plan, num_images: int) -> Tensor:
 def execute_image(
     program: Program, plan: Plan, memory: Memory, image: Tensor, out: Tensor, peaks: Peaks | None = None
 ) -> None:
-    """One image (C, H, W) through the network into `out`; on a GPU, without a word to the host."""
-    _Run(program.kernels, plan, memory, image, out, peaks).run(program)
+    """One image (C, H, W) through the network into `out`; on a GPU, the host is never waited for."""
+    _ImageRun(program.kernels, plan, memory, image, out, peaks).run(program)
 
 
-class _Run:
-    """One image on its way: where its rows are, and the statistics of x and h."""
+class _ImageRun:
+    """The run of one image: where its rows lie, and the statistics of x and h."""
 
     def __init__(
-        self, kernels: ops.Kernels, plan: Plan, memory: Memory, image: Tensor, out: Tensor, peaks: Peaks | None
+        self, kernels: Kernels, plan: Plan, memory: Memory, image: Tensor, out: Tensor, peaks: Peaks | None
     ) -> None:
         self._kernels, self._plan, self._memory = kernels, plan, memory
         self._image, self._out, self._peaks = image, out, peaks
-        self._statistics: dict[str, ops.Statistics] = {}
+        self._statistics: dict[str, RunningStatistics] = {}
 
     def run(self, program: Program) -> None:
         for packed in program.stages:
@@ -59,27 +60,26 @@ class _Run:
                 self._convolve(packed, counted)
             self._statistics[packed.stage.target] = statistics
 
-    def _convolve(self, packed: PackedStage, statistics: ops.Statistics | None) -> None:
-        stage, kernels, convolution = packed.stage, self._kernels, packed.convolution
+    def _convolve(self, packed: PackedStage, statistics: RunningStatistics | None) -> None:
+        stage, convolution = packed.stage, packed.convolution
         assert convolution is not None  # as in all stages but attention
         level = self._plan.levels[stage.level]
         window = self._window(packed)
         for start, end in level.strips:
             rows = window.read(*input_rows(stage, start, end))
-            if stage.target == "output":
-                assert not isinstance(convolution, ops.Upsampling)
-                convolution.write_over(rows, self._out[None, :, start:end], level.call_rows, ops)
-                continue
-            target = self._strip(level, start, end, stage.target, stage.out_channels)
             if packed.shortcut is not None:  # x is read to the end before x and h take its place
                 projected = self._strip(level, start, end, "x", stage.out_channels)
-                packed.shortcut.write_over(self._read_x(packed, start, end), projected, level.call_rows, kernels)
+                packed.shortcut.write(self._read_x(packed, start, end), projected, level.call_rows, None)
                 self._note(stage.shortcut, projected)
-            convolution.write(rows, target, level.call_rows, kernels, adds=stage.adds, statistics=statistics)
+            if stage.target == "output":
+                target = self._out[None, :, start:end]
+            else:
+                target = self._strip(level, start, end, stage.target, stage.out_channels)
+            convolution.write(rows, target, level.call_rows, statistics)
             self._note(stage.name, target)
 
     def _read_x(self, packed: PackedStage, start: int, end: int) -> Tensor:
-        """A strip of x, where libraries reach it."""
+        """A strip of x in memory that libraries can read."""
         level, channels = self._plan.levels[packed.stage.level], packed.stage.in_channels
         x = self._strip(level, start, end, "x", channels)
         if not self._plan.is_on_host:
@@ -89,7 +89,7 @@ class _Run:
         self._kernels.write(x, None, copy, adds=False, statistics=None)
         return copy
 
-    def _attend(self, packed: PackedStage, statistics: ops.Statistics | None) -> None:
+    def _attend(self, packed: PackedStage, statistics: RunningStatistics | None) -> None:
         """Add output(attention(queries(h), h, h)) to x, with h = norm(x): a fixed number of queries at a time."""
         stage = packed.stage
         level, channels = self._plan.levels[stage.level], stage.out_channels
@@ -127,7 +127,7 @@ class _Run:
         return _Window(rows, source.height, source.width, self._source(packed))
 
     def _source(self, packed: PackedStage) -> Callable[[int, int, Tensor], None]:
-        """What puts rows start..end of a stage's input into a strip: the image's, or those of x or h, normalised."""
+        """A function that writes rows start..end of a stage's input (the image, or normalised x or h) into a strip."""
         stage = packed.stage
         if stage.source == "input":
             return self._read_image
@@ -166,7 +166,7 @@ class _Run:
 
 
 class _Window:
-    """The rows that a strip is made of; what two strips share is read once, so that its source may be gone."""
+    """The input rows of a strip. Rows that two strips share are read once: their source may be overwritten by then."""
 
     def __init__(self, rows: Tensor, height: int, width: int, read: Callable[[int, int, Tensor], None]) -> None:
         self._rows, self._height, self._width, self._read = rows, height, width, read

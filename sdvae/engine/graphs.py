@@ -14,7 +14,7 @@ from sdvae.engine.program import Program
 
 
 @dataclass
-class _Run:
+class _Call:
     """What ran last."""
 
     program: Program
@@ -24,14 +24,14 @@ class _Run:
     graph: "_Graph | None" = None
 
 
-class Runner:
-    """Runs one direction; keeps one graph, that of the last size.
+class Executor:
+    """Runs the programs of one direction; keeps one graph, that of the last size.
 
     A graph saves the host some hundred launches an image. Its memory stays reserved until another size comes.
     """
 
     def __init__(self) -> None:
-        self._last: _Run | None = None
+        self._last: _Call | None = None
 
     def make_room(self, size: torch.Size) -> None:
         """Forget the graph of another size, so that its memory counts as free."""
@@ -44,7 +44,7 @@ class Runner:
             if not _is_repeatable(program, plan):
                 return execute(program, plan, images)
             cudnn = torch.backends.cudnn
-            now = _Run(program, plan, images.shape[2:], (cudnn.benchmark, cudnn.deterministic))
+            now = _Call(program, plan, images.shape[2:], (cudnn.benchmark, cudnn.deterministic))
             if self._last is None or replace(self._last, graph=None) != now:
                 self._last = None  # its memory is free before the next is allocated
                 out = execute(program, plan, images)

@@ -1,4 +1,4 @@
-"""How much memory there is, how people write it, and what a run takes of it."""
+"""Amounts of memory: as people write them, and as a device has them free."""
 
 import re
 from pathlib import Path

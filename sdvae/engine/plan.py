@@ -120,10 +120,10 @@ def make_plan(
 ) -> Plan:
     """Plan a network for inputs of `height` x `width`.
 
-    Strips are as high as the cache likes, lower where a budget asks for it, or `num_strips` of them at every level (at
-    most one for each row of latents). What no strip is low enough for lies in `host_bytes` of the host's memory, where
-    a GPU can reach that. Deterministic plans of a size give the same bits, whatever their strips: these are no lower
-    than the cache likes, because libraries order their sums by the rows they are given.
+    Strips are as high as the cache allows, lower where a budget asks for it, or `num_strips` of them at every level (at
+    most one for each row of latents). If the lowest strips are still too large, the arena lies in `host_bytes` of the
+    host's memory, if a GPU can reach that. Deterministic plans of a size give the same bits: their strips are never
+    lower than the cache allows, because libraries order their sums by the rows they are given.
     BudgetError names the smallest budget that can be met.
     """
     sizes = network.sizes(height, width)
@@ -173,7 +173,7 @@ class _Draft:
     is_gpu: bool
 
     def strip_rows(self, halvings: int) -> list[int]:
-        """How many rows of latents a strip of each level covers, when it should have been cut in half so often."""
+        """How many rows of latents a strip of each level covers, after `halvings` of the size that the cache allows."""
         strip_bytes = (GPU_STRIP_BYTES if self.is_gpu else STRIP_BYTES) >> halvings
         num_rows = self.sizes[-1][0]
         rows = []

@@ -1,6 +1,6 @@
 """A network with its weights, rewritten once into what runs fastest; each rewrite is exact on paper."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from sdvae.config import VAEConfig
 from sdvae.engine import ops
-from sdvae.engine.ops import Convolution, Kernels, Norm, Upsampling
+from sdvae.engine.convolutions import Convolution, CopiedConvolution, PackedConvolution, Upsampling, pack
+from sdvae.engine.kernels import Kernels, Norm
 from sdvae.engine.scaling import Exponents, Scale, plan_scales
-from sdvae.engine.stages import Direction, Network, Stage, network
+from sdvae.engine.stages import Direction, Network, Stage, build_network
 from sdvae.model import NORM_EPS
 
 Weights = Mapping[str, Tensor]  # a state dict of AutoencoderKL
@@ -27,8 +28,8 @@ class PackedStage:
     """
 
     stage: Stage
-    convolution: Convolution | Upsampling | None = None
-    shortcut: Convolution | None = None
+    convolution: PackedConvolution | None = None
+    shortcut: PackedConvolution | None = None
     projections: tuple[Pair, ...] = ()
     norm: Norm | None = None
     has_ones: bool = False  # whether the input carries a channel of ones
@@ -68,11 +69,11 @@ def compile_program(
 ) -> Program:
     """Rewrite and pack one direction of a VAE; weights are added up and scaled in fp32 and rounded once."""
     kernels = choose_kernels(device)
-    compiler = _Compiler(weights, config.norm_num_groups, dtype, device, ops.pack if kernels is ops else Convolution)
-    line = network(config, direction)
-    scales = plan_scales(line, exponents)
-    stages = tuple(compiler.stage(stage, scale) for stage, scale in zip(line.stages, scales, strict=True))
-    return Program(line, stages, dtype, device, kernels, exponents)
+    compiler = _Compiler(weights, config.norm_num_groups, dtype, device, kernels)
+    network = build_network(config, direction)
+    scales = plan_scales(network, exponents)
+    stages = tuple(compiler.stage(stage, scale) for stage, scale in zip(network.stages, scales, strict=True))
+    return Program(network, stages, dtype, device, kernels, exponents)
 
 
 def choose_kernels(device: torch.device) -> Kernels:
@@ -86,15 +87,10 @@ def choose_kernels(device: torch.device) -> Kernels:
 
 class _Compiler:
     def __init__(
-        self,
-        weights: Weights,
-        num_groups: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        convolution: Callable[[Tensor, Tensor, int, int], Convolution],
+        self, weights: Weights, num_groups: int, dtype: torch.dtype, device: torch.device, kernels: Kernels
     ) -> None:
         self._weights, self._num_groups, self._dtype, self._device = weights, num_groups, dtype, device
-        self._convolution = convolution
+        self._kernels = kernels
 
     def stage(self, stage: Stage, scale: Scale) -> PackedStage:
         norm = self._norm(stage.norm, scale.eps) if stage.norm else None
@@ -110,16 +106,19 @@ class _Compiler:
             weight, bias = fold_after(weight, bias, *self._pair("quant_conv"))
         weight, bias = weight * scale.weight, bias * scale.bias
         if stage.kind == "up":
-            even, odd = fold_upsample(weight)
-            halves = (self._pack(weight, bias.repeat(2), padding_px=1) for weight in (even, odd))
-            return PackedStage(stage, Upsampling(*halves))
+            even, odd = (self._pack(half, bias.repeat(2), padding_px=1) for half in fold_upsample(weight))
+            return PackedStage(stage, Upsampling(even, odd, self._kernels))
         if stage.kind == "down":
             return PackedStage(stage, self._pack(weight, bias, stride=2))
+        convolution = self._pack(weight, bias, padding_px=1, adds=stage.adds)
+        if stage.target == "output":  # fp32 in NCHW, which Triton's kernels do not write
+            return PackedStage(stage, CopiedConvolution(convolution, ops), norm=norm)
         shortcut = None
         if stage.shortcut:
             projection, offset = self._pair(stage.shortcut)
-            shortcut = self._pack(projection * scale.shortcut_weight, offset * scale.shortcut_bias)
-        return PackedStage(stage, self._pack(weight, bias, padding_px=1), shortcut, norm=norm, has_ones=has_ones)
+            projected = self._pack(projection * scale.shortcut_weight, offset * scale.shortcut_bias)
+            shortcut = CopiedConvolution(projected, self._kernels)
+        return PackedStage(stage, convolution, shortcut, norm=norm, has_ones=has_ones)
 
     def _pair(self, name: str) -> Pair:
         return self._weights[f"{name}.weight"].detach().float(), self._weights[f"{name}.bias"].detach().float()
@@ -132,9 +131,11 @@ class _Compiler:
         q, k, v, out = (self._pair(f"{name}.{layer}") for layer in ("to_q", "to_k", "to_v", "to_out.0"))
         return fold_attention(q, k, v, out)
 
-    def _pack(self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0) -> Convolution:
+    def _pack(
+        self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0, adds: bool = False
+    ) -> Convolution:
         weight, bias = weight.to(self._device, self._dtype), bias.to(self._device)
-        return self._convolution(weight, bias, stride, padding_px)
+        return pack(weight, bias, self._kernels, stride, padding_px, adds)
 
     def _place(self, weight: Tensor, bias: Tensor) -> Pair:
         return weight.to(self._device, self._dtype), bias.to(self._device, self._dtype)

@@ -11,12 +11,12 @@ from sdvae.config import VAEConfig
 from sdvae.engine import ops
 from sdvae.engine.calibrate import calibrate
 from sdvae.engine.describe import describe_plan
-from sdvae.engine.graphs import Runner
+from sdvae.engine.graphs import Executor
 from sdvae.engine.memory import free_bytes, parse_bytes
 from sdvae.engine.plan import Plan, make_plan
 from sdvae.engine.precision import full_precision
 from sdvae.engine.program import Program, choose_kernels, compile_program
-from sdvae.engine.stages import Direction, network
+from sdvae.engine.stages import Direction, build_network
 from sdvae.errors import BudgetError
 from sdvae.model import AutoencoderKL
 
@@ -36,10 +36,10 @@ class Engine:
     each run the weights are compared with what was packed, bit sum by bit sum, so that nothing packed is ever stale.
     An image that overflows in a reduced dtype runs again in fp32.
 
-    Where gradients are wanted, or a layer is more than its weights (adapters, offload hooks), the layers themselves are
-    borrowed and run in the reference network; `obstacle` says why.
+    Where gradients are wanted, or a layer is more than its weights (adapters, offload hooks), the layers themselves run
+    in the reference network; `obstacle` says why.
 
-    `calls` counts the runs of a network: one per encode and decode, one per tile where those are tiled.
+    `calls` counts the runs of a network: one for each encode and decode, or for each tile of diffusers'.
     One call at a time: the engine holds no lock.
     """
 
@@ -54,9 +54,8 @@ class Engine:
         self.source = source
         self.config = config
         self.calls = 0
-        self.is_deterministic = (
-            False  # the same bits whatever memory is free; a budget that would change them is refused
-        )
+        # Whether results have the same bits whatever memory is free; a budget that would change them is refused.
+        self.is_deterministic = False
         self._device, self._dtype = device, dtype
         with torch.device("meta"):
             self._model = AutoencoderKL(config)
@@ -65,12 +64,13 @@ class Engine:
         )
         self._layers: dict[str, nn.Module] = {}
         self._programs: dict[Direction, tuple[object, Program]] = {}
-        self._runners: dict[Direction, Runner] = {}
-        self._exact: Engine | None = None  # in fp32, for what overflows
+        self._executors: dict[Direction, Executor] = {}
+        self._float32: Engine | None = None  # the twin that runs what overflows
+        self._last_obstacle: str | None = None  # to the last call
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts with: packed weights cannot be copied, and are made again when they are needed."""
-        return vars(self) | {"_programs": {}, "_runners": {}, "_exact": None}
+        return vars(self) | {"_programs": {}, "_executors": {}, "_float32": None}
 
     def encode_moments(self, pixels: Tensor, budget: Budget = None) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8), sizes floored: the encoder's output, after `quant_conv`."""
@@ -80,13 +80,22 @@ class Engine:
         """Pixels of raw latents."""
         return self._run("decode", latents, budget)
 
+    def in_float32(self) -> "Engine":
+        """The twin that computes in fp32, as deterministic as this engine is now; itself if it computes in fp32."""
+        device, dtype = self._place()
+        if dtype == torch.float32:
+            return self
+        if self._float32 is None:
+            self._float32 = Engine(self.source, self.config, device, torch.float32)
+        self._float32.is_deterministic = self.is_deterministic
+        return self._float32
+
     def plan(self, direction: Direction, height: int, width: int, num_images: int = 1, budget: Budget = None) -> Plan:
         """The plan for inputs of this size; BudgetError where no plan keeps the budget."""
         device, dtype = self._place()
         budget_bytes = free_bytes(device) if budget is None else parse_bytes(budget)
-        line = network(self.config, direction)
         return make_plan(
-            line,
+            build_network(self.config, direction),
             height,
             width,
             dtype.itemsize,
@@ -124,8 +133,8 @@ class Engine:
     def release(self) -> None:
         """Forget what is packed and captured; it will be packed again when it is needed."""
         self._programs.clear()
-        self._runners.clear()
-        self._exact = None
+        self._executors.clear()
+        self._float32 = None
 
     def obstacle(self, batch: Tensor | None = None) -> str | None:
         """Why the reference network would run (on `batch`), or None."""
@@ -146,10 +155,8 @@ class Engine:
         return None
 
     def describe(self) -> str:
-        """What runs, in words: stage by stage, with strips, kernels and memory, for one image of 512x512 pixels."""
-        # Who asks for a dtype of its own is a VAE, which runs nothing but inference.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._dtype is None):
-            obstacle = self.obstacle()
+        """What ran in the last call, or would run in a first: stages, strips, kernels and memory at 512x512 pixels."""
+        obstacle = self._last_obstacle or self._present_obstacle()
         device, dtype = self._place()
         where = f"{str(dtype).removeprefix('torch.')} on {device}"
         if obstacle is not None:
@@ -160,33 +167,39 @@ class Engine:
             lines.append(describe_plan(self.plan(direction, side, side), self.program(direction)))
         return "\n".join(lines)
 
+    def _present_obstacle(self) -> str | None:
+        """What keeps the engine from running; gradients count before the first call, which told whether they do."""
+        is_inference = self._dtype is not None or self.calls > 0  # only a VAE has a dtype of its own
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_inference):
+            return self.obstacle()
+
     def _run(self, direction: Direction, batch: Tensor, budget: Budget) -> Tensor:
         self.calls += 1
-        obstacle = self.obstacle(batch)
-        if obstacle is None and self._fits(direction, batch):
-            height, width = batch.shape[2:]
-            self._runners.setdefault(direction, Runner()).make_room(batch.shape[2:])
-            plan = self.plan(direction, height, width, len(batch), budget)
-            is_free = budget is None and not self.is_deterministic
-            with full_precision(is_deterministic=self.is_deterministic, is_tuned=is_free):
-                out = self._execute(direction, plan, batch)
-            if self._place()[1] != torch.float32:
-                self._mend(out, direction, batch, budget)
-            return out if self._dtype is not None else out.to(batch.dtype)
-        if budget is not None:
-            raise BudgetError(f"no budget can be kept while the reference network runs, because {obstacle}")
-        model = self._reference()
-        return model.encode_moments(batch) if direction == "encode" else model.decode(batch)
+        self._last_obstacle = obstacle = self.obstacle(batch) or self._misfit(direction, batch)
+        if obstacle is not None:
+            if budget is not None:
+                raise BudgetError(f"no budget can be kept while the reference network runs, because {obstacle}")
+            model = self._reference()
+            return model.encode_moments(batch) if direction == "encode" else model.decode(batch)
+        height, width = batch.shape[2:]
+        self._executors.setdefault(direction, Executor()).make_room(batch.shape[2:])
+        plan = self.plan(direction, height, width, len(batch), budget)
+        is_free = budget is None and not self.is_deterministic
+        with full_precision(is_deterministic=self.is_deterministic, is_tuned=is_free):
+            out = self._execute(direction, plan, batch)
+        if self._place()[1] != torch.float32:
+            self._mend(out, direction, batch, budget)
+        return out if self._dtype is not None else out.to(batch.dtype)
 
     def _execute(self, direction: Direction, plan: Plan, batch: Tensor) -> Tensor:
-        runner = self._runners[direction]
+        executor = self._executors[direction]
         packed = self._programs.get(direction)
         if packed is not None and packed[1].device.type == "cuda":
-            # Whether it is stale is asked while it runs, for the answer takes as long to reach the host.
-            out = runner.run(packed[1], plan, batch)
+            # It is compared with the weights while it runs: the host would wait as long for the answer.
+            out = executor.run(packed[1], plan, batch)
             if packed[0] == self._state(self._weights(direction)):
                 return out
-        return runner.run(self.program(direction), plan, batch)
+        return executor.run(self.program(direction), plan, batch)
 
     def _mend(self, out: Tensor, direction: Direction, batch: Tensor, budget: Budget) -> None:
         """Compute the images again in fp32 that overflowed, and say so."""
@@ -196,22 +209,18 @@ class Engine:
                 continue
             dtype = str(self._place()[1]).removeprefix("torch.")
             logger.warning("image %d of the batch overflowed in %s and runs again in fp32", index, dtype)
-            if self._exact is None:
-                self._exact = Engine(self.source, self.config, self._place()[0], torch.float32)
-            image.copy_(self._exact._run(direction, batch[index : index + 1], budget)[0])
+            image.copy_(self.in_float32()._run(direction, batch[index : index + 1], budget)[0])
 
-    def _fits(self, direction: Direction, batch: Tensor) -> bool:
-        """Whether the network takes such a batch; for one that it does not, torch's own layers find the words."""
+    def _misfit(self, direction: Direction, batch: Tensor) -> str | None:
+        """Why the engine cannot take such a batch, or None; torch's own layers say what is wrong with it."""
         device, dtype = self._place()
         if self._dtype is None and (batch.dtype != dtype or batch.device != device):
-            return False
-        line = network(self.config, direction)
-        return (
-            batch.dim() == 4
-            and batch.shape[1] == line.in_channels
-            and batch.numel() > 0
-            and all(line.sizes(*batch.shape[2:])[-1])
-        )
+            return f"the input is {batch.dtype} on {batch.device}, and the weights are {dtype} on {device}"
+        network = build_network(self.config, direction)
+        is_image = batch.dim() == 4 and batch.shape[1] == network.in_channels and batch.numel() > 0
+        if not is_image or not all(network.sizes(*batch.shape[2:])[-1]):
+            return f"the shape {tuple(batch.shape)} is none that it can {direction}"
+        return None
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
         parameter = next(self.source.parameters())
@@ -241,18 +250,18 @@ class Engine:
 
 
 def _bit_sums(weights: dict[str, Tensor]) -> tuple[int, ...]:
-    """A number for each tensor that any change of a value changes; at the speed of reading it.
+    """For each tensor the sum of its bits, which changes with any one value.
 
-    `weight.data += x`, as LoRA merges do, changes neither its version nor its address.
+    Version and address of a tensor do not: LoRA merges write `weight.data += x`, which changes neither.
     """
     return tuple(torch.stack([_bits(values).sum() for _, values in sorted(weights.items())]).tolist())
 
 
 def _bits(values: Tensor) -> Tensor:
     """The values in the order of memory, as integers that torch adds fast: eight bytes each, where they fit."""
-    flat = values.permute(0, 2, 3, 1).reshape(-1) if values.dim() == 4 else values.reshape(-1)
-    if values.is_contiguous():
-        flat = values.reshape(-1)
+    if values.dim() == 4 and not values.is_contiguous():
+        values = values.permute(0, 2, 3, 1)  # the order of channels_last
+    flat = values.reshape(-1)  # no copy in either order
     if flat.nbytes % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0:
         return flat.view(torch.int64)
     return flat.view({2: torch.int16, 4: torch.int32}[flat.itemsize])

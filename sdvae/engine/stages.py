@@ -74,7 +74,7 @@ class Network:
         return sum(stage.flops(*sizes[stage.level]) for stage in self.stages)
 
 
-def network(config: VAEConfig, direction: Direction) -> Network:
+def build_network(config: VAEConfig, direction: Direction) -> Network:
     """The stages of a config, in the order of `model.Encoder` and `model.Decoder`."""
     num_levels = len(config.block_out_channels)
     if direction == "encode":

@@ -1,6 +1,6 @@
-"""What a stage does to a strip on CUDA, beside its convolutions: functions of `ops` by the same names, in Triton.
+"""The kernels in Triton: what a stage does to a strip beside its convolution. Their contract is `kernels.Kernels`.
 
-A strip is `(1, C, rows, W)` with its channels side by side; pixels and rows may lie further apart than they are long.
+A strip has its channels side by side; its pixels and rows need not be contiguous.
 Sums are made in fp32 and rounded once at the end. Statistics are of one row of pixels at a time, whichever strip it
 came in, and nothing is added up by atomics: no plan changes a bit. No function waits for the device or copies from the
 host, so a CUDA graph can hold them all. Offsets of rows and tokens have 64 bits; within a row 32 are enough.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdvae.engine.ops import Norm
+from sdvae.engine.kernels import Norm, RunningStatistics
 from sdvae.errors import ShapeError
 
 NAME, ATTENTION = "Triton", "Triton's flash attention"
@@ -30,19 +30,19 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Statistics:
-    """Mean and variance of each group of channels, over all rows of pixels that were counted in.
+    """Mean and variance of each group of channels, over all rows of pixels that were added.
 
     Each row gives a mean and squared distances from it for each channel (Welford 1962); these are merged in fp64, from
     the first row to the last (Chan, Golub, LeVeque 1979). All rows have one width.
     """
 
     def __init__(self, row_block: int) -> None:
-        """`row_block` is what the torch twin counts by; here it is always one row of pixels."""
+        """`row_block` is for the torch twin; here sums are always of one row of pixels."""
         self._width = 0
         self._parts: list[Tensor] = []  # (2, rows, C): means and squared distances
 
     def add(self, rows: Tensor) -> None:  # (1, C, rows, W)
-        """Count a strip in; it is written over itself, which is rare enough not to ask for a kernel of its own."""
+        """Add a strip. It is rewritten in place: this is too rare for a kernel of its own."""
         write(rows, None, rows, adds=False, statistics=self)
 
     def merge(self, num_groups: int) -> tuple[Tensor, Tensor]:  # both (C,) fp32, equal within a group
@@ -66,17 +66,19 @@ class Statistics:
         return part
 
 
-def write(made: Tensor, bias: Tensor | None, target: Tensor, *, adds: bool, statistics: Statistics | None) -> None:
-    """What a convolution made, and its bias, into `target` or added to it; rounded once, and counted."""
+def write(
+    made: Tensor, bias: Tensor | None, target: Tensor, *, adds: bool, statistics: RunningStatistics | None
+) -> None:
+    """Write the result of a convolution, plus its bias, into `target`, or add it; round once."""
     _write(made, made, bias, target, statistics, adds=adds, num_phases=1)
 
 
 def write_upsampled(
-    even: Tensor, odd: Tensor, bias: Tensor | None, target: Tensor, *, statistics: Statistics | None
+    even: Tensor, odd: Tensor, bias: Tensor | None, target: Tensor, *, statistics: RunningStatistics | None
 ) -> None:
-    """The same for a folded upsampling's even and odd rows, both (1, 2C, rows, W + 1) -> (1, C, 2 rows, 2W).
+    """The same for the even and odd rows of a folded upsampling, both (1, 2C, rows, W + 1) -> (1, C, 2 rows, 2W).
 
-    The first C channels are even columns, the others odd ones, which begin a column later.
+    The first C channels are even columns, the others odd columns, which begin one column later.
     """
     _write(even, odd, bias, target, statistics, adds=False, num_phases=2)
 
@@ -91,7 +93,7 @@ def _write(
     odd: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    statistics: Statistics | None,
+    statistics: RunningStatistics | None,
     *,
     adds: bool,
     num_phases: int,
@@ -102,7 +104,10 @@ def _write(
     width //= num_phases
     block_c = min(_ROW_CHANNELS, triton.next_power_of_2(num_channels))
     block_w = min(_ROW_TILE // block_c, triton.next_power_of_2(width))  # whatever the strip: sums depend on it
-    means, squares = statistics.part_of(target, _device(even)) if statistics else (None, None)
+    means, squares = None, None
+    if statistics is not None:
+        assert isinstance(statistics, Statistics)  # not of another module
+        means, squares = statistics.part_of(target, _device(even))
     _write_rows[(num_rows, triton.cdiv(num_channels, block_c))](
         even, odd, bias, target, means, squares, *_strides(even), *_strides(target), width, num_channels,
         adds=adds, num_phases=num_phases, block_w=block_w, block_c=block_c, num_warps=8, **_FUSED,

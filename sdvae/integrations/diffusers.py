@@ -67,8 +67,8 @@ class DropInEngine(Engine):
         return reason is None
 
     def describe(self) -> str:
-        """What runs, in words; why, where that is not ours."""
-        reason = self.departure()
+        """What ran in the last call, or would run in a first, in words; why, where that is not ours."""
+        reason = self._reported if self._reported or self.calls else self.departure()
         return super().describe() if reason is None else f"diffusers' own blocks, because {reason}"
 
 

@@ -86,6 +86,10 @@ class LatentDataset(Dataset[Example]):
             for position in range(len(self._shards)):
                 self._opened(position).preload(device, needed)
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{len(records)} of {width}x{height} px" for (height, width), records in self.buckets.items())
+        return f"LatentDataset({str(self.store.paths.root)!r}: {sizes}, {'sampled' if self.sample else 'means'})"
+
     def __len__(self) -> int:
         return self._starts[-1]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdvae import atomic
 from sdvae.errors import LatentsError, OutputError, StoreError
-from sdvae.images import encode_image
+from sdvae.images.write import encode_image
 from sdvae.progress import Progress, silent
 from sdvae.reading.latent_files import Scaling, list_latent_files, read_latents
 from sdvae.reading.names import plan_names
@@ -28,11 +28,12 @@ from sdvae.staging import download
 from sdvae.store.buckets import Size
 from sdvae.store.records import written
 from sdvae.store.store import Store
-from sdvae.vae import VAE, Tiling
+from sdvae.vae import VAE
 
 Format = Literal["png", "jpeg", "webp"]
 
 SUFFIXES: dict[Format, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+_FORMATS: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 # Pixels that go through the network at once: enough to fill a GPU with 8 GiB; a CPU gains nothing from batches.
 _AUTO_PIXELS = {"cuda": 4 * 512**2}
 _LOG = logging.getLogger(__name__)
@@ -46,7 +47,6 @@ class DecodeSettings:
     latents: Scaling | None = None
     batch_size: int | None = None  # None: chosen for the device
     budget_bytes: int | None = None  # None: what the device has free
-    tiling: Tiling = "exact"
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class DecodeReport:
 
     num_written: int
     seconds: float
+    skipped: tuple[str, ...] = ()  # what is wrong with each file of a folder that was left out
 
     @property
     def images_per_s(self) -> float:
@@ -81,22 +82,30 @@ def decode_dataset(
 ) -> DecodeReport:
     """Decode every image of `source` to a file in `out`, named after its key (see `plan_names`).
 
-    Files of latents are all checked before the first image is written. `out` must be new, empty, or hold nothing but
-    files of the same names, which are written anew. Raises LatentsError, StoreError and UnsafeFileError.
+    Files of latents are all checked before the first image is written; those of a folder that cannot be decoded are
+    left out and reported. `out` must be new, empty, or hold nothing but files of the same names, which are written
+    anew; or, for one image, a file name of a picture. Raises LatentsError where nothing can be decoded, StoreError,
+    and UnsafeFileError for any file that could run code.
     """
     is_store = (source / "manifest.json").exists()
-    series = _open_store(source, vae) if is_store else _open_files(source, vae, settings.latents)
+    series, skipped = (_open_store(source, vae), ()) if is_store else _open_files(source, vae, settings.latents)
     keys = [key for one in series for key in one.keys]
-    names = dict(zip(keys, plan_names(keys, SUFFIXES[settings.format]), strict=True))
-    if len(names) < len(keys):
-        twice = next(key for key, count in Counter(keys).items() if count > 1)
-        raise LatentsError(f"two images of {source} would both be called {twice}; rename or move that file")
-    _claim(out, set(names.values()))
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise LatentsError(f"two images of {source} would both be called {twice[0]}; rename or move that file")
+    if out.suffix.lower() in _FORMATS and not out.is_dir():
+        if len(keys) > 1:
+            raise OutputError(f"{out} names one picture, but {source} holds {len(keys)} images; give a folder")
+        format, out, names = _FORMATS[out.suffix.lower()], out.parent.absolute(), {keys[0]: out.name}
+    else:
+        format, out = settings.format, out.absolute()
+        names = dict(zip(keys, plan_names(keys, SUFFIXES[format]), strict=True))
+        _claim(out, set(names.values()))
 
     def write(key: str, image: NDArray[np.uint8]) -> None:
         path = out / names[key]
         atomic.make_folder(path.parent)
-        atomic.write_bytes(path, encode_image(image, settings.format))
+        atomic.write_bytes(path, encode_image(image, format))
 
     start = time.perf_counter()
     num_written = 0
@@ -109,7 +118,7 @@ def decode_dataset(
             progress("decode", num_written, len(keys))
         num_written += _finish(pending)
     progress("decode", num_written, len(keys))
-    return DecodeReport(num_written, time.perf_counter() - start)
+    return DecodeReport(num_written, time.perf_counter() - start, skipped)
 
 
 def _decode(
@@ -119,7 +128,7 @@ def _decode(
         image_pixels = math.prod(one.latents_px) * vae.config.downscale**2
         num_rows = settings.batch_size or max(1, _AUTO_PIXELS.get(vae.device.type, 512**2) // image_pixels)
         batches = [slice(first, first + num_rows) for first in range(0, len(one.keys), num_rows)]
-        pixels = (vae.decode(one.read(rows), settings.budget_bytes, settings.tiling) for rows in batches)
+        pixels = (vae.decode(one.read(rows), settings.budget_bytes) for rows in batches)
         for rows, images in zip(batches, download(pixels), strict=True):
             cropped = [image[: size[0], : size[1]] for image, size in zip(images, one.sizes_px[rows], strict=True)]
             yield list(zip(one.keys[rows], cropped, strict=True))
@@ -168,7 +177,9 @@ def _read_rows(mean: NDArray[np.floating[Any]], rows: slice) -> Tensor:
     return torch.from_numpy(mean[rows].astype(np.float32))
 
 
-def _open_files(source: Path, vae: VAE, told: Scaling | None) -> list[_Series]:
+def _open_files(source: Path, vae: VAE, told: Scaling | None) -> tuple[list[_Series], tuple[str, ...]]:
+    """The latents of each size, and what is wrong with the files of a folder that hold none for this VAE."""
+
     @lru_cache(maxsize=1)  # a file of many images is read once for all of its batches
     def load(path: Path) -> Tensor:
         return read_latents(path, vae.config, told)
@@ -178,16 +189,27 @@ def _open_files(source: Path, vae: VAE, told: Scaling | None) -> list[_Series]:
 
     keys: defaultdict[Size, list[str]] = defaultdict(list)
     places: defaultdict[Size, list[tuple[Path, int]]] = defaultdict(list)
+    source = source.absolute()
+    skipped: list[str] = []
     for path in list_latent_files(source):
-        num_images, _, height, width = load(path).shape
+        try:
+            num_images, _, height, width = load(path).shape
+        except LatentsError as error:
+            if path == source:
+                raise
+            skipped.append(str(error))
+            continue
         name = path.relative_to(source).as_posix() if path != source else path.name
         keys[height, width] += [name] if num_images == 1 else [_numbered(name, row) for row in range(num_images)]
         places[height, width] += [(path, row) for row in range(num_images)]
+    if not keys:
+        raise LatentsError(f"{source} holds no file that can be decoded; of {len(skipped)}, the first: {skipped[0]}")
     downscale = vae.config.downscale
-    return [
+    series = [
         _Series((h, w), keys[h, w], [(h * downscale, w * downscale)] * len(keys[h, w]), partial(read, places[h, w]))
         for h, w in keys
     ]
+    return series, tuple(skipped)
 
 
 def _numbered(name: str, row: int) -> str:

@@ -54,6 +54,7 @@ def export(
         "vae": manifest["vae"],
     }
     _claim(out, dataset.store.paths.root)
+    out = out.absolute()
     _write(out, form.files(dataset, _rows(dataset, progress)))
     atomic.write_bytes(out / DECLARATION, json.dumps(declaration, indent=2, ensure_ascii=False).encode() + b"\n")
     return declaration

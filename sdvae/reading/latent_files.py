@@ -1,31 +1,36 @@
-"""Latents that samplers save (.safetensors, .npy, .pt, ComfyUI's .latent), read as raw latents."""
+"""Latents that samplers and trainers save (.safetensors, .npy, .npz, .pt, ComfyUI's .latent), read as raw latents."""
 
-import pickle
+import io
+import math
 import re
-import struct
 import warnings
-from collections.abc import Callable, Mapping
+import zipfile
+import zlib
+from collections.abc import Callable, Collection
 from pathlib import Path
 from tokenize import TokenError
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdvae.config import VAEConfig
-from sdvae.errors import LatentsError, UnsafeFileError
+from sdvae.errors import LatentsError, UnsafeFileError, WeightsError
 from sdvae.latents import unscale
+from sdvae.weights.files import TensorFile, open_weights
 
 Scaling = Literal["raw", "scaled"]
 
 _METADATA_KEY = "latents"  # in safetensors' __metadata__: "raw" or "scaled"
 # Which tensor to take from a file that holds several; `mean` is what a shard of a store calls it.
 _NAMES = ("latent_tensor", "latents", "latent", "samples", "mean")
+_SIZED_NAME = re.compile(r"latents_\d+x\d+")  # sd-scripts, where one file holds several sizes
 # Before ComfyUI marked its files with `latent_format_version_0` it passed scaled latents from node to node, and knew
 # one scale only. Its LoadLatent still multiplies unmarked files by 1 / 0.18215; marked ones are raw, of any model.
 _COMFYUI_OLD_SCALE = 0.18215
+_MAX_PACKED_BYTES = 1 << 27  # of one array in a .npz, which may be compressed: SD's latents of 20,000 pixels a side
+_DAMAGED_ARRAY = (ValueError, SyntaxError, TokenError, OverflowError, RecursionError, MemoryError, EOFError)
 
 
 def list_latent_files(source: Path) -> list[Path]:
@@ -50,7 +55,10 @@ def read_latents(path: Path, config: VAEConfig, told: Scaling | None = None) -> 
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise LatentsError(f"{path} is not a latents file: its name ends with none of {_SUFFIXES}")
-    found, says = reader(path)
+    try:
+        found, says = reader(path)
+    except OSError as error:
+        raise LatentsError(f"{path} cannot be read: {error.strerror or error}") from error
     latents = _check(path, found, config.latent_channels)
     match says or told:
         case "raw":
@@ -64,8 +72,8 @@ def read_latents(path: Path, config: VAEConfig, told: Scaling | None = None) -> 
 
 
 def _check(path: Path, found: Tensor, channels: int) -> Tensor:
-    if not found.is_floating_point() or found.layout is not torch.strided:
-        raise LatentsError(f"{path} holds {found.dtype} numbers, latents are plain floating-point tensors")
+    if not found.is_floating_point():
+        raise LatentsError(f"{path} holds {found.dtype} numbers, latents are floating-point tensors")
     shape = tuple(found.shape)
     if len(shape) == 3 and shape[0] != channels and shape[2] == 4 * channels:
         raise LatentsError(
@@ -77,7 +85,7 @@ def _check(path: Path, found: Tensor, channels: int) -> Tensor:
         raise LatentsError(f"{path} has {shape[-3]} channels {shape}, but this VAE's latents have {channels}")
     if 0 in shape:
         raise LatentsError(f"{path} is empty: its shape is {shape}")
-    latents = found.detach().to(torch.float32).reshape(-1, *shape[-3:])
+    latents = found.to(torch.float32).reshape(-1, *shape[-3:])
     is_bad = ~latents.isfinite().flatten(1).all(1)
     if is_bad.any():
         which = f" (image {int(is_bad.nonzero()[0])} of {len(latents)})" if len(latents) > 1 else ""
@@ -85,83 +93,99 @@ def _check(path: Path, found: Tensor, channels: int) -> Tensor:
     return latents
 
 
-def _read_safetensors(path: Path) -> tuple[Tensor, Scaling | None]:
+# --- safetensors and torch.save ---
+
+
+def _read_tensors(path: Path) -> tuple[Tensor, Scaling | None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            keys = set(file.keys())
-            name = _choose(path, keys)
-            found: Tensor = file.get_tensor(name)
-    except SafetensorError as error:
-        raise LatentsError(f"{path} is not a readable safetensors file ({error})") from None
+        file = open_weights(path)
+        name = _choose(path, file.entries)
+        found = file.entries[name].read()
+    except UnsafeFileError:
+        raise
+    except WeightsError as error:
+        raise LatentsError(str(error)) from error
     if name == "latent_tensor":  # ComfyUI's SaveLatent; anything else it knows stays outside this key
-        is_marked = "latent_format_version_0" in keys
+        is_marked = "latent_format_version_0" in file.entries
         return (found if is_marked else found.float() / _COMFYUI_OLD_SCALE), "raw"
-    says = metadata.get(_METADATA_KEY)
-    if says not in ("raw", "scaled", None):
-        raise LatentsError(f"{path} says its latents are {says!r}; sdvae knows raw and scaled")
-    return found, says
+    return found, _declared(file)
 
 
-def _read_npy(path: Path) -> tuple[Tensor, Scaling | None]:
-    with path.open("rb") as file:
-        if file.read(6) != b"\x93NUMPY":
-            raise LatentsError(f"{path} is not a .npy file; write it with numpy.save")
-    try:
-        # Mapped, so that a header that promises more than the file holds is an error and not an allocation.
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="))), None
-    except (ValueError, SyntaxError, TokenError) as error:  # numpy reads headers with Python's own parser
-        if "objects" in str(error).lower():
-            raise UnsafeFileError(f"{path} is refused: it holds pickled Python objects, which can run code") from None
-        raise LatentsError(f"{path} is a damaged .npy file") from None
-    except TypeError as error:
-        raise LatentsError(f"{path} does not hold numbers ({error})") from None
+def _declared(file: TensorFile) -> Scaling | None:
+    match file.metadata.get(_METADATA_KEY):
+        case "raw" | "scaled" | None as says:
+            return says
+        case says:
+            raise LatentsError(f"{file.path} says its latents are {says!r}; sdvae knows raw and scaled")
 
 
-def _read_torch(path: Path) -> tuple[Tensor, Scaling | None]:
-    with path.open("rb") as file:
-        if not file.read(2).startswith((b"PK", b"\x80")):  # a zip, or the pickle that torch.save wrote before 1.6
-            raise LatentsError(f"{path} is not a file of torch.save")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # on odd pickles torch warns, then refuses
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-            asked = re.search(r"GLOBAL:? (\S+)", str(error))
-            more = f" ({asked[1]})" if asked else ""
-            raise UnsafeFileError(
-                f"{path} is refused: it asks for more than tensors{more}, and reading it could run code; "
-                "save the latents alone, best as .safetensors"
-            ) from None
-        raise LatentsError(f"{path} is a damaged file of torch.save") from None
-    except _DAMAGED_PICKLE:
-        raise LatentsError(f"{path} is a damaged file of torch.save") from None
-    if isinstance(found, Mapping):
-        found = found[_choose(path, {key for key, value in found.items() if isinstance(value, Tensor)})]
-    if not isinstance(found, Tensor):
-        raise LatentsError(f"{path} holds a {type(found).__name__}; latents are one tensor, or one named 'latents'")
-    return found, None
-
-
-def _choose(path: Path, keys: set[str]) -> str:
+def _choose(path: Path, keys: Collection[str]) -> str:
     if len(keys) == 1:
         return next(iter(keys))
     for name in _NAMES:
         if name in keys:
             return name
-    names = ", ".join(sorted(map(str, keys))[:5]) or "none"
+    sized = [key for key in keys if _SIZED_NAME.fullmatch(key)]
+    if len(sized) == 1:
+        return sized[0]
+    names = ", ".join(sorted(keys)[:5]) or "none"
     raise LatentsError(f"{path} holds {len(keys)} tensors ({names}); name the one with the latents 'latents'")
 
 
-# What an unpickler that meets nonsense raises besides UnpicklingError.
-_DAMAGED_PICKLE = (EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, struct.error)
+# --- numpy ---
+
+
+def _read_npy(path: Path) -> tuple[Tensor, Scaling | None]:
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        return _read_array(path, file, size), None
+
+
+def _read_npz(path: Path) -> tuple[Tensor, Scaling | None]:
+    """An archive of numpy's; sd-scripts keeps one image's latents in each, raw, and its crop beside them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            name = _choose(path, records)
+            if records[name].file_size > _MAX_PACKED_BYTES:
+                raise LatentsError(f"{path} is refused: its {name} would take {records[name].file_size:,} bytes")
+            with archive.open(records[name]) as packed:
+                data = packed.read(_MAX_PACKED_BYTES)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise LatentsError(f"{path} is a damaged .npz file, or none ({str(error)[:99]}); write it again") from None
+    is_of_sd_scripts = any(key.startswith("crop_ltrb") for key in records)
+    return _read_array(path, io.BytesIO(data), len(data)), "raw" if is_of_sd_scripts else None
+
+
+def _read_array(path: Path, file: BinaryIO, size: int) -> Tensor:
+    """The array of `size` bytes, header included, that `file` holds."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # numpy warns of headers that Python 2 wrote
+            version = np.lib.format.read_magic(file)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, is_fortran, dtype = read_header[version](file)
+        if dtype.hasobject:
+            raise UnsafeFileError(f"{path} is refused: it holds pickled Python objects, which can run code")
+        if dtype.kind not in "biufc":
+            raise LatentsError(f"{path} does not hold numbers but {dtype}")
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if any(side < 0 for side in shape) or num_bytes > size - file.tell():
+            raise ValueError("the array is longer than its file")
+        flat = np.frombuffer(file.read(num_bytes), dtype).astype(dtype.newbyteorder("="))
+        return torch.from_numpy(flat.reshape(shape, order="F" if is_fortran else "C"))
+    except (*_DAMAGED_ARRAY, KeyError) as error:  # numpy reads headers with Python's own parser
+        raise LatentsError(f"{path} is a damaged .npy file, or none; write it with numpy.save") from error
+    except TypeError as error:
+        raise LatentsError(f"{path} does not hold numbers ({error})") from None
+
 
 _READERS: dict[str, Callable[[Path], tuple[Tensor, Scaling | None]]] = {
-    ".safetensors": _read_safetensors,
-    ".latent": _read_safetensors,
+    ".safetensors": _read_tensors,
+    ".latent": _read_tensors,
     ".npy": _read_npy,
-    ".pt": _read_torch,
-    ".pth": _read_torch,
+    ".npz": _read_npz,
+    ".pt": _read_tensors,
+    ".pth": _read_tensors,
 }
 _SUFFIXES = " ".join(_READERS)

@@ -61,6 +61,10 @@ class BucketBatchSampler(Sampler[list[tuple[int, int]]]):
             _LOG.warning("%d records lie in buckets that fill no batch and are never drawn; %s", never, hint)
         self._next = self._at = (0, 0)  # (epoch, step): where the next iteration begins, where the newest one is
 
+    def __repr__(self) -> str:
+        rank = f", rank {self.rank} of {self.world_size}" if self.world_size > 1 else ""
+        return f"BucketBatchSampler({len(self)} batches of {self.global_batch_size}{rank}, epoch {self._at[0]})"
+
     def __len__(self) -> int:
         return self._num_batches
 

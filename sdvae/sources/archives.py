@@ -17,6 +17,7 @@ from sdvae.sources.entries import (
     MAX_FILE_BYTES,
     PARSER_FAILURES,
     Entry,
+    absolute,
     class_folder,
     failing_as_one_photo,
     sorted_by_key,
@@ -176,7 +177,7 @@ class ArchiveSource:
     """
 
     def __init__(self, root: Path, paths: tuple[str, ...] | None = None, caption: str | None = None) -> None:
-        self.name, self._root = str(root), root.absolute()  # not resolved: the suffix is that of the name given
+        self.name, self._root = str(root), absolute(root)
         self._caption = caption
         self.remarks: Sequence[str] = ()
         # What lies beside archives that a pattern names is no part of the source: the store may.

@@ -18,6 +18,7 @@ from sdvae.sources.entries import (
     PARSER_FAILURES,
     DoubtError,
     Entry,
+    absolute,
     as_text,
     failing_as_one_photo,
     shown,
@@ -48,7 +49,7 @@ class ArrowSource:
     def __init__(
         self, root: Path, tables: Mapping[str, Sequence[str]], *, is_local: bool = False, caption: str | None = None
     ) -> None:
-        self.name, self._root = str(root), root.absolute()  # not resolved: the suffix is that of the name given
+        self.name, self._root = str(root), absolute(root)
         self.root: Path | None = self._root
         self.remarks: Sequence[str] = ()
         self._caption = caption

@@ -74,6 +74,11 @@ def sorted_by_key(entries: Iterable[Entry], name: str) -> list[Entry]:
     return ordered
 
 
+def absolute(path: Path) -> Path:
+    """Where `path` is, whatever the current folder becomes. A link to a file keeps its name, which tells what it is."""
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+
+
 def some_of(names: Iterable[str]) -> str:
     """A few of these names."""
     ordered = sorted(names)

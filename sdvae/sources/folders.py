@@ -16,8 +16,8 @@ from sdvae.sources.pairing import MAX_TEXT_BYTES, Pairing, is_table
 class FolderSource:
     """All photos in a folder and the folders in it; a record's key is its path below `root`, with `/`.
 
-    Which files are photos, `kinds` says; hidden names (a leading dot) are passed over. Links to files inside `root`
-    are followed, in a snapshot of the Hugging Face hub also those to its blobs. Links that lead out of it or to
+    Which files are photos, `kinds` says; hidden names (a leading dot) are passed over. Links to files inside `root` are
+    followed, and in a snapshot of the Hugging Face hub's cache those to its blobs. Links that lead out of it or to
     folders, devices, pipes, sockets and names that are not UTF-8 are entries with a reason: counted, never opened.
 
     `only` names the files and folders below `root` that count; what lies beside them still tells their captions.
@@ -30,8 +30,8 @@ class FolderSource:
         if not root.is_dir():
             raise SourceError(f"{root} is not a folder; give the folder that holds the photos")
         self.root = root.resolve()
+        self._homes = [self.root, *_hub_blobs(self.root)]
         self.name = str(root)
-        self._homes = (self.root, *_blobs(self.root))
         self._only = frozenset(only)
         self._caption = caption
         self.remarks: Sequence[str] = ()
@@ -110,8 +110,7 @@ class FolderSource:
     def _why_not_to_open(self, place: Path, status: os.stat_result) -> str | None:
         if place.is_symlink() and stat.S_ISDIR(status.st_mode):
             return "a link to a folder; links to folders are not followed"
-        target = place.resolve()
-        if not any(target.is_relative_to(home) for home in self._homes):
+        if not any(map(place.resolve().is_relative_to, self._homes)):
             return "a link that leads out of the source folder"
         return why_no_file(status)
 
@@ -133,8 +132,7 @@ class FolderSource:
         return self.root / os.fsdecode(name)
 
 
-def _blobs(root: Path) -> Iterator[Path]:
-    """Where the files of a snapshot in the cache of the Hugging Face hub lie: the snapshot is links to them."""
-    for folder in root.parents:
-        if folder.name == "snapshots":
-            yield folder.parent / "blobs"
+def _hub_blobs(folder: Path) -> list[Path]:
+    """Where the files of a snapshot in the hub's cache lie; their names in the snapshot are links to there."""
+    snapshots = (parent for parent in folder.parents if parent.name == "snapshots")
+    return [blobs for parent in snapshots if (blobs := parent.with_name("blobs")).is_dir()]

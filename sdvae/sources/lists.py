@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from sdvae.errors import SourceError
-from sdvae.sources.entries import MAX_FILE_BYTES, Entry, failing_as_one_photo, sorted_by_key, why_no_file
+from sdvae.sources.entries import MAX_FILE_BYTES, Entry, absolute, failing_as_one_photo, sorted_by_key, why_no_file
 from sdvae.sources.tables import Row, Table, column_name, read_table
 
 
@@ -21,8 +21,7 @@ class ListSource:
     """
 
     def __init__(self, path: Path, caption: str | None = None) -> None:
-        # Not resolved: where the list is a link, its photos lie beside the link.
-        self.name, self.root, self._caption = str(path), path.absolute(), caption
+        self.name, self.root, self._caption = str(path), absolute(path), caption
 
     def __reduce__(self) -> tuple[type["ListSource"], tuple[Path, str | None]]:
         return type(self), (self.root, self._caption)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdvae.errors import ImageError, SourceError
-from sdvae.images import from_pil
+from sdvae.images.read import from_pil
 from sdvae.sources.entries import (
     MAX_FILE_BYTES,
     PARSER_FAILURES,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvae.errors import SourceError
-from sdvae.sources.entries import Entry, failing_as_one_photo
+from sdvae.sources.entries import Entry, absolute, failing_as_one_photo
 
 _IMAGES, _LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"  # in the names of the files
 
@@ -28,7 +28,7 @@ class MnistSource:
     remarks: Sequence[str] = ()
 
     def __init__(self, path: Path) -> None:
-        self.name, self.root = str(path), path.absolute()  # not resolved: labels lie beside the name given
+        self.name, self.root = str(path), absolute(path)
 
     def entries(self) -> list[Entry]:
         """Every image, labelled where a file of labels lies beside; SourceError for files that are no idx."""

@@ -14,6 +14,9 @@ Decoder = Literal["pillow", "simplejpeg"]
 Resizer = Literal["pillow", "torch"]
 
 
+TOO_SMALL = "too small: it would have to be enlarged by more than"  # max_upscale
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """The settings that decide which pixels of a photo are encoded; the same settings give the same pixels.
@@ -122,7 +125,7 @@ def plan_geometry(height: int, width: int, preprocess: Preprocess, downscale: in
     if target is not None:
         limit = preprocess.max_upscale
         if limit is not None and (target[0] > limit * height or target[1] > limit * width):
-            raise ImageError(f"too small: it would have to be enlarged by more than {limit}")
+            raise ImageError(f"{TOO_SMALL} {limit}")
         resized = _size_to_cover(height, width, target)
     if resized[0] * resized[1] > preprocess.max_pixels:
         raise ImageError(

@@ -49,7 +49,7 @@ class Mirror:
         """`local` is by default a folder in SDVAE_CACHE or ~/.cache/sdvae; StoreError where no driver knows `url`."""
         import fsspec  # type: ignore[import-untyped]
 
-        cache = Path(os.environ.get("SDVAE_CACHE", "~/.cache/sdvae")).expanduser()
+        cache = Path(os.environ.get("SDVAE_CACHE", "~/.cache/sdvae")).expanduser().absolute()
         self.url = url
         self.local = local or cache / "stores" / hashlib.sha256(url.encode()).hexdigest()[:16]
         self.paths = StorePaths(self.local)

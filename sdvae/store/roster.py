@@ -22,6 +22,11 @@ class Task:
     bucket_px: Size | None
     records: tuple[Record, ...]
 
+    @property
+    def num_images(self) -> int:
+        """Records that go through the network."""
+        return len(self.records) if self.bucket_px else 0
+
     def batches(self, batch_rows: int) -> list[Sequence[Record]]:
         """The records in batches; only the records decide which, so that no restart changes a batch."""
         if self.bucket_px is None:
@@ -111,6 +116,11 @@ class PlannedShard:
     path: Path
     start: int
     num_bytes: int
+
+    @property
+    def num_images(self) -> int:
+        """Records that go through the network."""
+        return self.num_records if self.bucket_px else 0
 
 
 def find_new(paths: Sequence[Path], planned: Iterable[Record]) -> list[Record]:

@@ -19,7 +19,7 @@ class Store:
     """A latent store, opened for reading."""
 
     def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
-        self.paths = StorePaths(root)
+        self.paths = StorePaths(root.absolute())
         self.manifest = manifest
         self._manifest_sha256 = file_sha256(self.paths.manifest)
 
@@ -37,6 +37,11 @@ class Store:
         if "latent_scaling" not in manifest:
             manifest["latent_scaling"] = _latent_scaling_of_old(manifest["vae"])
         return cls(root, manifest)
+
+    @classmethod
+    def find(cls, root: Path) -> "Store | None":
+        """The store in `root`, None where none was begun; else as `open`."""
+        return cls.open(root) if StorePaths(root).manifest.exists() else None
 
     @property
     def latent_scaling(self) -> LatentScaling:

@@ -1,14 +1,13 @@
 """Whole files in, whole files out: a VAE in another layout, out of a checkpoint, or into one.
 
 Tensors pass one by one, so memory does not follow the size of the files. Inputs are never modified; outputs are
-safetensors and say in their metadata what they were made of.
+safetensors whose metadata name their sources.
 """
 
 import hashlib
-import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES
 from sdvae.weights.keymap import Layout, fit_shape, ldm_names, some
 from sdvae.weights.load import FAMILY_KEY, VAEFile, config_json, open_vae
 from sdvae.weights.taesd import SUFFIXES
+from sdvae.weights.write import OutputTensor, write_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +40,6 @@ class Written:
     num_bytes: int
     layout: Layout
     family: str | None
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """One tensor of an output: its bytes are made when they are written."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
-    chunks: Callable[[], Iterable[memoryview]]
 
 
 def convert(
@@ -70,7 +60,7 @@ def convert(
     if isinstance(vae.config, TinyConfig):
         return _write_tiny(vae, output, layout or "diffusers", dtype, is_dry_run)
     if layout == "taesd":
-        raise WeightsError(f"{source} is a KL-VAE; a TAESD is another network, and no conversion leads to it")
+        raise WeightsError(f"{source} is a KL-VAE; it cannot be converted to a TAESD, which is another network")
     return _write_vae("convert", vae, output, layout, dtype, is_dry_run)
 
 
@@ -78,7 +68,7 @@ def extract(checkpoint: Path, output: Path, family: str | None = None, *, is_dry
     """Write the VAE in a checkpoint, as `convert` does; WeightsError where the file holds nothing else."""
     vae = open_vae(checkpoint, family, is_copied=output.suffix == _SUFFIX)
     if len(vae.keys.names) == len(vae.file.entries):
-        raise WeightsError(f"{checkpoint} is a VAE already, there is nothing to take it out of; use sdvae convert")
+        raise WeightsError(f"{checkpoint} is a VAE already, so there is nothing to extract; use sdvae convert")
     return _write_vae("extract", vae, output, None, None, is_dry_run)
 
 
@@ -94,19 +84,19 @@ def swap(
     """Write `checkpoint` with the VAE of another file in place of its own; all its other tensors stay as they are.
 
     Each tensor keeps the name, shape and dtype it has in the checkpoint, unless `dtype` is given. `family` is that of
-    the new VAE. Raises WeightsError for a VAE of another structure, or one known to speak another latent space.
+    the new VAE. Raises WeightsError for a VAE of another structure, or of another latent space.
     """
     old, new = open_vae(checkpoint, is_copied=True), open_vae(vae, family, is_copied=True)
     _check_swap(old, new)
     _check_output(output, old.file, new.file)
     if output.suffix != _SUFFIX:
-        raise WeightsError(f"{output} must be named .safetensors: it is the only kind of file that sdvae writes")
+        raise WeightsError(f"{output} must be named .safetensors: sdvae writes no other kind of file")
     keys = {name: key for key, name in new.keys.names.items()}
     family = new.family or old.family
-    planned: dict[str, _Planned] = {}
+    planned: dict[str, OutputTensor] = {}
     for key, entry in old.file.entries.items():
         if key not in old.keys.names:
-            planned[key] = _Planned(entry.dtype, entry.shape, entry.num_bytes, entry.chunks)
+            planned[key] = OutputTensor(entry.dtype, entry.shape, entry.num_bytes, entry.chunks)
         else:
             stored = DTYPES[entry.dtype] if dtype is None else dtype
             planned[key] = _plan(new.file.entries[keys[old.keys.names[key]]], entry.shape, stored)
@@ -185,12 +175,12 @@ def _check_swap(old: VAEFile, new: VAEFile) -> None:
         )
     if old.family and new.family and old.family != new.family:
         raise WeightsError(
-            f"{old.file.path} speaks {old.family} latents and {new.file.path} {new.family}: the pictures would be "
-            f"wrong; take a VAE of {old.family}"
+            f"{old.file.path} has {old.family} latents and {new.file.path} has {new.family} latents: images would be "
+            f"wrong; use a VAE of {old.family}"
         )
     if old.family and not new.family:
         logger.warning(
-            "%s does not say whether it speaks the %s latents of %s; if it does, say so: --family %s",
+            "%s does not tell whether it has the %s latents of %s; if it has, give --family %s",
             new.file.path, old.family, old.file.path, old.family,
         )  # fmt: skip
 
@@ -200,14 +190,14 @@ def _check_output(output: Path, *inputs: TensorFile, names: Sequence[str] = WEIG
     for path in {entry.path for file in inputs for entry in file.entries.values()}:
         places = [output, *(output / name for name in names)]
         if any(place.exists() and place.samefile(path) for place in places):
-            raise WeightsError(f"{output} is the input, too, which stays as it is; give -o another name")
+            raise WeightsError(f"{output} is the input, too, and inputs are never overwritten; give -o another name")
     if not output.parent.is_dir():
-        raise WeightsError(f"there is no folder {output.parent} to write {output.name} into; make it first")
+        raise WeightsError(f"there is no folder {output.parent} for {output.name}; make it first")
     if output.suffix == _SUFFIX and output.is_dir():
         raise WeightsError(f"{output} is a folder; give the file another name")
 
 
-def _plan(entry: Entry, shape: tuple[int, ...], dtype: torch.dtype) -> _Planned:
+def _plan(entry: Entry, shape: tuple[int, ...], dtype: torch.dtype) -> OutputTensor:
     def cast() -> Iterator[memoryview]:
         tensor = entry.read()
         narrower = tensor.to(dtype)
@@ -216,7 +206,7 @@ def _plan(entry: Entry, shape: tuple[int, ...], dtype: torch.dtype) -> _Planned:
         yield as_bytes(narrower)
 
     num_bytes = math.prod(shape) * dtype.itemsize
-    return _Planned(dtype_name(dtype), shape, num_bytes, entry.chunks if DTYPES[entry.dtype] == dtype else cast)
+    return OutputTensor(dtype_name(dtype), shape, num_bytes, entry.chunks if DTYPES[entry.dtype] == dtype else cast)
 
 
 def _num_finite(tensor: Tensor) -> int:
@@ -226,7 +216,7 @@ def _num_finite(tensor: Tensor) -> int:
 def _write(
     verb: str,
     target: Path,
-    planned: dict[str, _Planned],
+    planned: dict[str, OutputTensor],
     metadata: dict[str, str],
     source: VAEFile,
     num_vae: int,
@@ -234,28 +224,11 @@ def _write(
     family: str | None,
     is_dry_run: bool,
 ) -> Written:
-    # Wide elements first, as safetensors' own writer has it: then each tensor lies at a multiple of its element size.
-    order = sorted(planned, key=lambda key: -DTYPES[planned[key].dtype].itemsize if planned[key].dtype in DTYPES else 0)
     if not is_dry_run:
         metadata = {"format": "pt"} | metadata | {"sdvae.version": __version__, "sdvae.verb": verb}
         metadata["sdvae.source_sha256"] = sha256(source.file)
         if family:
             metadata[FAMILY_KEY] = family
-        atomic.write_stream(target, _safetensors({key: planned[key] for key in order}, metadata))
+        write_safetensors(target, planned, metadata)
     num_bytes = sum(tensor.num_bytes for tensor in planned.values())
     return Written(target, len(planned), num_vae, num_bytes, layout, family)
-
-
-def _safetensors(tensors: dict[str, _Planned], metadata: dict[str, str]) -> Iterator[memoryview]:
-    """The bytes of a safetensors file, a piece at a time."""
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    begin = 0
-    for key, tensor in tensors.items():
-        end = begin + tensor.num_bytes
-        header[key] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin aligned
-    yield memoryview(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
-        yield from tensor.chunks()

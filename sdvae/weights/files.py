@@ -1,11 +1,12 @@
-"""Where the tensors of a file lie, and reading the ones that are needed. No file that is read here can run code.
+"""Reads safetensors and both containers of torch.save (their pickles: `pickles.py`) without executing code.
 
-safetensors, and both containers of torch.save (their pickles: `pickles.py`). Tensors stay on disk until `Entry.read`.
+A file is opened to an index: where each tensor lies. A tensor stays on disk until `Entry.read`.
 """
 
 import io
 import json
 import math
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sdvae.errors import UnsafeFileError, WeightsError
-from sdvae.weights.pickles import DAMAGED_PICKLE, PickledTensor, Storage, named_tensors, unpickle
+from sdvae.weights.pickles import DAMAGED_PICKLE, PickledTensor, Storage, Unpickled, named_tensors, unpickle
 
 Container = Literal["safetensors", "torch zip", "torch legacy"]
 
@@ -27,11 +28,16 @@ DTYPES = {  # safetensors' names
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# The most that is read of a header or pickle; Stable Diffusion XL's, with 2,600 tensors, have 0.4 MB.
-_MAX_HEADER_BYTES = 8 << 20
+# The most that is read of a header, as in the safetensors library: its metadata may hold pictures. Of a pickle, less:
+# Stable Diffusion XL's, with 2,600 tensors, have 0.4 MB.
+_MAX_HEADER_BYTES = 100_000_000
+_MAX_PICKLE_BYTES = 8 << 20
+_MAX_MARKS = 1_000_000  # the brackets, colons and commas of a header: each may become an object of 64 bytes
+_MAX_PREAMBLE_BYTES = 4096  # of the three short pickles that torch.save once began with
+_MAX_AXES = 64  # torch's own limit
 _CHUNK_BYTES = 8 << 20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_INDEX_SUFFIX = ".index.json"
+_INDEX_NAME = re.compile(r".+\.index(\.[\w-]+)?\.json")  # diffusers puts the variant before .json
 _LFS_MAGIC = b"version https://git-lfs"
 
 
@@ -49,7 +55,7 @@ class Entry:
     def read(self) -> Tensor:
         """The tensor, in the memory of this process; WeightsError where the file ends before it."""
         if self.dtype not in DTYPES:
-            raise WeightsError(f"{self.path} holds a tensor of type {self.dtype}, which sdvae does not read")
+            raise WeightsError(f"{self.path} holds a tensor of type {self.dtype}, which sdvae cannot read")
         values = torch.empty(self.num_bytes, dtype=torch.uint8)
         with opened(self.path) as file:
             file.seek(self.offset)
@@ -58,7 +64,7 @@ class Entry:
         return flat.view(self.shape) if self.stride is None else flat.as_strided(self.shape, self.stride).contiguous()
 
     def chunks(self) -> Iterator[memoryview]:
-        """The tensor's bytes in order, some MB at a time: to copy what need not be understood."""
+        """The tensor's bytes in order, some MB at a time, for copies that need no tensor."""
         if self.stride is not None:
             yield as_bytes(self.read())
             return
@@ -72,7 +78,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """The index of a weights file: its tensors by key in file order, and what its header says beside them."""
+    """The index of a weights file: its tensors by key in file order, and the metadata of its header."""
 
     path: Path
     container: Container
@@ -83,10 +89,10 @@ class TensorFile:
 def open_weights(path: Path) -> TensorFile:
     """The index of a safetensors file, a file of torch.save (.ckpt, .pt, .bin), or the JSON index of a sharded one.
 
-    Reads headers only. Raises WeightsError for anything else, saying what it is, and UnsafeFileError for a file that
-    would run code in other programs.
+    Reads headers only. Raises WeightsError for any other file, with what it is, and UnsafeFileError for a file that
+    could run code in other programs.
     """
-    if path.name.endswith(_INDEX_SUFFIX):
+    if is_index(path.name):
         return _open_shards(path)
     with opened(path) as file:
         size = file.seek(0, io.SEEK_END)
@@ -107,9 +113,14 @@ def open_weights(path: Path) -> TensorFile:
         return TensorFile(path, "torch legacy", _index_legacy(path, file, size))
 
 
+def is_index(name: str) -> bool:
+    """Whether a file of this name is the JSON index of sharded weights."""
+    return _INDEX_NAME.fullmatch(name) is not None
+
+
 def shard_names(path: Path) -> list[str]:
-    """The files beside a JSON index that its tensors lie in; none for other files."""
-    return sorted(set(_read_weight_map(path).values())) if path.name.endswith(_INDEX_SUFFIX) else []
+    """The files that hold the tensors of a JSON index, by name; none for other files."""
+    return sorted(set(_read_weight_map(path).values())) if is_index(path.name) else []
 
 
 def opened(path: Path) -> io.BufferedReader:
@@ -161,7 +172,7 @@ def _index_safetensors(path: Path, file: BinaryIO, size: int) -> TensorFile:
     data_start = 8 + header_bytes
     if data_start > size:
         raise WeightsError(
-            f"{path} is not a readable safetensors file: its header is to have {header_bytes:,} bytes, the whole file "
+            f"{path} is not a readable safetensors file: its header should have {header_bytes:,} bytes, the whole file "
             f"has {size:,}; download it again"
         )
     if header_bytes > _MAX_HEADER_BYTES:
@@ -190,12 +201,17 @@ def _parse_entry(path: Path, key: str, value: Any, data_start: int) -> Entry:
     except (KeyError, TypeError, ValueError):
         raise WeightsError(f"{path} is not a readable safetensors file: it does not describe {key} fully") from None
     numbers = (*shape, begin, end)
-    is_sound = isinstance(dtype, str) and all(type(number) is int and number >= 0 for number in numbers)
+    is_sound = isinstance(dtype, str) and len(shape) <= _MAX_AXES and _are_sizes(numbers)
     if is_sound and dtype in DTYPES:
         is_sound = math.prod(shape) * DTYPES[dtype].itemsize == end - begin
     if not is_sound or end < begin:
         raise WeightsError(f"{path} is not a readable safetensors file: shape and bytes of {key} contradict each other")
     return Entry(path, dtype, shape, data_start + begin, end - begin)
+
+
+def _are_sizes(numbers: tuple[Any, ...]) -> bool:
+    """Whether these are whole numbers that torch can count with."""
+    return all(type(number) is int and 0 <= number < 2**63 for number in numbers)
 
 
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
@@ -204,10 +220,12 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
             raise ValueError("a name occurs twice")
         return dict(pairs)
 
+    if sum(map(data.count, (b"[", b"{", b":", b","))) > _MAX_MARKS:
+        raise WeightsError(f"{path} has a header of more parts than any model needs; it is refused")
     try:
         value = json.loads(data, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} has an unreadable header ({error}); download it again") from None
+        raise WeightsError(f"{path} has an unreadable header ({str(error)[:99]}); download it again") from None
     if not isinstance(value, dict):
         raise WeightsError(f"{path} has a header that is no JSON object; download it again")
     return value
@@ -256,7 +274,7 @@ def _index_zip(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
         raise WeightsError(
             f"{path} is refused: torch.save compresses nothing, but records of this archive are compressed"
         )
-    if sum(record.file_size for record in records) > size or pickles[0].file_size > _MAX_HEADER_BYTES:
+    if sum(record.file_size for record in records) > size or pickles[0].file_size > _MAX_PICKLE_BYTES:
         raise WeightsError(f"{path} is refused: its records say they hold more than the file does")
     places = {record.filename: (_data_offset(path, file, record.header_offset), record.file_size) for record in records}
     if f"{root}byteorder" in places:
@@ -264,29 +282,31 @@ def _index_zip(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
         if file.read(3) != b"lit":
             raise WeightsError(f"{path} was written by a big-endian machine; save it as safetensors there")
     file.seek(places[pickles[0].filename][0])
-    value, _ = unpickle(path, io.BytesIO(file.read(pickles[0].file_size)), _MAX_HEADER_BYTES)
-    return _entries(path, value, lambda storage: places[f"{root}data/{storage.key}"], size)
+    found = unpickle(path, io.BytesIO(file.read(pickles[0].file_size)), _MAX_PICKLE_BYTES)
+    return _entries(path, found, lambda storage: places[f"{root}data/{storage.key}"], size)
 
 
 def _data_offset(path: Path, file: BinaryIO, header_offset: int) -> int:
-    file.seek(header_offset)
+    file.seek(max(0, header_offset))
     header = file.read(30)  # of the record itself: its extra field is not that of the directory
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+    if header_offset < 0 or len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise WeightsError(f"{path} is a damaged file of torch.save; download it again")
     name_bytes, extra_bytes = struct.unpack("<HH", header[26:])
     return int(header_offset + 30 + name_bytes + extra_bytes)
 
 
 def _index_legacy(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
-    if unpickle(path, file, _MAX_HEADER_BYTES)[0] != _LEGACY_MAGIC:
+    if (first := unpickle(path, file, _MAX_PREAMBLE_BYTES)).value != _LEGACY_MAGIC:
+        named_tensors(path, first)  # raises where it asks for code
         raise WeightsError(
             f"{path} is a pickle, but not one of torch.save; use a .safetensors version of these weights"
         )
-    unpickle(path, file, _MAX_HEADER_BYTES)  # the protocol
-    unpickle(path, file, _MAX_HEADER_BYTES)  # the machine
-    value, storages = unpickle(path, file, _MAX_HEADER_BYTES)
+    unpickle(path, file, _MAX_PREAMBLE_BYTES)  # the protocol
+    unpickle(path, file, _MAX_PREAMBLE_BYTES)  # the machine
+    found = unpickle(path, file, _MAX_PICKLE_BYTES)
+    storages = found.storages
     # The storages that follow, each as its number of elements and its bytes.
-    keys, _ = unpickle(path, file, _MAX_HEADER_BYTES)
+    keys = unpickle(path, file, _MAX_PICKLE_BYTES).value
     places: dict[str, tuple[int, int]] = {}
     for key in keys if isinstance(keys, list) else ():
         count = file.read(8)
@@ -298,11 +318,11 @@ def _index_legacy(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
             raise WeightsError(f"{path} is truncated: storage {key} ends after the file; download it again")
         places[key] = (file.tell(), num_bytes)
         file.seek(num_bytes, io.SEEK_CUR)
-    return _entries(path, value, lambda storage: places[storage.key], size)
+    return _entries(path, found, lambda storage: places[storage.key], size)
 
 
-def _entries(path: Path, value: Any, place: Callable[[Storage], tuple[int, int]], size: int) -> dict[str, Entry]:
-    state = named_tensors(value)
+def _entries(path: Path, found: Unpickled, place: Callable[[Storage], tuple[int, int]], size: int) -> dict[str, Entry]:
+    state = named_tensors(path, found)
     if not state:
         raise WeightsError(f"{path} holds no tensors by name; is it a checkpoint?")
     entries = {}
@@ -318,18 +338,20 @@ def _entries(path: Path, value: Any, place: Callable[[Storage], tuple[int, int]]
 
 
 def _place_tensor(path: Path, tensor: PickledTensor, start: int, num_bytes: int) -> Entry:
-    """Where it lies, given where its storage does; ValueError where it reaches out of it."""
+    """Where a tensor lies, given the place of its storage; ValueError where it exceeds the storage."""
     numbers = (tensor.offset, *tensor.shape, *tensor.stride)
-    if any(type(number) is not int or number < 0 for number in numbers) or len(tensor.shape) != len(tensor.stride):
+    if not _are_sizes(numbers) or not len(tensor.shape) == len(tensor.stride) <= _MAX_AXES:
         raise ValueError("impossible shape")
     num_elements = math.prod(tensor.shape)
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
     span = last + 1 if num_elements else 0
-    # An expanded tensor names elements more than once; no trained weight does.
+    # An expanded tensor repeats elements; no trained weight does.
     if (tensor.offset + span) * tensor.dtype.itemsize > num_bytes or num_elements > span:
         raise ValueError("a tensor reaches out of its storage")
     steps = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
     is_contiguous = all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride, steps, strict=True))
+    if tensor.dtype not in _DTYPE_NAMES:
+        raise WeightsError(f"{path} holds a tensor of type {tensor.dtype}, which sdvae cannot read")
     begin = start + tensor.offset * tensor.dtype.itemsize
     stride = None if is_contiguous or not num_elements else tensor.stride
     return Entry(path, dtype_name(tensor.dtype), tensor.shape, begin, span * tensor.dtype.itemsize, stride)

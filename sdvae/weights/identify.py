@@ -1,4 +1,4 @@
-"""Which latent space the VAE in a file speaks: hash, metadata, config, shapes and the probe, weighed."""
+"""Which latent space the VAE in a file has, from its hash, metadata, config, shapes and the probe."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ CERTAIN_CORRELATION = 0.9
 LIKELY_CORRELATION = 0.6
 _SLOPE_TOLERANCE = 0.15  # the slope shrinks with the correlation: the embedded VAE's is 8% low
 
-# Published sha256 of files -> what they are and the space they speak. Gathered from public registries (nix, TypeScript,
+# Published sha256 of files -> what they are and their latent space. Gathered from public registries (nix, TypeScript,
 # Markdown) and the hub's own metadata; hashes that only a fork's LFS pointer tells are left out.
 KNOWN_FILES = {
     "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75": (
@@ -59,9 +59,9 @@ Certainty = Literal["certain", "likely", "unknown"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """One thing that speaks: the latent spaces it leaves possible (none: no space we know), and why.
+    """One observation, the latent spaces that are possible after it (none: no known space), and the reason.
 
-    `certainty` is that of the space where it leaves one.
+    `certainty` belongs to the space where one is left.
     """
 
     kind: Literal["hash", "metadata", "config", "shapes", "probe"]
@@ -83,17 +83,17 @@ class Identity:
 
     @property
     def contradictions(self) -> tuple[Evidence, ...]:
-        """What speaks for other spaces only: a config that is wrong, for example."""
+        """The evidence for other spaces only: a wrong config, for example."""
         if self.latent_space == UNKNOWN:
             return ()
         return tuple(item for item in self.evidence if self.latent_space not in item.spaces)
 
 
 def identify(path: Path) -> Identity:
-    """Which latent space the VAE in a weights file speaks, how certain that is, and why.
+    """Which latent space the VAE in a weights file has, how certain that is, and why.
 
-    Takes a KL-VAE in either layout, alone or in a checkpoint, and a TAESD or its encoder. The file's name counts for
-    nothing. Raises WeightsError for a file that holds no such thing.
+    Takes a KL-VAE in either layout, alone or in a checkpoint, and a TAESD or its encoder. The file's name is
+    ignored. Raises WeightsError for a file that holds no such thing.
     """
     file = open_weights(path)
     found = _read_tiny(file) if taesd.is_taesd(file.entries) else _read_kl(file)
@@ -115,7 +115,7 @@ def _weigh(evidence: list[Evidence]) -> tuple[str, Certainty]:
     return (possible[0], "likely") if len(possible) == 1 and evidence else (UNKNOWN, "unknown")
 
 
-# --- Evidence from the file and from what is written in it and beside it ---
+# --- Evidence from the file, its metadata and its config ---
 
 
 def _hash_evidence(path: Path) -> list[Evidence]:
@@ -241,5 +241,5 @@ def _probe_evidence(encode: Callable[[Tensor], Tensor], factors: Mapping[str, fl
     factor = factors[best.space]
     is_scaled_so = abs(best.slope / factor - 1.0) <= _SLOPE_TOLERANCE
     is_certain = best.correlation >= CERTAIN_CORRELATION and is_scaled_so
-    reason = f"correlation {told}; scaling factor {best.slope:.4g}, for {factor:g} expected"
+    reason = f"correlation {told}; scaling factor {best.slope:.4g}, expected {factor:g}"
     return Evidence("probe", (best.space,), "certain" if is_certain else "likely", reason)

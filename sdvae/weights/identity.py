@@ -1,4 +1,4 @@
-"""What a VAE is by its values: a fingerprint, and the name of the latent space it speaks."""
+"""What a VAE is by its values: a fingerprint, and the name of its latent space."""
 
 import hashlib
 from collections.abc import Mapping

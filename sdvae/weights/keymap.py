@@ -1,4 +1,4 @@
-"""One table of names, LDM <-> diffusers: what diffusers calls a key of a file, whatever the file calls it."""
+"""One table of tensor names, LDM <-> diffusers, and which keys of a file are its VAE's."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -14,12 +14,18 @@ Layout = Literal["ldm", "diffusers", "taesd"]  # the last is of a TAESD's own tw
 
 # Where a checkpoint keeps its VAE: Stable Diffusion's own files, those that ComfyUI saves, a file of its own.
 PREFIXES = ("first_stage_model.", "vae.", "")
+_ANCHOR = "encoder.conv_in.weight"  # by which a VAE is found under any other prefix
+# What torch.compile, DataParallel and their like put into the names of the modules they wrap
+_WRAPPERS = {"_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Beside the VAE when CompVis' trainer saved it: LPIPS and discriminator, and averages under flattened names.
 _TRAINING_STATE = ("loss.", "model_ema.")
 _RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-# diffusers before 0.17, whose files are still on the hub
-_LEGACY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+# Other names of these parts, in either layout: diffusers' before 0.17, and what half a conversion leaves behind
+_SPELLINGS = {
+    "group_norm": ("norm",), "to_q": ("q", "query"), "to_k": ("k", "key"), "to_v": ("v", "value"),
+    "to_out.0": ("proj_out", "proj_attn", "to_out"), "conv_shortcut": ("nin_shortcut",),
+}  # fmt: skip
 _MATRICES = re.compile(r"\.attentions\.\d+\.(to_q|to_k|to_v|to_out\.0)\.weight")
 _LEVEL = re.compile(r"(?:encoder\.down|decoder\.up)(?:_blocks)?\.(\d)\.")
 _MOST_LEVELS = _MOST_BLOCKS = 8  # twice what any published KL-VAE has; bounds the table for hostile names
@@ -37,31 +43,38 @@ class VAEKeys:
 
 def find_vae(keys: Collection[str]) -> VAEKeys:
     """The VAE in a file with these keys; WeightsError where there is none, or where keys of it are left over."""
-    prefix = next((prefix for prefix in PREFIXES if _has_vae(keys, prefix)), None)
+    plain = {key: unwrapped(key) for key in keys}
+    prefix = _find_prefix(set(plain.values()))
     if prefix is None:
         raise WeightsError(f"no KL-VAE among its {len(keys)} tensors ({some(sorted(keys), 3)}); is it another model?")
-    inside = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
-    inside = [key for key in inside if not key.startswith(_TRAINING_STATE)]
-    layout: Layout = "ldm" if any(re.match(r"(encoder|decoder)\.mid\.", key) for key in inside) else "diffusers"
-    known = _known_modules(layout, num_levels=_count_levels(inside))
+    inside = {key: name.removeprefix(prefix) for key, name in plain.items() if name.startswith(prefix)}
+    inside = {key: name for key, name in inside.items() if not name.startswith(_TRAINING_STATE)}
+    is_ldm = any(re.match(r"(encoder|decoder)\.mid\.", name) for name in inside.values())
+    layout: Layout = "ldm" if is_ldm else "diffusers"
+    known = _known_modules(layout, num_levels=_count_levels(inside.values()))
     names, leftovers = {}, []
     for key in sorted(inside):
-        module, _, kind = key.rpartition(".")
+        module, _, kind = inside[key].rpartition(".")
         if module in known and kind in ("weight", "bias"):
-            names[prefix + key] = f"{known[module]}.{kind}"
+            names[key] = f"{known[module]}.{kind}"
         else:
-            leftovers.append(prefix + key)
+            leftovers.append(key)
     if leftovers:
         raise WeightsError(
             f"{len(leftovers)} keys that are no part of a KL-VAE: {some(leftovers)}; is it another model?"
         )
     if len(set(names.values())) < len(names):
-        raise WeightsError("attention under old and new names at once; is it two files merged?")
+        raise WeightsError("layers under old and new names at once; are these two files merged into one?")
     return VAEKeys(prefix, layout, names)
 
 
+def unwrapped(key: str) -> str:
+    """The key without the names of wrappers: `_orig_mod.encoder.conv_in.weight` is the encoder's."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
 def ldm_names(keys: Iterable[str]) -> dict[str, str]:
-    """LDM's name for each of diffusers' keys; for all the keys of one VAE, whose number of levels turns the decoder."""
+    """LDM's name for each of diffusers' keys. Takes all keys of a VAE: LDM numbers the decoder's levels in reverse."""
     keys = list(keys)
     table = _table(_count_levels(keys))
     return {key: f"{table[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in keys}
@@ -88,8 +101,15 @@ def some(keys: list[str], most: int = _MOST_KEYS_LISTED) -> str:
     return ", ".join(keys[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _has_vae(keys: Collection[str], prefix: str) -> bool:
-    return any(f"{prefix}{side}.conv_in.weight" in keys for side in ("encoder", "decoder"))
+def _find_prefix(keys: Collection[str]) -> str | None:
+    """Where the VAE is: one of PREFIXES, else the only place with an encoder; WeightsError where there are several."""
+    for prefix in PREFIXES:
+        if any(f"{prefix}{side}.conv_in.weight" in keys for side in ("encoder", "decoder")):
+            return prefix
+    found = sorted(key.removesuffix(_ANCHOR) for key in keys if key.endswith(f".{_ANCHOR}"))
+    if len(found) > 1:
+        raise WeightsError(f"several VAEs, under {some(found)}; save the one that is meant alone")
+    return found[0] if found else None
 
 
 def _count_levels(keys: Iterable[str]) -> int:
@@ -99,17 +119,17 @@ def _count_levels(keys: Iterable[str]) -> int:
 
 def _known_modules(layout: Layout, num_levels: int) -> dict[str, str]:
     """Modules as a file may call them -> as diffusers does."""
-    table = _table(num_levels)
-    if layout == "ldm":
-        return {ldm: name for name, ldm in table.items()}
-    legacy = {
-        name.removesuffix(new) + old: name
-        for name in table
-        if ".attentions." in name
-        for new, old in _LEGACY.items()
-        if name.endswith(f".{new}")
-    }
-    return legacy | {name: name for name in table}
+    known = {}
+    for name, ldm in _table(num_levels).items():
+        known[ldm if layout == "ldm" else name] = name
+    for name, ldm in _table(num_levels).items():
+        part = next((part for part in _SPELLINGS if name.endswith(f".{part}")), None)
+        if part is not None:
+            own = {**_ATTENTION, **_RESNET}[part] if layout == "ldm" else part
+            block = (ldm if layout == "ldm" else name).removesuffix(own)
+            for spelling in (part, *_SPELLINGS[part]):
+                known.setdefault(block + spelling, name)
+    return known
 
 
 @cache

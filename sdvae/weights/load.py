@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from sdvae import atomic
@@ -24,10 +23,11 @@ from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES, find_file
 from sdvae.weights.identify import identify
 from sdvae.weights.identity import ARCHITECTURES, LATENT_SPACES, known_space
 from sdvae.weights.keymap import Layout, VAEKeys, find_vae, fit_layout, fit_shape, some
+from sdvae.weights.write import OutputTensor, write_safetensors
 
 logger = logging.getLogger(__name__)
 
-Network = AutoencoderKL | AutoencoderTiny
+AnyModel = AutoencoderKL | AutoencoderTiny
 
 EMBEDDED = "small"
 FAMILY_KEY = "sdvae.family"  # in the metadata of files that sdvae wrote
@@ -44,7 +44,7 @@ _NEIGHBOURS = {
     "model.diffusion_model.double_blocks.": "flux1",
     "model.diffusion_model.label_emb.": "sdxl",  # SDXL without its text encoders
 }
-# Where shapes leave several families and nothing else speaks: those whose single files are the most common.
+# The family to assume where shapes fit several and there is no other evidence: the one with the most single files.
 _COMMON = ("sd1", "flux1")
 
 
@@ -92,7 +92,7 @@ def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) 
 
     The config is that of `family`, else of the config.json beside a diffusers file, else derived from the shapes,
     with a warning where they fit families that differ only in scale. A TAESD's scale is what `identify` finds. A VAE
-    that `is_copied`, not run, needs neither: nothing is said of its scale, and its number of groups may be wrong.
+    that is only copied (`is_copied`) needs neither: there is no warning, and its number of groups may be wrong.
     """
     file = open_weights(path)
     if taesd.is_taesd(file.entries):
@@ -117,14 +117,14 @@ def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) 
     return VAEFile(file, keys, shapes, config, family)
 
 
-def build_model(weights: Weights) -> Network:
+def build_model(weights: Weights) -> AnyModel:
     """The reference model holding these very tensors."""
     model = empty_model(weights.config)
     model.load_state_dict(weights.tensors, assign=True)
     return model.eval()
 
 
-def empty_model(config: VAEConfig) -> Network:
+def empty_model(config: VAEConfig) -> AnyModel:
     """The reference model of a config without memory for its weights."""
     with torch.device("meta"):
         return AutoencoderTiny(config) if isinstance(config, TinyConfig) else AutoencoderKL(config)
@@ -134,10 +134,10 @@ def save_folder(folder: Path, config: VAEConfig, tensors: Mapping[str, Tensor]) 
     """Write a diffusers folder: config.json and one safetensors file, readable by diffusers' `from_pretrained`."""
     content = config_json(config)
     folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     family = known_space(config) if isinstance(config, TinyConfig) else None  # no TAESD's config.json tells it
     metadata = {"format": "pt"} | ({FAMILY_KEY: family} if family else {})
-    atomic.write_bytes(folder / WEIGHTS_NAMES[0], save(contiguous, metadata=metadata))
+    outputs = {key: OutputTensor.of(tensor) for key, tensor in tensors.items()}
+    write_safetensors(folder / WEIGHTS_NAMES[0], outputs, metadata)
     atomic.write_bytes(folder / CONFIG_NAME, content)
 
 
@@ -162,12 +162,14 @@ def _derive_config(
     same = [name for name, family in FAMILIES.items() if _fields(family) == found]
     latents = found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1)
     akin = same or [name for name, family in FAMILIES.items() if (family.latent_channels, family.downscale) == latents]
+    num_groups = math.gcd(32, *found["block_out_channels"])
+    if not akin and is_copied:
+        return replace(VAEConfig(), norm_num_groups=num_groups, **found), None
     if not akin:
         raise ConfigError(
-            f"{path} has {latents[0]} latent channels at 1/{latents[1]} of the size, as no family that sdvae knows; "
-            f"put its {CONFIG_NAME} beside it"
+            f"{path} has {latents[0]} latent channels at 1/{latents[1]} of the size, which fits no family that sdvae "
+            f"knows; put its {CONFIG_NAME} beside it"
         )
-    num_groups = math.gcd(32, *found["block_out_channels"])
     if not same and num_groups < 32 and not is_copied:
         raise ConfigError(
             f"{path} has no {CONFIG_NAME} beside it, and its widths {found['block_out_channels']} do not tell the "
@@ -182,8 +184,8 @@ def _derive_config(
 
 def _warn_of_others(path: Path, akin: list[str], family: str) -> None:
     logger.warning(
-        "%s may be of %s: they have the same shapes, and differ in the scale of their latents. It is taken for "
-        "%s; if it is another, say so: --family %s",
+        "%s may be %s: these families have the same shapes and differ in the scale of their latents. sdvae assumes "
+        "%s; if that is wrong, give --family %s",
         path, " or ".join(akin), family, next(name for name in akin if name != family),
     )  # fmt: skip
 
@@ -194,7 +196,9 @@ def _open_tiny(file: TensorFile, family: str | None, is_copied: bool) -> VAEFile
     config = taesd.fit_config(entries)
     if config is None or len(taesd.sides(entries)) < 2:
         places = " and ".join(sorted({str(entry.path) for entry in entries.values()}))
-        raise WeightsError(f"{places}: layers of no TAESD that sdvae knows, or halves of two; is it another model?")
+        raise WeightsError(
+            f"{places}: not the layers of a TAESD that sdvae knows, or halves of two; is it another model?"
+        )
     layout: Layout = "taesd" if taesd.is_bare(file.entries) else "diffusers"
     if layout == "diffusers" and (path.parent / CONFIG_NAME).is_file():
         config.check_diffusers(read_json(path.parent / CONFIG_NAME))
@@ -229,7 +233,7 @@ def _both_halves(file: TensorFile) -> dict[str, Entry]:
 
 
 def _tiny_family(file: TensorFile, encoder: Path, akin: list[str]) -> tuple[str, str | None]:
-    """The family of `akin` whose latents a TAESD speaks, and again where it is certain: its config tells none."""
+    """The family of `akin` whose latents a TAESD has, and again where it is certain; its config does not tell."""
     found, told = identify(encoder), _family_told(file)
     likely = found.latent_space if found.latent_space in akin else next(name for name in _COMMON if name in akin)
     certain = likely if found.certainty == "certain" else told if told in akin else None
@@ -287,7 +291,7 @@ def _family_of(config: VAEConfig) -> str | None:
 
 
 def _family_told(file: TensorFile) -> str | None:
-    """The family that a checkpoint's other tensors, or its metadata, speak for."""
+    """The family that a checkpoint's other tensors, or its metadata, point to."""
     if FAMILY_KEY in file.metadata:
         return file.metadata[FAMILY_KEY]
     for neighbour, family in _NEIGHBOURS.items():

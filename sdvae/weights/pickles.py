@@ -1,11 +1,13 @@
-"""Pickles of torch.save in a closed world: what one names becomes a value of this module or is refused.
+"""Pickles of torch.save, parsed without executing code.
 
-Nothing is imported and nothing is called, so nothing can run. Tensors come out as places in storages.
+A name in a pickle becomes a value of this module, or the file is refused; nothing is imported or called. A tensor
+becomes its place in a storage.
 """
 
 import io
 import pickletools
 import struct
+import sys
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -15,37 +17,44 @@ import torch
 
 from sdvae.errors import UnsafeFileError, WeightsError
 
-DAMAGED_PICKLE = (LookupError, ValueError, TypeError, OverflowError, struct.error)  # what nonsense raises here
+DAMAGED_PICKLE = (LookupError, ValueError, TypeError, OverflowError, struct.error)  # what a damaged pickle raises here
 
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _STORAGES = {  # torch's classes by name -> what they hold
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
+    "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
 }  # fmt: skip
-# Bookkeeping of trainers, which no tensor depends on: these become objects that hold and do nothing.
-_INERT_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf"}
+# Bookkeeping of trainers becomes objects that hold and do nothing: the classes of any package, and these of Python's
+# own library. Whatever else is asked of that library, other programs would run, and the file is refused.
 _INERT_NAMES = {
     "argparse": {"Namespace"},
-    "collections": {"defaultdict", "Counter"},
-    "builtins": {"set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "str", "complex", "object"},
+    "collections": {"defaultdict", "Counter", "deque"},
+    "copyreg": {"_reconstructor"},
+    "copy_reg": {"_reconstructor"},
+    "datetime": {"date", "datetime", "time", "timedelta", "timezone"},
+    "decimal": {"Decimal"},
+    "fractions": {"Fraction"},
+    "functools": {"partial"},
+    "random": {"Random"},
+    "types": {"SimpleNamespace"},
+    "uuid": {"UUID"},
+    "builtins": {"set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "str", "complex", "object"}
+    | {"slice", "range", "bytearray"},
     "__builtin__": {"set", "dict", "list", "int", "long", "float", "bool", "str", "object"},
     "_codecs": {"encode"},
-    "numpy": {"dtype", "ndarray"},
-    "numpy.core.multiarray": {"scalar", "_reconstruct"},
-    "numpy._core.multiarray": {"scalar", "_reconstruct"},
-    "numpy.core.numeric": {"_frombuffer"},
-    "numpy._core.numeric": {"_frombuffer"},
     "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
-    "torch": {"Size", "device"},
     "typing": {"Any", "Dict", "List", "Union", "Optional"},
 }
+_PYTHONS_OWN = sys.stdlib_module_names | {"__builtin__", "copy_reg", "commands", "pip", "setuptools"}
+_RUN_CODE = ("torch.hub", "torch.jit", "torch.package", "torch.serialization", "torch.storage", "numpy.testing")
 # Opcodes that push the number, text or bytes they carry.
 _VALUES = (
     "INT", "INT1", "INT2", "LONG", "LONG1", "LONG4", "FLOAT", "STRING", "UNICODE", "UNICODE8", "BYTES", "BYTES8",
     "BYTEARRAY8",
 )  # fmt: skip
+_MAX_STEPS = 500_000  # of one pickle; a full checkpoint with its optimizer has 200,000
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """A tensor as `_rebuild_tensor` is told of it; `offset` and `stride` in elements. Nothing is checked yet."""
+    """The arguments of `_rebuild_tensor`, not checked yet; `offset` and `stride` in elements."""
 
     storage: Storage
     dtype: torch.dtype
@@ -72,13 +81,22 @@ class _Rebuild(Enum):
 
     TENSOR = auto()  # (storage, offset, shape, stride, ...)
     PARAMETER = auto()  # (tensor, ...)
+    SUBCLASS = auto()  # (function, class, its arguments, attributes)
     DICT = auto()  # ()
 
 
-class _Inert(Enum):
-    """Stands for every object that is no tensor, and for its class: takes anything, holds and does nothing."""
+@dataclass(frozen=True)
+class _Inert:
+    """Stands for an object that is not a tensor, or its class: it accepts any arguments and keeps none.
 
-    THING = auto()
+    `name` is what it was asked for by, where sdvae does not know it; it `had_tensors` where it was made of some.
+    """
+
+    name: str | None = None
+    had_tensors: bool = False
+
+
+_INERT = _Inert()
 
 
 _CALLS = {
@@ -87,11 +105,13 @@ _CALLS = {
     ("torch._utils", "_rebuild_tensor_v2"): _Rebuild.TENSOR,
     ("torch._utils", "_rebuild_tensor_v3"): _Rebuild.TENSOR,
     ("torch._utils", "_rebuild_parameter"): _Rebuild.PARAMETER,
+    ("torch._utils", "_rebuild_parameter_with_state"): _Rebuild.PARAMETER,
+    ("torch._tensor", "_rebuild_from_type_v2"): _Rebuild.SUBCLASS,
 }
 
 
 class _Machine:
-    """Interprets a pickle in which nothing exists but text, numbers, lists, dicts, tensors and inert things.
+    """Interprets a pickle whose only values are text, numbers, lists, dicts, tensors and inert objects.
 
     Python's own unpickler is not used: even with every name refused, it crashes on tuples nested deeply enough.
     """
@@ -99,13 +119,16 @@ class _Machine:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.storages: dict[str, Storage] = {}
+        self.unknown: str | None = None  # the first name that sdvae does not know
 
     def run(self, stream: BinaryIO) -> Any:
-        """The value of the pickle at the stream's position, which moves behind it."""
+        """The value of the pickle at the stream's position; the stream then stands behind the pickle."""
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        for opcode, argument, _ in pickletools.genops(stream):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if number == _MAX_STEPS:
+                raise ValueError(f"it has more than {_MAX_STEPS:,} steps")
             self._step(opcode.name, argument)
         return self.stack.pop()
 
@@ -157,12 +180,12 @@ class _Machine:
             case "SETITEMS":
                 self._update(self._items())
             case "EMPTY_SET":
-                stack.append(_Inert.THING)
+                stack.append(_INERT)
             case "ADDITEMS":
                 self._items()
             case "FROZENSET":
                 self._items()
-                stack.append(_Inert.THING)
+                stack.append(_INERT)
             case "GLOBAL":
                 module, _, attribute = argument.partition(" ")
                 stack.append(self._find(module, attribute))
@@ -188,7 +211,7 @@ class _Machine:
             case _ if name.endswith(_VALUES):
                 stack.append(argument)
             case _:
-                raise ValueError(f"{name} has no business in a file of torch.save")
+                raise ValueError(f"torch.save does not write {name}")
 
     def _items(self) -> list[Any]:
         """What was pushed since the last mark, popped."""
@@ -202,7 +225,7 @@ class _Machine:
             self.stack[-1].extend(items)
 
     def _update(self, items: list[Any]) -> None:
-        # Keys that are no text name no tensor, and hashing what a stranger nested can overflow the stack.
+        # Only text can name a tensor, and hashing a deeply nested key can overflow the stack.
         if isinstance(self.stack[-1], dict):
             pairs = zip(items[::2], items[1::2], strict=True)
             self.stack[-1].update((key, value) for key, value in pairs if isinstance(key, str))
@@ -214,27 +237,31 @@ class _Machine:
             return _STORAGES[name]
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
-        if module.partition(".")[0] in _INERT_PACKAGES or name in _INERT_NAMES.get(module, ()):
-            return _Inert.THING
-        raise UnsafeFileError(
-            f"{self.path} is refused: it asks for {module[:99]!a}.{name[:99]!a}, and reading it could run code; "
-            "use a .safetensors version of these weights"
-        )
+        if name in _INERT_NAMES.get(module, ()):
+            return _INERT
+        asked = f"{module[:99]!a}.{name[:99]!a}"
+        if module.partition(".")[0] in _PYTHONS_OWN or f"{module}.{name}".startswith(_RUN_CODE):
+            raise needs_code(self.path, asked)
+        self.unknown = self.unknown or asked
+        return _Inert(asked)
 
     def _call(self, function: Any, arguments: Any) -> Any:
         match function, arguments:
-            case _Inert.THING, _:
-                return _Inert.THING
+            case _Inert(), _:
+                had_tensors = isinstance(arguments, tuple) and any(map(_has_tensors, arguments))
+                return _Inert(function.name, had_tensors) if had_tensors else function
             case _Rebuild.DICT, ():
                 return {}
             case _Rebuild.DICT, ([*pairs],):
                 return {key: value for key, value in pairs if isinstance(key, str)}
             case _Rebuild.PARAMETER, (tensor, *_):
                 return tensor
+            case _Rebuild.SUBCLASS, (inner, _, tuple(its_arguments), *_):
+                return self._call(inner, its_arguments)
             case _Rebuild.TENSOR, (Storage() as storage, offset, tuple(shape), tuple(stride), *rest):
                 dtype = next((value for value in rest if isinstance(value, torch.dtype)), storage.dtype)
                 return PickledTensor(storage, dtype, offset, shape, stride)
-        raise ValueError("it calls what is no function")
+        raise ValueError("it calls something that is not a function")
 
     def _find_storage(self, kind: Any, dtype: Any, key: Any, device: Any, num_elements: Any, *_: Any) -> Storage:
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
@@ -242,21 +269,52 @@ class _Machine:
         return self.storages.setdefault(key, Storage(key, dtype))
 
 
-def unpickle(path: Path, file: BinaryIO, max_bytes: int) -> tuple[Any, dict[str, Storage]]:
-    """The value of the pickle at the file's position, which moves behind it, and the storages it names."""
+@dataclass(frozen=True)
+class Unpickled:
+    """The value of a pickle, the storages it names, and the first name in it that sdvae does not know."""
+
+    value: Any
+    storages: dict[str, Storage]
+    unknown: str | None
+
+
+def unpickle(path: Path, file: BinaryIO, max_bytes: int) -> Unpickled:
+    """The pickle at the file's position; the file then stands behind the pickle."""
     start = file.tell()
     machine, stream = _Machine(path), io.BytesIO(file.read(max_bytes))
     try:
         value = machine.run(stream)
     except DAMAGED_PICKLE as error:
-        raise WeightsError(f"{path} is a damaged or foreign pickle ({error}); download it again") from None
+        raise WeightsError(f"{path} is a damaged or foreign pickle ({str(error)[:99]}); download it again") from None
     file.seek(start + stream.tell())
-    return value, machine.storages
+    return Unpickled(value, machine.storages, machine.unknown)
 
 
-def named_tensors(value: Any) -> dict[str, PickledTensor]:
-    """The named tensors of what was saved: itself, or under Lightning's "state_dict"."""
+def named_tensors(path: Path, found: Unpickled) -> dict[str, PickledTensor]:
+    """The tensors of a saved dict by name, or a tensor saved alone, named ""; Lightning keeps a dict in "state_dict".
+
+    Raises UnsafeFileError where a class that sdvae does not know would have made them.
+    """
+    value = found.value
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]
-    items = value.items() if isinstance(value, dict) else ()
-    return {key: tensor for key, tensor in items if isinstance(key, str) and isinstance(tensor, PickledTensor)}
+    items = value if isinstance(value, dict) else {"": value}
+    for made in items.values():
+        if isinstance(made, _Inert) and made.had_tensors and made.name:
+            raise needs_code(path, made.name)
+    tensors = {key: tensor for key, tensor in items.items() if isinstance(tensor, PickledTensor)}
+    if not tensors and found.unknown:
+        raise needs_code(path, found.unknown)
+    return tensors
+
+
+def needs_code(path: Path, asked: str) -> UnsafeFileError:
+    """The refusal of a file that cannot be read without the code of what it asks for."""
+    return UnsafeFileError(
+        f"{path} is refused: it asks for {asked}, which could run code; use a .safetensors version of it"
+    )
+
+
+def _has_tensors(argument: Any) -> bool:
+    made_of_tensors = isinstance(argument, _Inert) and argument.had_tensors
+    return made_of_tensors or isinstance(argument, Storage | PickledTensor)

@@ -6,13 +6,13 @@ agree on any image, up to a factor: correlation names the space, the slope of th
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from importlib.resources import as_file, files
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import load
 from torch import Tensor
 
+from sdvae.weights.files import open_weights
 from sdvae.weights.identity import LATENT_SPACES
 
 PROBE_ASSET = "probe.safetensors"
@@ -21,7 +21,7 @@ PROBE_SIZE_PX = 128
 
 @dataclass(frozen=True)
 class Match:
-    """How the latents of the probe image agree with a space's: slope is scaled reference per unit of latents."""
+    """How well latents of the probe image agree with those of a space; slope: scaled reference per unit of latents."""
 
     space: str
     correlation: float
@@ -51,12 +51,13 @@ def probe_image() -> NDArray[np.uint8]:  # (128, 128, 3)
 @cache
 def references() -> dict[str, Tensor]:
     """Scaled latents (C, 16, 16) of the probe image in each space, by the TAESD encoders (scripts/make_probe.py)."""
-    stored = load((files("sdvae") / "assets" / PROBE_ASSET).read_bytes())
-    return {name: stored[name].float() for name in LATENT_SPACES if name in stored}
+    with as_file(files("sdvae") / "assets" / PROBE_ASSET) as path:
+        stored = open_weights(path).entries
+        return {name: stored[name].read().float() for name in LATENT_SPACES if name in stored}
 
 
 def match_references(latents: Tensor) -> list[Match]:  # (C, 16, 16), of the probe image
-    """How well they agree with each space of as many channels, best first; latents that are not finite do with none."""
+    """The match with each space of as many channels, best first; NaN and infinity match none."""
     matches = []
     for space, reference in references().items():
         if latents.shape == reference.shape:

@@ -8,6 +8,7 @@ import torch
 
 from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers
 from sdvae.weights.files import Entry
+from sdvae.weights.keymap import unwrapped
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 _LAYER = re.compile(r"[0-9]{1,2}\.")
@@ -16,18 +17,20 @@ _HALVES = {"encoder": "decoder", "decoder": "encoder"}
 
 def is_taesd(keys: Collection[str]) -> bool:
     """Whether these are keys of numbered layers, as a TAESD has them in both layouts."""
-    return is_bare(keys) or "encoder.layers.0.weight" in keys
+    return is_bare(keys) or "encoder.layers.0.weight" in map(unwrapped, keys)
 
 
 def is_bare(keys: Collection[str]) -> bool:
-    """Whether these are the keys of a file of TAESD's author: one half, its layers numbered and no more."""
-    return len(keys) > 0 and all(_LAYER.match(key) for key in keys)
+    """Whether these are the keys of a file of TAESD's author: one half, named by the numbers of its layers alone."""
+    return len(keys) > 0 and all(_LAYER.match(unwrapped(key)) for key in keys)
 
 
 def by_name(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The tensors of a file in either layout under diffusers' names; which half a bare file is, its layers tell."""
-    if not is_bare(entries):
-        return dict(entries)
+    """The tensors of a file in either layout under diffusers' names; a bare file's layers tell which half it is."""
+    is_half = is_bare(entries)
+    entries = {unwrapped(key): entry for key, entry in entries.items()}
+    if not is_half:
+        return entries
     return named_as_diffusers(*((entries, {}) if "0.weight" in entries else ({}, entries)))
 
 
@@ -37,7 +40,7 @@ def sides(names: Collection[str]) -> set[str]:
 
 
 def fit_config(entries: Mapping[str, Entry]) -> TinyConfig | None:
-    """The network that these tensors are the whole, or one half, of; the scale of its latents is not known yet."""
+    """The network whose tensors, or one half of them, these are; the scale of its latents is not known yet."""
     shapes = {name: entry.shape for name, entry in entries.items()}
     has_mid_pool = any(".pool." in name for name in shapes)
     for latent_channels in (4, 16, 32):

@@ -156,10 +156,10 @@ def test_the_commands_and_the_reader_take_urls(
     encoding = ("encode", photos, url, "--size", 32, "--shard-rows", 3, "--workers", 0)
     result = run(*encoding)
     assert result.exit_code == 3, result.stderr  # two photos are broken
-    assert f"7 of 9 photos are in {url}, 2 in {url}/quarantine.jsonl" in result.stdout
+    assert f"7 of 9 photos stored in {url}, 2 quarantined in {url}/quarantine.jsonl" in result.stdout
     assert "quarantine.jsonl" in _remote(url)
     shutil.rmtree(tmp_path / "cache")  # as on another machine
-    assert "nothing was left to do" in run(*encoding).stdout
+    assert "nothing left to do" in run(*encoding).stdout
     assert len(LatentDataset(url)) == 7
     assert run("decode", url, tmp_path / "pictures").exit_code == 0
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 7

@@ -256,7 +256,7 @@ def test_the_command_repairs(root: Path, photos: Path, vae_folder: Path) -> None
     flip(root / "shards" / "00000-32x32.safetensors", 8 * 4096)
     flip(root / "manifest.json", 100)
     advice = run("verify", root).stdout.splitlines()[-1]
-    assert advice == f"next: sdvae verify {root} --repair, with --source SRC --vae VAE where numbers are lost"
+    assert advice == f"next: sdvae verify {root} --repair, with --source SRC --vae VAE where latents are lost"
     result = run("verify", root, "--repair")
     assert result.exit_code == 5 and f"restored {root}/manifest.json" in result.stderr
     assert result.stdout.splitlines() == [
@@ -275,4 +275,4 @@ def test_the_command_repairs(root: Path, photos: Path, vae_folder: Path) -> None
 
 def test_a_source_is_for_repairs(root: Path, photos: Path) -> None:
     result = run("verify", root, "--source", photos)
-    assert result.exit_code == 2 and "--source is for --repair" in result.stderr
+    assert result.exit_code == 2 and "--source needs --repair" in result.stderr

@@ -188,7 +188,7 @@ def test_a_store_that_is_not_finished_is_no_mismatch(root: Path) -> None:
     (root / "quarantine.jsonl").unlink()
     result = run("verify", root)
     assert result.exit_code == 1
-    assert "1 shard not encoded yet" in result.stdout and "run the command that encoded it again" in result.stdout
+    assert "1 shard not encoded yet" in result.stdout and "run its encode command again" in result.stdout
 
 
 def test_no_store_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""Who runs the same network on the same weights: sdvae, and diffusers in each dtype and memory format."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdvae.engine.precision import DTYPES
+from sdvae.engine.stages import Direction
+from sdvae.errors import BenchError
+from sdvae.model import AutoencoderKL
+from sdvae.vae import VAE
+
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# Relative L2 from fp32 at which a result is another one: several times what rounding does to this network.
+TOLERANCES = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.15}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to encode or decode a batch: fp32 pixels in and the mean of the posterior out, or latents and pixels."""
+
+    name: str
+    dtype: str  # fp32, bf16, fp16
+    memory_format: str
+    run: Callable[[Tensor], Tensor]
+    tolerance: float  # of the relative L2 error; who is further off is not timed
+
+
+def sdvae(vae: VAE, direction: Direction, budget_bytes: int | None = None) -> Contender:
+    """sdvae, through its public methods."""
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == vae.dtype)
+
+    def run(batch: Tensor) -> Tensor:
+        return vae.encode(batch, budget_bytes).mean if direction == "encode" else vae.decode(batch, budget_bytes)
+
+    return Contender("sdvae", dtype, "channels_last", run, TOLERANCES[dtype])
+
+
+def diffusers(
+    model: AutoencoderKL, direction: Direction, device: torch.device, dtype: str, memory_format: str
+) -> Contender:
+    """`diffusers.AutoencoderKL` with these weights."""
+    theirs = load_diffusers(model, device, dtype, memory_format)
+    return diffusers_contender("diffusers", theirs, direction, dtype, memory_format)
+
+
+def every_diffusers(model: AutoencoderKL, direction: Direction, device: torch.device) -> list[Contender]:
+    """One of diffusers for each dtype and memory format; none in fp16 on a CPU, where it would run for hours."""
+    dtypes = [name for name in DTYPES if name != "fp16" or device.type != "cpu"]
+    return [
+        diffusers(model, direction, device, dtype, memory_format)
+        for dtype in dtypes
+        for memory_format in MEMORY_FORMATS
+    ]
+
+
+def load_diffusers(model: AutoencoderKL, device: torch.device, dtype: str, memory_format: str) -> Any:
+    """`diffusers.AutoencoderKL` with the weights of `model`, on a device."""
+    try:
+        from diffusers import AutoencoderKL as TheirAutoencoderKL
+    except ImportError as error:
+        raise BenchError(f"diffusers cannot be imported: {error}; install it, or measure with --alone") from error
+    with torch.device("meta"):
+        vae = TheirAutoencoderKL.from_config(model.config.to_diffusers())  # type: ignore[no-untyped-call]
+    weights = {name: values.to(device, DTYPES[dtype]) for name, values in model.state_dict().items()}
+    vae.load_state_dict(weights, assign=True)
+    return vae.requires_grad_(False).eval().to(memory_format=MEMORY_FORMATS[memory_format])
+
+
+def diffusers_contender(name: str, theirs: Any, direction: Direction, dtype: str, memory_format: str) -> Contender:
+    """A VAE of diffusers, called as people call it."""
+
+    def run(batch: Tensor) -> Tensor:
+        batch = batch.to(DTYPES[dtype]).contiguous(memory_format=MEMORY_FORMATS[memory_format])
+        out: Tensor = theirs.encode(batch).latent_dist.mean if direction == "encode" else theirs.decode(batch).sample
+        return out
+
+    return Contender(name, dtype, memory_format, run, TOLERANCES[dtype])

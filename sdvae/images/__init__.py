@@ -1,0 +1,1 @@
+"""Image files to upright sRGB arrays, (H, W, 3) uint8, and back to files."""
