@@ -7,7 +7,8 @@ from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin
 
 MAX_IMAGE_PIXELS = 2**27
 
-# Modules that are not imported here are set where a program has imported, and perhaps changed, them.
+# Modules that are imported here are set from the first image on. Pillow imports the others late: their settings are its
+# own, unless a program has imported and changed them.
 _SETTINGS = {
     (Image.__name__, "MAX_IMAGE_PIXELS"): MAX_IMAGE_PIXELS,  # Pillow refuses twice as many, before we see a size
     (ImageFile.__name__, "LOAD_TRUNCATED_IMAGES"): False,
