@@ -102,7 +102,7 @@ def test_options_are_the_documented_ones() -> None:
     own = {
         "encode": f"{shared} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
         "--resizer --jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit "
-        "--runner --address --batch-size --budget",
+        "--runner --address --batch-size --budget --limit --dry-run --caption",
         "decode": f"{shared} --format --latents --batch-size --budget",
         "verify": f"{shared} --repair --source",
         "stats": console,
@@ -171,7 +171,7 @@ def test_json_is_one_object_on_stdout_and_quiet_is_quiet(
     values = json.loads(encoded.stdout)
     assert values.keys() == {
         "command", "output", "num_seen", "num_written", "quarantined", "num_shards_left",
-        "num_degraded", "seconds", "images_per_s", "steps_s", "slowest", "psnr_db", "vae",
+        "num_degraded", "seconds", "images_per_s", "steps_s", "slowest", "psnr_db", "remarks", "vae",
     }  # fmt: skip
     assert (values["command"], values["num_seen"], values["num_written"]) == ("encode", 3, 3)
     assert values["quarantined"] == {}
@@ -193,7 +193,9 @@ def test_quarantined_photos_are_told_and_give_exit_code_3(run: Run, photos: Path
     assert result.exit_code == 3
     assert result.stdout.startswith("1 of 3 photos stored in ")
     assert f"2 quarantined in {tmp_path / 'store' / 'quarantine.jsonl'}" in result.stdout
-    first, *table = result.stderr.splitlines()
+    begun, described, first, *table = result.stderr.splitlines()
+    assert begun == f"sdvae: encoding {source} into {tmp_path / 'store'}"
+    assert described.startswith("sdvae: VAE: ") and "32x32 px, crop center" in described
     assert first.startswith("sdvae: 2 photos quarantined: ")
     assert table[-1].startswith("sdvae: slowest step: ") and len(table) == 7
     again = run("encode", source, tmp_path / "store", "--size", 32, "--json")

@@ -58,12 +58,19 @@ class Place:
         code, stdout, stderr = self.run(*command)
         assert code == exit_code, stderr
         assert stdout == ""
-        assert stderr.startswith("sdvae: "), stderr
-        assert stderr.endswith("\n")
-        assert stderr.count("\n") == 1, stderr
-        assert says in stderr
+        sentence = without_announcement(stderr)
+        assert sentence.startswith("sdvae: "), stderr
+        assert sentence.endswith("\n")
+        assert sentence.count("\n") == 1, stderr
+        assert says in sentence
         assert "Traceback" not in stderr
         assert self.snapshot() == before
+
+
+def without_announcement(stderr: str) -> str:
+    """Without the lines by which `encode` says what it is about to do."""
+    lines = stderr.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith(("sdvae: encoding ", "sdvae: VAE: ")))
 
 
 WRITING = ["encode", "decode", "decode store", "roundtrip", "sample", "interpolate"]
@@ -163,7 +170,9 @@ def test_latents_with_five_channels(place: Place) -> None:
 
 def test_latents_that_are_nan(place: Place) -> None:
     np.save(place / "latents" / "later.npy", np.full((2, 4, 2, 2), np.nan, np.float32))
-    place.refuses(*place.command("decode"), says="later.npy holds NaN or infinite latents (image 0 of 2)")
+    code, _, stderr = place.run(*place.command("decode"))
+    assert code == 3 and "later.npy holds NaN or infinite latents (image 0 of 2)" in stderr
+    assert [path.suffix for path in (place / "out").iterdir()] == [".png"], "the others are decoded"
 
 
 def test_latents_of_unknown_scale(place: Place) -> None:
@@ -244,7 +253,7 @@ def test_a_source_that_may_not_be_read(open_place: Place, verb: str) -> None:
         code, _, stderr = open_place.run(*open_place.command(verb))
     assert code == 1
     assert stderr.startswith("sdvae: ")
-    assert stderr.count("\n") == 1
+    assert without_announcement(stderr).count("\n") == 1
     assert source in stderr
 
 
@@ -338,7 +347,7 @@ def test_verbose_tells_where_an_error_arose(place: Place) -> None:
     code, _, stderr = place.run(*replaced(place.command("decode"), "latents", "gone"), "-v")
     assert code == 1
     assert "latent_files.py" in stderr
-    assert stderr.splitlines()[-1].startswith("sdvae: gone does not exist")
+    assert "gone does not exist" in stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

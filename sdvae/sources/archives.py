@@ -230,6 +230,6 @@ class ArchiveSource:
                 raise OSError(errno.EINVAL, reason)
             return archive.read(name, MAX_FILE_BYTES if is_table(name) else MAX_TEXT_BYTES + 1)
 
-        paired = pairing.pair(listing.photos, listing.texts, read_text)
+        paired = pairing.pair(listing.photos, listing.texts, read_text, prefix)
         named = [replace(entry, key=prefix + entry.key, uri=f"{place}!{entry.key}") for entry in paired]
         return named, [prefix + name for name in listing.aside]

@@ -36,8 +36,10 @@ class Pairing:
         """Whether a file of this path may tell something about photos."""
         return name.lower().endswith(tuple(self._members)) or is_table(name)
 
-    def pair(self, photos: Iterable[Entry], texts: Iterable[str], read: ReadText) -> list[Entry]:
-        """Every photo with what the files `texts` tell of it.
+    def pair(
+        self, photos: Iterable[Entry], texts: Iterable[str], read: ReadText, prefix: str = ""
+    ) -> list[Entry]:
+        """Every photo with what the files `texts` tell of it; remarks name texts with `prefix`.
 
         Of `a.jpg` speak `a.jpg.txt`, or else `a.txt` where no other photo is called `a`, and the lines of a
         `metadata.csv` or `.jsonl` in its folder or above. A photo with two captions that differ, or with one that may
@@ -64,7 +66,7 @@ class Pairing:
         for told in lines.values():
             reason = why_unsafe(told[0].key) or f"{told[0].where} names it, but there is no such photo"
             paired.append(Entry(told[0].key, reason=told[0].reason or reason))
-        self._note(tables, beside)
+        self._note(tables, beside, prefix)
         return paired
 
     def remarks(self) -> list[str]:
@@ -105,8 +107,8 @@ class Pairing:
             raise SourceError(f"cannot read {name}: {error.strerror}") from error
         return read_table(name, data, self._caption)
 
-    def _note(self, tables: Mapping[str, Table], beside: "_Beside") -> None:
-        self._left += beside.names - beside.used
+    def _note(self, tables: Mapping[str, Table], beside: "_Beside", prefix: str) -> None:
+        self._left += [prefix + name for name in beside.names - beside.used]
         if self._caption is None:
             self._table_remarks += [remark for name, table in tables.items() for remark in table.remarks(name)]
             return

@@ -163,7 +163,7 @@ def test_the_commands_and_the_reader_take_urls(
     assert len(LatentDataset(url)) == 7
     assert run("decode", url, tmp_path / "pictures").exit_code == 0
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 7
-    assert "give verify a folder" in run("verify", url).stderr
+    assert "verify needs a local folder" in run("verify", url).stderr
     result = run(*encoding, "--restart", "--yes")
     assert result.exit_code == 1 and "remove it with the tools of its storage" in result.stderr
 

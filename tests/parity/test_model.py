@@ -30,7 +30,7 @@ TINY = VAEConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4, attentio
 
 def architecture(config: VAEConfig) -> VAEConfig:
     """The config without the numbers that the network never sees, so that equal networks are run once."""
-    return replace(config, sample_size=0, scaling_factor=1.0, shift_factor=None, force_upcast=False)
+    return replace(config, sample_size=1, scaling_factor=1.0, shift_factor=None, force_upcast=False)
 
 
 ARCHITECTURES: dict[str, VAEConfig] = {}
