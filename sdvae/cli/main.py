@@ -63,7 +63,7 @@ class _Sdvae(click.Group):
         "token_normalize_func": lambda name: name.replace("_", "-"),
     },
     epilog="Every option can also be set in the environment, for example SDVAE_DEVICE=cpu. "
-    "Exit codes: 0 done, 1 error, 2 usage, 3 some left out, 4 an unsafe file refused, "
+    "Exit codes: 0 done, 1 error, 2 usage, 3 some photos or files left out, 4 an unsafe file refused, "
     "5 verify mismatch.",
 )
 @click.version_option(__version__, prog_name="sdvae", message="%(prog)s %(version)s")

@@ -36,9 +36,7 @@ class Pairing:
         """Whether a file of this path may tell something about photos."""
         return name.lower().endswith(tuple(self._members)) or is_table(name)
 
-    def pair(
-        self, photos: Iterable[Entry], texts: Iterable[str], read: ReadText, prefix: str = ""
-    ) -> list[Entry]:
+    def pair(self, photos: Iterable[Entry], texts: Iterable[str], read: ReadText, prefix: str = "") -> list[Entry]:
         """Every photo with what the files `texts` tell of it; remarks name texts with `prefix`.
 
         Of `a.jpg` speak `a.jpg.txt`, or else `a.txt` where no other photo is called `a`, and the lines of a
