@@ -27,6 +27,7 @@ from sdvae.bench.throughput import Settings, measure, measure_roofline, seeded_b
 from sdvae.bench.timing import in_turns, seconds_of
 from sdvae.cli.main import cli
 from sdvae.config import VAEConfig
+from sdvae.engine import precision
 from sdvae.engine.stages import Direction, build_network
 from sdvae.errors import BenchError
 from sdvae.vae import VAE
@@ -91,6 +92,12 @@ def test_the_card_names_what_numbers_depend_on() -> None:
 
 
 # --- sdvae beside rivals ---
+
+
+@pytest.fixture(autouse=True)
+def bf16_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Race diffusers in bf16, too, on whatever CPU this is."""
+    monkeypatch.setattr(precision, "_cpu_capabilities", lambda: {"avx512_bf16": True})
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])

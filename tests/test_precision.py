@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdvae.engine import precision
-from sdvae.engine.precision import choose_dtype, full_precision
+from sdvae.engine.precision import choose_dtype, full_precision, served_dtypes
 
 
 def test_fp32_means_fp32_inside_whatever_is_allowed_outside() -> None:
@@ -29,6 +29,7 @@ def test_auto_asks_the_cpu_and_no_clock(
 ) -> None:
     monkeypatch.setattr(precision, "_cpu_capabilities", lambda: flags)
     assert choose_dtype("auto", torch.device("cpu")).dtype == expected
+    assert served_dtypes(torch.device("cpu")) == (["fp32", "bf16"] if expected == torch.bfloat16 else ["fp32"])
 
 
 @pytest.mark.parametrize("name", ["bf16", "bfloat16", "torch.bfloat16", torch.bfloat16])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdvae.engine.precision import DTYPES
+from sdvae.engine.precision import DTYPES, served_dtypes
 from sdvae.engine.stages import Direction
 from sdvae.errors import BenchError
 from sdvae.model import AutoencoderKL
@@ -48,11 +48,10 @@ def diffusers(
 
 
 def every_diffusers(model: AutoencoderKL, direction: Direction, device: torch.device) -> list[Contender]:
-    """One of diffusers for each dtype and memory format; none in fp16 on a CPU, where it would run for hours."""
-    dtypes = [name for name in DTYPES if name != "fp16" or device.type != "cpu"]
+    """One of diffusers for each memory format and each dtype that the device computes in."""
     return [
         diffusers(model, direction, device, dtype, memory_format)
-        for dtype in dtypes
+        for dtype in served_dtypes(device)
         for memory_format in MEMORY_FORMATS
     ]
 

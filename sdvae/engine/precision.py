@@ -53,6 +53,14 @@ def choose_dtype(name: str | torch.dtype, device: torch.device) -> DtypeChoice:
     return DtypeChoice(torch.float32, f"the safe choice on {device.type}")
 
 
+def served_dtypes(device: torch.device) -> list[str]:
+    """The dtypes that a device computes in; a CPU emulates the others, many times slower than fp32."""
+    if device.type != "cpu":
+        return list(DTYPES)
+    best = _choose_for_cpu(_cpu_capabilities()).dtype
+    return [name for name, dtype in DTYPES.items() if dtype in (torch.float32, best)]
+
+
 @contextmanager
 def full_precision(*, is_deterministic: bool = True, is_tuned: bool = False) -> Iterator[None]:
     """Inside, fp32 means fp32: no TF32, which rounds what is multiplied to 10 bits, whatever the program allows.
