@@ -265,6 +265,12 @@ def test_damage_gives_latents_or_our_error(tmp_path: Path, suffix: str, edits: l
     assert found.shape[1] == 4
 
 
+def test_odd_escapes_in_a_pickle_are_no_warning(tmp_path: Path) -> None:
+    (tmp_path / "odd.pt").write_bytes(b"\x80\x02S'\\o'\n.")
+    with pytest.raises(SdvaeError, match="odd.pt"):
+        read_latents(tmp_path / "odd.pt", SD1, "raw")
+
+
 def test_a_folder_lists_its_latent_files(tmp_path: Path) -> None:
     for name in ("b.npy", "a.latent", "sub/c.PT", "notes.txt", ".hidden.npy"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ import io
 import pickletools
 import struct
 import sys
+import warnings
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -126,10 +127,11 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if number == _MAX_STEPS:
-                raise ValueError(f"it has more than {_MAX_STEPS:,} steps")
-            self._step(opcode.name, argument)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of odd escapes in texts
+            for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+                if number == _MAX_STEPS:
+                    raise ValueError(f"it has more than {_MAX_STEPS:,} steps")
+                self._step(opcode.name, argument)
         return self.stack.pop()
 
     def _step(self, name: str, argument: Any) -> None:
