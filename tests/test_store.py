@@ -188,6 +188,15 @@ def _all_files(store: Store) -> list[Path]:
     return files
 
 
+def test_tensors_of_other_names_are_passed_over(store: Store) -> None:
+    moments = _moments(2)
+    more = moments | {"a_mask": np.zeros_like(moments["mean"])}  # lies before the others
+    store.paths.done(0).unlink()
+    commit_shard(store.paths, 0, (16, 24), _lines(KEYS[:3], KEYS[1], moments), more)
+    tensors = store.shard(0).tensors()
+    assert tensors.keys() == moments.keys() and all(np.array_equal(tensors[name], moments[name]) for name in moments)
+
+
 def test_damage_is_never_read_as_data(store: Store) -> None:
     path = store.paths.tensors(0, (16, 24))
     path.write_bytes(path.read_bytes()[:-1])

@@ -210,12 +210,13 @@ class _MappedShard:
         shard.require_whole_index()
         shard.tensors()  # checks length and header
         places, file = shard.places, shard.tensors_file
+        starts = places.starts_in(file.path)
         self.shape = places.shape[1:]
         numbers = _map_file(file.path, file.num_bytes)
         dtype = {"fp16": torch.float16, "fp32": torch.float32}[store.manifest["store_dtype"]]
         self.tensors = {
-            name: numbers[places.start(name) :][: places.tensor_bytes].view(dtype).view(places.shape)
-            for name in places.names
+            name: numbers[start:][: places.tensor_bytes].view(dtype).view(places.shape)
+            for name, start in starts.items()
         }
         self._index_path = shard.index_file.path
         self._text: NDArray[np.uint8] = _map_file(shard.index_file.path, shard.index_file.num_bytes).numpy()

@@ -67,7 +67,9 @@ class TensorPlaces:
 
         safetensors' own writer orders metadata at random and would make the bytes of a shard an accident.
         """
-        text = sealed.canonical_json({"__metadata__": _METADATA} | {name: self._entry(name) for name in self.names})
+        text = sealed.canonical_json(
+            {"__metadata__": _METADATA} | {name: self._entry(self.start(name) - DATA_START) for name in self.names}
+        )
         text = text.rstrip().ljust(DATA_START - 8)
         return struct.pack("<Q", len(text)) + text
 
@@ -75,8 +77,11 @@ class TensorPlaces:
         """The tensors as read-only memory maps, by place: the header is not looked at."""
         return {name: np.memmap(path, self.dtype, "r", self.start(name), self.shape) for name in self.names}
 
-    def require_header(self, path: Path) -> None:
-        """Raise VerifyError unless the header of the file describes these tensors at these places."""
+    def starts_in(self, path: Path) -> dict[str, int]:
+        """The first byte of each tensor as the header of the file has it; tensors of other names are passed over.
+
+        VerifyError where the header does not describe these tensors.
+        """
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             text = file.read(DATA_START - 8)
@@ -86,12 +91,16 @@ class TensorPlaces:
             header = None
         if length != len(text) or not isinstance(header, dict):
             raise VerifyError(f"{path} is damaged: it does not begin with the header of a shard")
+        starts: dict[str, int] = {}
         for name in self.names:
-            if header.get(name) != self._entry(name):
+            places = range(0, path.stat().st_size - DATA_START, self.tensor_bytes)
+            found = [DATA_START + start for start in places if header.get(name) == self._entry(start)]
+            if not found:
                 raise VerifyError(f"{path} is damaged: its header does not describe {name} as it was committed")
+            starts[name] = found[0]
+        return starts
 
-    def _entry(self, name: str) -> dict[str, Any]:
-        start = self.start(name) - DATA_START
+    def _entry(self, start: int) -> dict[str, Any]:
         code = _SAFETENSORS_CODES[self.dtype]
         return {"dtype": code, "shape": list(self.shape), "data_offsets": [start, start + self.tensor_bytes]}
 
@@ -181,8 +190,9 @@ class Shard:
         path = self.tensors_file.path
         if not self.tensors_file.is_present():
             raise VerifyError(f"{path} is missing, or is not the {self.tensors_file.num_bytes:,} bytes committed")
-        self.places.require_header(path)
-        return self.places.map(path)
+        places = self.places
+        starts = places.starts_in(path)
+        return {name: np.memmap(path, places.dtype, "r", start, places.shape) for name, start in starts.items()}
 
     def moments(self, flipped: bool = False) -> tuple[NDArray[Any], NDArray[Any]]:  # both (rows, C, h, w), raw
         """Mean and logvar, as read-only memory maps; `flipped`: of the mirrored photos.
