@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, count, with_console, with_vae
+from sdvae.amounts import count
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE

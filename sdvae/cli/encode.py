@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, count, with_console, with_vae
+from sdvae.amounts import count
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, with_console, with_vae
 from sdvae.errors import StoreError
 
 if TYPE_CHECKING:

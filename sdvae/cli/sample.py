@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sdvae.amounts import count
 from sdvae.cli.pictures import check_output, grid, write_picture
-from sdvae.cli.shared import BUDGET, OUTPUT, Console, count, with_console, with_vae
+from sdvae.cli.shared import BUDGET, OUTPUT, Console, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE

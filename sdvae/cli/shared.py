@@ -32,10 +32,11 @@ _LINE_EACH_S = 30.0  # of progress, where there is no terminal
 class Console:
     """Where a verb prints: results on stdout, everything else on stderr."""
 
-    def __init__(self, command: str, is_json: bool, is_quiet: bool) -> None:
+    def __init__(self, command: str, is_json: bool, is_quiet: bool, is_verbose: bool = False) -> None:
         self.command = command
         self.is_json = is_json
         self.is_quiet = is_quiet
+        self.is_verbose = is_verbose
 
     def result(self, line: str, **values: Any) -> None:
         """The outcome: one line for a person, or `values` as one JSON object."""
@@ -132,7 +133,8 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: str) ->
     return int(value)
 
 
-def _parse_budget(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+def parse_budget(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """The bytes of an option such as 6GiB."""
     if value is None:
         return None
     from sdvae.engine.memory import parse_bytes
@@ -140,7 +142,7 @@ def _parse_budget(ctx: click.Context, param: click.Parameter, value: str | None)
     try:
         return parse_bytes(value)
     except BudgetError as error:
-        raise click.BadParameter(f"{error}.") from error
+        raise click.BadParameter(f"{error}." if not str(error).endswith("?") else str(error)) from error
 
 
 def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
@@ -191,7 +193,7 @@ BATCH_SIZE = click.option(
 BUDGET = click.option(
     "--budget",
     metavar="BYTES",
-    callback=_parse_budget,
+    callback=parse_budget,
     help="Memory limit, weights not included: 6GiB, 800MiB.  [default: free memory]",
 )
 SIZES = click.option(
@@ -218,7 +220,7 @@ def with_console(function: Callable[..., None]) -> Callable[..., None]:
     def run(*, json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
         command = click.get_current_context().info_name or ""
         with _log_on_stderr(logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING):
-            function(console=Console(command, json, quiet), **arguments)
+            function(console=Console(command, json, quiet, verbose), **arguments)
 
     return _add(_CONSOLE_OPTIONS, run)
 
@@ -241,11 +243,6 @@ def with_vae(function: Callable[..., None]) -> Callable[..., None]:
         function(load_vae=load_vae, **arguments)
 
     return _add(_VAE_OPTIONS, run)
-
-
-def count(number: int, what: str) -> str:
-    """A number and its noun: 1 image, 2 images."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def tell_written(console: Console, written: "Written", is_dry_run: bool) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdvae import atomic
+from sdvae.engine.memory import parse_bytes
 from sdvae.errors import LatentsError, OutputError, StoreError
 from sdvae.images.write import encode_image
 from sdvae.progress import Progress, silent
@@ -47,6 +48,10 @@ class DecodeSettings:
     latents: Scaling | None = None
     batch_size: int | None = None  # None: chosen for the device
     budget_bytes: int | None = None  # None: what the device has free
+
+    def __post_init__(self) -> None:
+        if self.budget_bytes is not None:
+            parse_bytes(self.budget_bytes)
 
 
 @dataclass(frozen=True)
