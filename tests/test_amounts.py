@@ -1,5 +1,8 @@
 """Amounts as people read them."""
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +34,22 @@ def test_what_is_needed_is_enough_and_what_is_there_is_no_more(num_bytes: int, l
     """So that a budget as it is told is kept, and a need above a limit reads as more than the limit."""
     assert parse_bytes(memory_text(num_bytes)) >= num_bytes >= parse_bytes(memory_text(num_bytes, is_limit=True))
     assert parse_bytes(memory_text(num_bytes, like=like)) >= num_bytes
+
+
+PACKAGE = Path(__file__).parents[1] / "sdvae"
+# Names of files, which are formats, and a number of channels behind a size.
+_OTHERS = {"amounts.py", "store/paths.py", "reading/formats.py", "engine/describe.py"}
+
+
+def test_one_function_writes_sizes() -> None:
+    """So that no message can say the height first again."""
+    written = {
+        path.relative_to(PACKAGE).as_posix(): found
+        for path in PACKAGE.rglob("*.py")
+        if (found := re.findall(r"\{[^{}\n]*\}x\{[^{}\n]*\}", path.read_text(encoding="utf-8")))
+    }
+    assert written.keys() <= _OTHERS, written
+    assert sum(map(len, written.values())) == 5
 
 
 def test_sizes_are_width_times_height_and_one_is_no_plural() -> None:

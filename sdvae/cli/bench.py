@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from sdvae.amounts import size_text
 from sdvae.cli.shared import FAMILY, PATH, SIZES, Console, with_console
 from sdvae.errors import BenchError, ShapeError
 
@@ -62,7 +63,7 @@ def bench(
     model, name = _model(vae, family)
     downscale = model.config.downscale
     if odd := next((size for size in sizes if size[0] % downscale or size[1] % downscale), None):
-        raise ShapeError(f"{odd[1]}x{odd[0]} px: both sides must be multiples of {downscale}")
+        raise ShapeError(f"{size_text(*odd)} px: both sides must be multiples of {downscale}")
     directions: tuple[Direction, ...] = ("encode", "decode") if direction == "both" else (direction,)
     ours = VAE(model, place, choice.dtype, name)
     measurements = []

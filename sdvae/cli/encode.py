@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from sdvae.amounts import count
+from sdvae.amounts import count, size_text
 from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, with_console, with_vae
 from sdvae.errors import StoreError
 
@@ -259,7 +259,7 @@ def encode(
 def _describe_run(vae: "VAE", preprocess: "Preprocess") -> str:
     dtype = str(vae.dtype).removeprefix("torch.")
     buckets = preprocess.buckets if isinstance(preprocess.buckets, str) else "the given"
-    size = f"{preprocess.size_px}x{preprocess.size_px} px" if preprocess.size_px else "the photos' own sizes"
+    size = f"{size_text(preprocess.size_px, preprocess.size_px)} px" if preprocess.size_px else "the photos' own sizes"
     what = f"{buckets} buckets" if preprocess.buckets else size
     hint = (
         "; to train a diffusion model, give its VAE with --vae"
@@ -270,8 +270,8 @@ def _describe_run(vae: "VAE", preprocess: "Preprocess") -> str:
 
 
 def _tell_survey(console: Console, found: "Survey", place: str) -> None:
-    for (height, width), number in found.sizes.items():
-        console.note(f"{number:>9} of {width}x{height} px")
+    for size, number in found.sizes.items():
+        console.note(f"{number:>9} of {size_text(*size)} px")
     for reason, number in found.quarantined.items():
         console.note(f"{count(number, 'photo')} would be quarantined: {reason}")
     num_new = sum(found.sizes.values())

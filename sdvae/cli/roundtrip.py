@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sdvae.amounts import size_text
 from sdvae.cli.pictures import check_output, grid, write_picture
 from sdvae.cli.shared import BUDGET, OUTPUT, PATH, Console, with_console, with_vae
 
@@ -56,7 +57,7 @@ def roundtrip(
     quality = "no difference" if psnr_db is None else f"{psnr_db:.2f} dB"
     write_picture(output, grid([photo, after], 2, [f"before: {image.name}", f"after {vae.name}: {quality}"]))
     console.result(
-        f"{image} at {width}x{height}: {quality} PSNR in {seconds:.2f} s; both are in {output}",
+        f"{image} at {size_text(height, width)} px: {quality} PSNR in {seconds:.2f} s; both are in {output}",
         image=str(image),
         output=str(output),
         width=width,
