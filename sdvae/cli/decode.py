@@ -69,6 +69,7 @@ def decode(
         images_per_s=report.images_per_s,
         vae=vae.name,
         skipped=list(report.skipped),
+        remarks=list(report.remarks),
     )
     if report.skipped:
         click.get_current_context().exit(3)
