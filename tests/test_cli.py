@@ -99,7 +99,7 @@ def test_version(run: Run) -> None:
 def test_options_are_the_documented_ones() -> None:
     console = "--json -q --quiet -v --verbose"
     shared = f"--vae --family --device --dtype {console}"
-    rewriting = f"{console} -o --output --family --dry-run"
+    rewriting = f"{console} -o --output --family --dry-run --force"
     own = {
         "encode": f"{shared} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
         "--resizer --jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit "

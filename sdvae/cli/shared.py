@@ -168,6 +168,7 @@ STORED_DTYPE = click.option(
 DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Check everything and report what would be written, but write nothing."
 )
+FORCE = click.option("--force", is_flag=True, help="Write over what OUT holds already.")
 _VAE_OPTIONS = (
     click.option(
         "--vae", metavar="VAE", help="A folder, a VAE or checkpoint file, or a hub id.  [default: the embedded VAE]"

@@ -32,7 +32,7 @@ AnyModel = AutoencoderKL | AutoencoderTiny
 EMBEDDED = "small"
 FAMILY_KEY = "sdvae.family"  # in the metadata of files that sdvae wrote
 
-_SHAPE_FIELDS = (
+SHAPE_FIELDS = (
     "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block", "attention_levels",
     "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv",
 )  # fmt: skip
@@ -277,7 +277,7 @@ def _shape_fields(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
 
 
 def _fields(config: VAEConfig) -> dict[str, Any]:
-    return {field: getattr(config, field) for field in _SHAPE_FIELDS}
+    return {field: getattr(config, field) for field in SHAPE_FIELDS}
 
 
 def _family_of(config: VAEConfig) -> str | None:
