@@ -26,7 +26,7 @@ from sdvae.encoding.resize import choose_resizer
 Run = Callable[..., Result]
 VERBS = [
     "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "inspect", "identify",
-    "convert", "extract", "swap", "plan", "bench", "doctor",
+    "compare", "convert", "extract", "swap", "plan", "bench", "doctor",
 ]  # fmt: skip
 
 
@@ -113,6 +113,7 @@ def test_options_are_the_documented_ones() -> None:
         "interpolate": f"{shared} -o --output --steps --mode --size --budget",
         "inspect": f"{console} --family --tensors",
         "identify": console,
+        "compare": console,
         "convert": f"{rewriting} --layout --dtype",
         "extract": rewriting,
         "swap": f"{rewriting} --vae --dtype",
