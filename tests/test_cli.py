@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from PIL import Image
 from sdvae import VAE, __version__
 from sdvae.cli import doctor as doctor_module
 from sdvae.cli.doctor import Finding
+from sdvae.cli.grouped import Grouped
 from sdvae.cli.main import cli
 from sdvae.cli.shared import Console
 from sdvae.encoding.resize import choose_resizer
@@ -84,6 +86,28 @@ def test_each_verb_explains_itself(run: Run, verb: str) -> None:
     result = run(verb, "-h")
     assert result.exit_code == 0
     assert f"Usage: sdvae {verb}" in result.stdout
+
+
+GROUPED = [name for name, verb in cli.commands.items() if isinstance(verb, Grouped)]
+
+
+@pytest.mark.parametrize("verb", GROUPED)
+def test_long_helps_are_in_groups_with_examples_that_parse(run: Run, verb: str) -> None:
+    command = cli.commands[verb]
+    shown = run(verb, "--help").stdout
+    titles = re.findall(r"^(\S.*):$", shown, re.MULTILINE)
+    assert titles[-3:] == ["The VAE, and where it runs", "Output", "Examples"] and len(titles) >= 4
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    listed = re.findall(
+        r"^  (?:-\w, )?(--[\w-]+)", shown[shown.index(f"\n{titles[0]}:") :].partition("Examples:")[0], re.MULTILINE
+    )
+    assert sorted(listed) == sorted([option.opts[-1] for option in options] + ["--help"])
+    assert max(map(len, shown.splitlines())) <= 80
+    for example in command.examples:  # type: ignore[attr-defined]
+        words = shlex.split(example.partition("sdvae ")[2], comments=True)
+        assert words[0] == verb
+        parent = click.Context(cli, **cli.context_settings)
+        command.make_context(verb, words[1:], parent=parent)
 
 
 def test_no_summary_is_cut_off(run: Run) -> None:

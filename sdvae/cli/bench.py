@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from sdvae.amounts import size_text
+from sdvae.cli.grouped import Grouped
 from sdvae.cli.shared import FAMILY, PATH, SIZES, Console, with_console
 from sdvae.errors import BenchError, ShapeError
 
@@ -15,7 +16,15 @@ if TYPE_CHECKING:
     from sdvae.model import AutoencoderKL
 
 
-@click.command(short_help="Measure speed and memory beside diffusers.")
+@click.command(
+    cls=Grouped,
+    short_help="Measure speed and memory beside diffusers.",
+    groups={"What is measured": ("sizes", "direction", "rounds", "alone")},
+    examples=(
+        "sdvae bench --size 512 --size 1024",
+        "sdvae bench --direction decode --alone --output bench.json",
+    ),
+)
 @SIZES
 @click.option("--direction", type=click.Choice(["encode", "decode", "both"]), default="both", show_default=True)
 @click.option(

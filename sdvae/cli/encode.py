@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from sdvae.amounts import count, size_text
+from sdvae.cli.grouped import Grouped
 from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, with_console, with_vae
 from sdvae.errors import StoreError
 
@@ -118,7 +119,31 @@ def _with_preprocess(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-@click.command(short_help="Encode photos to a latent store.")
+@click.command(
+    cls=Grouped,
+    short_help="Encode photos to a latent store.",
+    groups={
+        "What is encoded": ("caption", "limit"),
+        "How photos are prepared": (
+            "size",
+            "crop",
+            "seed",
+            "buckets",
+            "flip",
+            "max_upscale",
+            "min_size",
+            "resample",
+            "decoder",
+            "resizer",
+            "jpeg_draft",
+        ),
+    },
+    examples=(
+        "sdvae encode photos latents --dry-run                  # what would be encoded",
+        "sdvae encode photos latents --vae stabilityai/sd-vae-ft-mse --buckets sd1",
+        "srun --ntasks 16 sdvae encode photos.tar s3://bucket/latents --size 1024",
+    ),
+)
 @click.argument("source", metavar="SRC")
 @click.argument("out", type=PATH)
 @click.option(

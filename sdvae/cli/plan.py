@@ -5,13 +5,23 @@ from typing import Literal
 import click
 
 from sdvae.amounts import size_text
+from sdvae.cli.grouped import Grouped
 from sdvae.cli.shared import FAMILY, SIZES, Console, parse_budget, with_console
 from sdvae.config import VAEConfig
 from sdvae.engine.verdict import ELEMENT_BYTES, Dtype
 from sdvae.errors import ShapeError
 
 
-@click.command(short_help="Tell whether images of a size fit a memory, and how they would run.")
+@click.command(
+    cls=Grouped,
+    short_help="Tell whether images of a size fit a memory, and how they would run.",
+    groups={"What is planned": ("sizes",)},
+    examples=(
+        "sdvae plan --size 4096 --family sd1 --budget 12GiB",
+        "sdvae plan --size 8192x4096 --device cuda --dtype fp16 --budget 16GiB",
+        "sdvae plan --family sdxl --size 1024 -v                # every stage",
+    ),
+)
 @SIZES
 @click.option(
     "--budget",
