@@ -205,8 +205,22 @@ def test_json_is_one_object_on_stdout_and_quiet_is_quiet(
     decoded = run("decode", out, tmp_path / "out", "--json", "-q")
     assert decoded.stderr == ""
     values = json.loads(decoded.stdout)
-    assert values.keys() == {"command", "output", "num_written", "skipped", "seconds", "images_per_s", "vae"}
+    assert values.keys() == {"command", "output", "num_written", "skipped", "remarks", "seconds", "images_per_s", "vae"}
     assert values["num_written"] == 3
+
+
+def test_one_process_of_several_says_so_and_what_it_leaves(
+    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `srun -n 4 --pty bash` sets it: one process is there, and takes itself for one of four."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    arguments = ("encode", photos, tmp_path / "store", "--size", 32, "--shard-rows", 1)
+    first, again = run(*arguments), run(*arguments)
+    assert "sdvae: this is process 1 of 4, as its launcher says; it takes its share\n" in first.stderr
+    summary = f"1 of 3 photos stored in {tmp_path / 'store'}, 2 shards left to others; "
+    assert re.fullmatch(re.escape(summary) + r"[\d.]+ photos/s\n", first.stdout)
+    assert again.stdout == summary + "nothing left to do for this process\n"
 
 
 def test_quarantined_photos_are_told_and_give_exit_code_3(run: Run, photos: Path, tmp_path: Path) -> None:
@@ -223,10 +237,12 @@ def test_quarantined_photos_are_told_and_give_exit_code_3(run: Run, photos: Path
     assert begun == f"sdvae: encoding {source} into {tmp_path / 'store'}"
     assert described.startswith("sdvae: VAE: ") and "32x32 px, crop center" in described
     assert first.startswith("sdvae: 2 photos quarantined: ")
-    assert table[-1].startswith("sdvae: slowest step: ") and len(table) == 7
+    assert table[-1].startswith("sdvae: held up by: ") and len(table) == 7
     again = run("encode", source, tmp_path / "store", "--size", 32, "--json")
     assert again.exit_code == 3
-    assert sum(json.loads(again.stdout)["quarantined"].values()) == 2
+    values = json.loads(again.stdout)
+    assert sum(values["quarantined"].values()) == 2
+    assert [values[name] for name in ("seconds", "images_per_s", "steps_s", "slowest")] == [None] * 4
 
 
 @pytest.mark.skipif(choose_resizer("lanczos") != "torch", reason="this torch has no lanczos for bytes")
@@ -365,8 +381,8 @@ def test_progress_draws_a_bar_a_phase_on_a_terminal(monkeypatch: pytest.MonkeyPa
                 show(phase, done, 3)
                 time.sleep(0.11)
     drawn = terminal.getvalue()
-    assert re.search(r"scan 100%\|\S{30}\| 3 of 3, +[0-9.]+ images/s, 00:00 left", drawn)
-    assert re.search(r"encode  67%\|.{30}\| 2 of 3, +[0-9.]+ images/s, \d\d:\d\d left", drawn)
+    assert re.search(r"scan 100%\|\S{30}\| 3 of 3, +[0-9.]+ photos/s, 00:00 left", drawn)
+    assert re.search(r"encode  67%\|.{30}\| 2 of 3, +[0-9.]+ photos/s, \d\d:\d\d left", drawn)
 
 
 @pytest.mark.parametrize(("stream", "is_quiet"), [(io.StringIO(), False), (Terminal(), True)])
@@ -388,7 +404,7 @@ def test_what_an_earlier_run_did_is_no_speed_of_this_one(monkeypatch: pytest.Mon
         show("encode", 1_000_000, 1_000_010)
         time.sleep(0.11)
         show("encode", 1_000_001, 1_000_010)
-    (speed,) = re.findall(r"1000001 of 1000010, +([0-9.]+) images/s", terminal.getvalue())[-1:]
+    (speed,) = re.findall(r"1000001 of 1000010, +([0-9.]+) photos/s", terminal.getvalue())[-1:]
     assert float(speed) < 10
 
 

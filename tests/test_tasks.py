@@ -201,6 +201,8 @@ def test_times_add_up_and_name_the_slowest() -> None:
     assert times.slowest() == "decode"
     assert replace(times, decode=16.0).slowest() == "encode"
     assert replace(times, read=30.0, decode=5.0).slowest() == "read"
+    few = Times(num_workers=1, decode=0.2, encode=0.7, write=0.1, waiting=3.1, all=4.0)
+    assert few.slowest() == "start", "an encoder that waits for 80% of the time holds up nothing"
     times += Times(num_images=3, num_workers=1, encode=4.0, all=1.0, psnr_db={"a": 30.0})
     assert (times.num_images, times.num_workers, times.encode, times.all) == (3, 4, 10.0, 11.0)
     assert times.psnr_db == {"a": 30.0}

@@ -27,6 +27,7 @@ OUTPUT = click.option("-o", "--output", type=PATH, required=True, metavar="FILE"
 
 _LOG = logging.getLogger("sdvae")
 _LINE_EACH_S = 30.0  # of progress, where there is no terminal
+_COUNTED = {"scan": "photos", "encode": "photos", "verify": "records", "export": "records"}  # phase -> what it counts
 
 
 class Console:
@@ -49,7 +50,7 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A function of (phase, done, total) that shows images per second and time left.
+        """A function of (phase, done, total) that shows photos per second and time left.
 
         On a terminal it draws one bar a phase; elsewhere, in a log, it writes a line each 30 s.
         """
@@ -81,7 +82,7 @@ class Console:
                 told_s = now
                 per_s = (done - done_before) / (now - start_s)
                 left = tqdm.format_interval((total - done) / per_s)
-                self.note(f"{phase}: {done} of {total}, {per_s:.1f} images/s, {left} left")
+                self.note(f"{phase}: {done} of {total}, {per_s:.1f} {_counted(phase)}/s, {left} left")
 
         return show
 
@@ -93,11 +94,15 @@ class Console:
             initial=done,  # what an earlier run did says nothing about the speed of this one
             total=total,
             file=sys.stderr,
-            unit=" images",
+            unit=f" {_counted(phase)}",
             dynamic_ncols=True,
             delay=0.1,
             bar_format="{desc} {percentage:3.0f}%|{bar:30}| {n_fmt} of {total_fmt}, {rate_noinv_fmt}, {remaining} left",
         )
+
+
+def _counted(phase: str) -> str:
+    return _COUNTED.get(phase, "images")
 
 
 class _StderrHandler(logging.Handler):
