@@ -56,7 +56,11 @@ class DeviceError(SdvaeError):
 
 
 class BudgetError(SdvaeError):
-    """A memory budget that is no amount of memory, or that no plan can keep."""
+    """A memory budget that is no amount of memory, or that no plan can keep: one can keep `least_bytes`."""
+
+    def __init__(self, message: str, least_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.least_bytes = least_bytes
 
 
 class BenchError(SdvaeError):

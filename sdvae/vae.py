@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdvae import latents as latent_scaling
+from sdvae.amounts import count, size_text
 from sdvae.config import VAEConfig
 from sdvae.engine.precision import choose_device, choose_dtype, full_precision
 from sdvae.engine.run import Budget, Engine
@@ -39,8 +40,8 @@ class Encoded:
     sizes: list[tuple[int, int]]
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{width}x{height}" for height, width in self.sizes[:5]) + ", ..." * (len(self.sizes) > 5)
-        return f"Encoded({len(self.latents)} images: {sizes})"
+        sizes = ", ".join(size_text(*size) for size in self.sizes[:5]) + ", ..." * (len(self.sizes) > 5)
+        return f"Encoded({count(len(self.latents), 'image')}: {sizes})"
 
 
 class VAE:
@@ -173,7 +174,9 @@ class VAE:
         """
         downscale = self.config.downscale
         if height % downscale or width % downscale:
-            raise ShapeError(f"cannot sample {height}x{width} px: both sides must be multiples of {downscale}")
+            raise ShapeError(
+                f"cannot sample {size_text(height, width)} px: both sides must be multiples of {downscale}"
+            )
         shape = (1, self.config.latent_channels, height // downscale, width // downscale)
         generator = torch.Generator().manual_seed(seed)
         images = []
@@ -193,7 +196,8 @@ class VAE:
         """`steps` images from `start` to `end` through the latent space; both must have one size."""
         encoded = self.encode_images([start, end], budget)
         if encoded.sizes[0] != encoded.sizes[1]:
-            raise ShapeError(f"cannot interpolate between sizes {encoded.sizes[0]} and {encoded.sizes[1]}; resize one")
+            first, second = (size_text(*size) for size in encoded.sizes)
+            raise ShapeError(f"cannot interpolate between {first} and {second} px; resize one")
         blend = {"lerp": latent_scaling.lerp, "slerp": latent_scaling.slerp}[mode]
         positions = torch.linspace(0.0, 1.0, steps).tolist()
         frames = [blend(encoded.latents[0], encoded.latents[1], position) for position in positions]
@@ -232,7 +236,7 @@ class VAE:
         height, width = pixels.shape[2:]
         if height % downscale or width % downscale or not pixels.numel():
             raise ShapeError(
-                f"encode takes sizes that are multiples of {downscale}, not {height}x{width}; "
+                f"encode takes sizes that are multiples of {downscale}, not {size_text(height, width)} px; "
                 "encode_images pads and decode_images crops back"
             )
 

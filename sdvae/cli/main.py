@@ -12,6 +12,7 @@ import click
 
 from sdvae import __version__
 from sdvae.cli.bench import bench
+from sdvae.cli.compare import compare
 from sdvae.cli.convert import convert
 from sdvae.cli.decode import decode
 from sdvae.cli.doctor import doctor
@@ -64,7 +65,7 @@ class _Sdvae(click.Group):
     },
     epilog="Every option can also be set in the environment, for example SDVAE_DEVICE=cpu. "
     "Exit codes: 0 done, 1 error, 2 usage, 3 some photos or files left out, 4 an unsafe file refused, "
-    "5 verify mismatch.",
+    "5 mismatch.",
 )
 @click.version_option(__version__, prog_name="sdvae", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -72,7 +73,7 @@ def cli() -> None:
 
 
 _PICTURES = (encode, decode, verify, stats, export, roundtrip, sample, interpolate)
-_WEIGHTS = (inspect, identify, convert, extract, swap)
+_WEIGHTS = (inspect, identify, compare, convert, extract, swap)
 _ENGINE = (plan, bench)
 for _verb in (*_PICTURES, *_WEIGHTS, *_ENGINE, doctor):
     _verb.context_settings["auto_envvar_prefix"] = "SDVAE"  # one name for an option, whatever the verb

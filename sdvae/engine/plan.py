@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, pairwise, takewhile
 
+from sdvae.amounts import memory_text, size_text
 from sdvae.engine.stages import Network, Stage
 from sdvae.errors import BudgetError, ShapeError
 
@@ -23,7 +24,6 @@ GPU_STRIP_BYTES = 2**25
 ATTENTION_QUERIES = 1024  # at a time; fixed, so that no plan changes a sum
 GPU_ATTENTION_QUERIES = 2**14
 _SPLIT_TOKENS = 2**14
-_INPUT = {"encode": "pixels", "decode": "latents"}
 PIXEL_BYTES = 4  # images and latents enter and leave in fp32
 
 
@@ -86,6 +86,11 @@ class Plan:
         return PIXEL_BYTES * (num_in + last.height * last.width * network.out_channels)
 
     @property
+    def size_px(self) -> tuple[int, int]:
+        """Height and width of the image."""
+        return self.levels[0].height, self.levels[0].width
+
+    @property
     def arena_bytes(self) -> int:
         """Memory of the arena, wherever it lies."""
         return self.arena_elements * self.element_bytes
@@ -99,6 +104,24 @@ class Plan:
         """Peak memory of a run on its device, beside the weights."""
         arena = 0 if self.is_on_host else self.arena_bytes
         return arena + self.strip_bytes + num_images * self.image_bytes
+
+    @property
+    def traffic_bytes(self) -> int:
+        """What one image moves between a GPU and an arena in its host's memory; 0 where the arena is on the device."""
+        if not self.is_on_host:
+            return 0
+        return self.element_bytes * sum(self._moved_elements(stage) for stage in self.network.stages)
+
+    def _moved_elements(self, stage: Stage) -> int:
+        """What a stage reads of the arena, and writes to it."""
+        source, target = self.levels[stage.source_level], self.levels[stage.level]
+        read = 0 if stage.source == "input" else source.height * source.width * stage.in_channels
+        written = 0 if stage.target == "output" else target.height * target.width * stage.out_channels
+        if stage.kind == "attention":  # it adds, and then counts
+            return read + (3 if stage.has_statistics else 2) * written
+        if stage.adds:
+            return read + 2 * written
+        return 2 * (read + written) if stage.shortcut else read + written
 
     def num_strips(self, stage: Stage) -> int:
         """How many strips a stage runs in; the attention sees all rows at once."""
@@ -128,7 +151,7 @@ def make_plan(
     """
     sizes = network.sizes(height, width)
     if not all(sizes[-1]):
-        raise ShapeError(f"{width}x{height} is too small: it has less than one row or column of latents")
+        raise ShapeError(f"{size_text(height, width)} is too small: it has less than one row or column of latents")
     draft = _Draft(network, sizes, element_bytes, is_gpu)
     liked = draft.strip_rows(0)
     if num_strips is not None:
@@ -144,10 +167,18 @@ def make_plan(
             if budget_bytes is None or plan.predict_bytes(num_images) <= budget_bytes:
                 return plan
     assert plan is not None and budget_bytes is not None
-    raise BudgetError(
-        f"{network.direction}s of {num_images} x {width}x{height} {_INPUT[network.direction]} need "
-        f"{plan.predict_bytes(num_images):,} bytes at least, and the budget is {budget_bytes:,}; raise it or "
-        "give fewer or smaller images"
+    raise _refusal(plan, num_images, budget_bytes)
+
+
+def _refusal(plan: Plan, num_images: int, budget_bytes: int) -> BudgetError:
+    images = size_text(*plan.size_px) if num_images == 1 else f"{num_images} images of {size_text(*plan.size_px)}"
+    least = plan.predict_bytes(num_images)
+    needed = memory_text(least, like=budget_bytes)
+    return BudgetError(
+        f"{plan.network.direction[:-1]}ing {images} px needs at least {needed} beside the weights, and the budget is "
+        f"{memory_text(budget_bytes, is_limit=True)}; give {needed.replace(' ', '')}, or "
+        f"{'smaller images' if num_images == 1 else 'fewer or smaller images'}",
+        least,
     )
 
 

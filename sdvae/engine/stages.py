@@ -42,6 +42,19 @@ class Stage:
         """The level it reads from."""
         return self.level + {"up": 1, "down": -1}.get(self.kind, 0)
 
+    @property
+    def num_parameters(self) -> int:
+        """Of its convolutions in the model; biases, which are few, are not counted."""
+        if self.kind == "attention":
+            return 4 * self.out_channels**2
+        return self.in_channels * self.out_channels * (10 if self.shortcut else 9)
+
+    @property
+    def num_packed(self) -> int:
+        """What the rewrites make of them: two projections of an attention, four 2x2 kernels of an upsampling."""
+        folded = {"attention": self.num_parameters // 2, "up": 16 * self.in_channels * self.out_channels}
+        return folded.get(self.kind, self.num_parameters)
+
     def flops(self, height: int, width: int) -> int:  # size of the target
         """Multiplications and additions, of convolutions and matrix products only."""
         num_px = height * width
@@ -67,6 +80,16 @@ class Network:
         if self.direction == "encode":  # rounding down at each: halving an odd side loses a row
             return tuple((height >> level, width >> level) for level in halvings)
         return tuple((height << level, width << level) for level in reversed(halvings))
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights in the model."""
+        return sum(stage.num_parameters for stage in self.stages)
+
+    @property
+    def num_packed(self) -> int:
+        """Weights that a program holds."""
+        return sum(stage.num_packed for stage in self.stages)
 
     def flops(self, height: int, width: int) -> int:  # of the input
         """Operations of one image."""

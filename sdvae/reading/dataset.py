@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from sdvae.amounts import size_text
 from sdvae.errors import ConfigError, DeviceError, ShapeError, StoreError, VerifyError
 from sdvae.latents import scale
 from sdvae.posterior import DiagonalGaussian
@@ -87,7 +88,7 @@ class LatentDataset(Dataset[Example]):
                 self._opened(position).preload(device, needed)
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{len(records)} of {width}x{height} px" for (height, width), records in self.buckets.items())
+        sizes = ", ".join(f"{len(records)} of {size_text(*size)} px" for size, records in self.buckets.items())
         return f"LatentDataset({str(self.store.paths.root)!r}: {sizes}, {'sampled' if self.sample else 'means'})"
 
     def __len__(self) -> int:
@@ -139,7 +140,8 @@ class LatentDataset(Dataset[Example]):
         shards = [self._opened(position) for position, _ in places]
         rows = [row for _, row in places]
         if len({shard.shape for shard in shards}) > 1:
-            found = sorted({f"{self._shards[position].bucket_px}" for position, _ in places})
+            buckets = {self._shards[position].bucket_px for position, _ in places}
+            found = sorted(size_text(*bucket) for bucket in buckets if bucket)
             raise ShapeError(f"a batch needs one size, this has {', '.join(found)}; draw with BucketBatchSampler")
         records = [shard.record(row) for shard, row in zip(shards, rows, strict=True)]
         streams = [
