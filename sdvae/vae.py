@@ -17,7 +17,7 @@ from torch import Tensor
 from sdvae import latents as latent_scaling
 from sdvae.amounts import count, size_text
 from sdvae.config import VAEConfig
-from sdvae.engine.precision import choose_device, choose_dtype, full_precision
+from sdvae.engine.precision import choose_device, choose_dtype, inference
 from sdvae.engine.run import Budget, Engine
 from sdvae.errors import LatentsError, ShapeError
 from sdvae.images.read import from_pil
@@ -86,10 +86,9 @@ class VAE:
         """
         place = choose_device(device)
         choice = choose_dtype(dtype, place)
-        weights = load_weights(spec, family)
-        model, name = build_model(weights), weights.name
-        del weights  # whose tensors would outlive their move to the device
-        return cls(model, place, choice.dtype, name)
+        with torch.inference_mode(False):  # whose tensors can never be trained
+            weights = load_weights(spec, family)
+            return cls(build_model(weights), place, choice.dtype, weights.name)
 
     def save(self, folder: str | Path) -> None:
         """Write the weights as loaded, in fp32, as a folder that diffusers' `from_pretrained` reads."""
@@ -111,7 +110,7 @@ class VAE:
         ShapeError for sizes that are no multiple of the downscale, BudgetError before anything is allocated.
         """
         self._check_pixels(pixels)
-        with _inference():
+        with inference():
             return DiagonalGaussian.from_moments(self.engine.encode_moments(pixels, budget))
 
     def decode(self, latents: Tensor, budget: Budget = None) -> Tensor:
@@ -120,7 +119,7 @@ class VAE:
         `budget` is that of `encode`. LatentsError for other channels, NaN or infinity.
         """
         self._check_latents(latents)
-        with _inference():
+        with inference():
             return self.engine.decode(latents, budget)
 
     @contextmanager
@@ -181,7 +180,7 @@ class VAE:
         generator = torch.Generator().manual_seed(seed)
         images = []
         for _ in range(num_images):
-            latents = self.unscale(torch.randn(shape, generator=generator))
+            latents = self.unscale(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"))
             images.append(Image.fromarray(to_images(self.decode(latents, budget))[0]))
         return images
 
@@ -199,7 +198,7 @@ class VAE:
             first, second = (size_text(*size) for size in encoded.sizes)
             raise ShapeError(f"cannot interpolate between {first} and {second} px; resize one")
         blend = {"lerp": latent_scaling.lerp, "slerp": latent_scaling.slerp}[mode]
-        positions = torch.linspace(0.0, 1.0, steps).tolist()
+        positions = torch.linspace(0.0, 1.0, steps, dtype=torch.float32, device="cpu").tolist()
         frames = [blend(encoded.latents[0], encoded.latents[1], position) for position in positions]
         return self.decode_images(Encoded(frames, [encoded.sizes[0]] * steps), budget)
 
@@ -215,7 +214,8 @@ class VAE:
         """Relative L2 error of the mean in the compute dtype against fp32, on fixed synthetic pixels."""
         if self.dtype == torch.float32:
             return 0.0
-        noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn((1, 3, 32, 32), generator=generator, dtype=torch.float32, device="cpu")
         pixels = F.interpolate(noise, scale_factor=8.0, mode="bicubic").clamp(-1.0, 1.0)
         exact = self.in_float32().encode(pixels).mean
         return float((self.encode(pixels).mean - exact).norm() / exact.norm())
@@ -274,9 +274,3 @@ def _kind(value: object) -> str:
 
 def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-@contextmanager
-def _inference() -> Iterator[None]:
-    with torch.no_grad(), full_precision():
-        yield

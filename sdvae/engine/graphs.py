@@ -67,8 +67,9 @@ class _Graph:
     """The run of one image, from and to memory of its own."""
 
     def __init__(self, program: Program, plan: Plan, image: Tensor) -> None:
-        self._image = torch.empty(image.shape, device=program.device)
-        self._out = empty_output(program, plan, 1)[0]
+        with torch.inference_mode(False):  # else no later run, outside of that mode, could write to them
+            self._image = torch.empty(image.shape, dtype=torch.float32, device=program.device)
+            self._out = empty_output(program, plan, 1)[0]
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # of the run before, whose memory a graph cannot use
         with allocate(plan, program.dtype, program.device) as self._memory, torch.cuda.graph(self._graph):

@@ -50,7 +50,7 @@ class Statistics:
 
 def _mean_and_variance(rows: Tensor) -> tuple[Tensor, Tensor]:  # of each channel, fp32
     if rows.device.type == "cpu" and not is_emulated(rows):  # two passes in one call, without a copy in fp32
-        history = torch.zeros(rows.shape[1])  # of a running mean, which is not kept
+        history = torch.zeros(rows.shape[1], dtype=torch.float32, device="cpu")  # of a running mean, which is not kept
         return torch.batch_norm_update_stats(rows, history, history, 0.0)
     variance, mean = torch.var_mean(rows.float(), (0, 2, 3), correction=0)
     return mean, variance

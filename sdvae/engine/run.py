@@ -14,7 +14,7 @@ from sdvae.engine.describe import describe_plan
 from sdvae.engine.graphs import Executor
 from sdvae.engine.memory import free_bytes, parse_bytes
 from sdvae.engine.plan import Plan, make_plan
-from sdvae.engine.precision import full_precision
+from sdvae.engine.precision import full_precision, inference
 from sdvae.engine.program import Program, choose_kernels, compile_program
 from sdvae.engine.stages import Direction, build_network
 from sdvae.errors import BudgetError
@@ -121,8 +121,9 @@ class Engine:
         if known is None or known[0] != state:
             known = None  # before the new one is made
             is_scaled = dtype == torch.float16
-            exponents = calibrate(self.config, direction, weights, device) if is_scaled else {}
-            known = state, compile_program(self.config, direction, weights, dtype, device, exponents)
+            with inference():
+                exponents = calibrate(self.config, direction, weights, device) if is_scaled else {}
+                known = state, compile_program(self.config, direction, weights, dtype, device, exponents)
         self._programs[direction] = known
         return known[1]
 
@@ -150,8 +151,10 @@ class Engine:
         dtypes = {parameter.dtype for parameter in parameters}
         if len(dtypes) > 1 or not dtypes <= set(_DTYPES) or any(parameter.is_meta for parameter in parameters):
             return f"the weights are {', '.join(sorted(map(str, dtypes)))}, or not here"
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(self._place()[0].type):
-            return "torch.compile or autocast is at work"
+        if torch.compiler.is_compiling():
+            return "torch.compile is at work"
+        if self._dtype is None and torch.is_autocast_enabled(self._place()[0].type):  # a VAE computes in its own
+            return "autocast is at work"
         return None
 
     def describe(self) -> str:
@@ -185,7 +188,7 @@ class Engine:
         self._executors.setdefault(direction, Executor()).make_room(batch.shape[2:])
         plan = self.plan(direction, height, width, len(batch), budget)
         is_free = budget is None and not self.is_deterministic
-        with full_precision(is_deterministic=self.is_deterministic, is_tuned=is_free):
+        with torch.no_grad(), full_precision(is_deterministic=self.is_deterministic, is_tuned=is_free):
             out = self._execute(direction, plan, batch)
         if self._place()[1] != torch.float32:
             self._mend(out, direction, batch, budget)

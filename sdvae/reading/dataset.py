@@ -79,7 +79,9 @@ class LatentDataset(Dataset[Example]):
         self._shards = _written_shards(self.store)
         self._starts = list(itertools.accumulate((shard.num_rows for shard in self._shards), initial=0))
         # In shared memory: `set_epoch` reaches workers that live on from epoch to epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False):  # else `set_epoch` could not write to it
+            epoch = torch.zeros((), dtype=torch.int64, device="cpu")
+            self._epoch = epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._open: dict[int, _MappedShard] = {}
         self._classes: dict[Any, int] | None = None
         if preload:
@@ -152,7 +154,7 @@ class LatentDataset(Dataset[Example]):
         batch = _conditions(records, flips)
         numbers = self._class_numbers() if any(record["label"] is not None for record in records) else {}
         labels = [-1 if record["label"] is None else numbers[record["label"]] for record in records]
-        return {"latents": self._latents(shards, rows, flips, streams), "label": torch.tensor(labels)} | batch
+        return {"latents": self._latents(shards, rows, flips, streams), "label": _numbers(labels)} | batch
 
     def _latents(
         self,
@@ -166,14 +168,15 @@ class LatentDataset(Dataset[Example]):
             return torch.stack([shard.tensors[name + "_flip" * flip][row] for shard, row, flip in places]).float()
 
         device = "cuda" if self.preload == "cuda" else "cpu"
-        batch = torch.empty(len(rows), *shards[0].shape, device=device)
-        for start in range(0, len(rows), _CHUNK_ROWS):
-            chunk = slice(start, start + _CHUNK_ROWS)
-            latents = stacked("mean", chunk)
-            if self.sample:
-                posterior = DiagonalGaussian(latents, stacked("logvar", chunk))
-                latents = posterior.mean + posterior.std * _noise(streams[chunk], shards[0].shape).to(device)
-            batch[chunk] = scale(latents, self.latent_scaling)
+        batch = torch.empty((len(rows), *shards[0].shape), dtype=torch.float32, device=device)
+        with torch.autocast(device, enabled=False):  # a CPU's in bf16 would round what is stacked in fp16
+            for start in range(0, len(rows), _CHUNK_ROWS):
+                chunk = slice(start, start + _CHUNK_ROWS)
+                latents = stacked("mean", chunk)
+                if self.sample:
+                    posterior = DiagonalGaussian(latents, stacked("logvar", chunk))
+                    latents = posterior.mean + posterior.std * _noise(streams[chunk], shards[0].shape).to(device)
+                batch[chunk] = scale(latents, self.latent_scaling)
         return batch
 
     def _find(self, record: int) -> tuple[int, int]:  # (position in self._shards, row)
@@ -265,14 +268,14 @@ def _conditions(records: list[dict[str, Any]], flips: list[bool]) -> Example:
     return {
         "key": [record["key"] for record in records],
         "caption": [record["caption"] or "" for record in records],
-        "original_size": _pairs([record["original_px"] for record in records]),
-        "crop_top_left": _pairs(corners),
-        "target_size": _pairs([record["bucket_px"] for record in records]),
-        "is_flipped": torch.tensor(flips),
+        "original_size": _numbers([record["original_px"] for record in records]),
+        "crop_top_left": _numbers(corners),
+        "target_size": _numbers([record["bucket_px"] for record in records]),
+        "is_flipped": torch.tensor(flips, dtype=torch.bool, device="cpu"),
     }
 
 
-def _pairs(values: Sequence[Sequence[int]]) -> Tensor:  # (N, 2) int64
+def _numbers(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:  # int64
     return torch.from_numpy(np.array(values, np.int64))  # torch.tensor takes three times as long
 
 

@@ -176,7 +176,7 @@ def _fast_dit_files(dataset: LatentDataset, rows: Iterator[Row]) -> Iterator[Fil
         name = f"{row.number:08d}.npy"
         scaled_latents = scale(row.samples()[""][None], dataset.latent_scaling)
         yield f"imagenet256_features/{name}", _npy(scaled_latents)
-        yield f"imagenet256_labels/{name}", _npy(torch.tensor([row.label]))
+        yield f"imagenet256_labels/{name}", _npy(torch.tensor([row.label], dtype=torch.int64, device="cpu"))
 
 
 # --- WebDataset ---
