@@ -202,6 +202,10 @@ def test_json_is_one_object_on_stdout_and_quiet_is_quiet(
     assert (values["command"], values["num_seen"], values["num_written"]) == ("encode", 3, 3)
     assert values["quarantined"] == {}
     assert values["vae"] == str(vae_folder)
+    told = run("decode", out, tmp_path / "out").stderr
+    assert told.splitlines() == [
+        f"sdvae: decoding {out} into {tmp_path / 'out'}", f"sdvae: VAE: {vae_folder}, float32 on cpu",
+    ]  # fmt: skip
     decoded = run("decode", out, tmp_path / "out", "--json", "-q")
     assert decoded.stderr == ""
     values = json.loads(decoded.stdout)

@@ -8,7 +8,7 @@ import click
 
 from sdvae.amounts import count
 from sdvae.cli.grouped import Grouped
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, with_console, with_vae
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, describe_vae, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE
@@ -60,10 +60,12 @@ def decode(
     .npz, .pt, ComfyUI's .latent), or one such file. Files of a folder that cannot be decoded are left out and named;
     the exit code is then 3. For one image, OUT may be the name of a picture: out.png.
     """
+    console.note(f"decoding {source} into {out}")  # before the seconds that imports and weights take
     from sdvae.reading.decode import DecodeSettings, decode_dataset
     from sdvae.store.remote import local_copy
 
     vae = load_vae()
+    console.note(describe_vae(vae))
     settings = DecodeSettings(format, latents, batch_size, budget)
     with console.progress() as show:
         report = decode_dataset(local_copy(source), out, vae, settings, show)

@@ -11,7 +11,7 @@ import click
 
 from sdvae.amounts import count, size_text
 from sdvae.cli.grouped import Grouped
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, with_console, with_vae
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, describe_vae, with_console, with_vae
 from sdvae.errors import StoreError
 
 if TYPE_CHECKING:
@@ -233,6 +233,13 @@ def encode(
     read is quarantined with a reason, and the exit code is then 3. Under accelerate launch, torchrun or srun, each
     process encodes its share.
     """
+    from sdvae.store.remote import local_copy, url_of
+
+    if not resume and not yes and not dry_run:
+        _ask_before_restart(out)
+    place = url_of(out) or str(out)
+    console.note(f"encoding {source} into {place}")  # before the seconds that imports and weights take
+
     from sdvae.encoding.encode import encode_dataset, survey
     from sdvae.encoding.manifest import EncodeSettings, recorded_settings
     from sdvae.encoding.resize import choose_resizer
@@ -240,11 +247,8 @@ def encode(
     from sdvae.encoding.tasks import Work, encode_tasks
     from sdvae.sources.open import open_source
     from sdvae.store.geometry import Preprocess
-    from sdvae.store.remote import local_copy, url_of
     from sdvae.store.store import Store
 
-    if not resume and not yes and not dry_run:
-        _ask_before_restart(out)
     has_own_size = preprocess["crop"] == "none" or preprocess["buckets"] is not None
     size_px = size or (None if has_own_size else 512)
     settings = EncodeSettings(
@@ -252,8 +256,6 @@ def encode(
     )
     ranks = Ranks.of_environment()
     _take_own_gpu(ranks)
-    place = url_of(out) or str(out)
-    console.note(f"encoding {source} into {place}")  # before the seconds that imports and weights take
     if ranks.world_size > 1:
         console.note(
             f"this is process {ranks.rank + 1} of {ranks.world_size}, as its launcher says; it takes its share"
@@ -286,7 +288,6 @@ def encode(
 
 
 def _describe_run(vae: "VAE", preprocess: "Preprocess") -> str:
-    dtype = str(vae.dtype).removeprefix("torch.")
     buckets = preprocess.buckets if isinstance(preprocess.buckets, str) else "the given"
     size = f"{size_text(preprocess.size_px, preprocess.size_px)} px" if preprocess.size_px else "the photos' own sizes"
     what = f"{buckets} buckets" if preprocess.buckets else size
@@ -295,7 +296,7 @@ def _describe_run(vae: "VAE", preprocess: "Preprocess") -> str:
         if click.get_current_context().params["vae"] is None
         else ""
     )
-    return f"VAE: {vae.name}, {dtype} on {vae.device}; {what}, crop {preprocess.crop}{hint}"
+    return f"{describe_vae(vae)}; {what}, crop {preprocess.crop}{hint}"
 
 
 def _tell_survey(console: Console, found: "Survey", place: str) -> None:

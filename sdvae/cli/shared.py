@@ -251,6 +251,11 @@ def with_vae(function: Callable[..., None]) -> Callable[..., None]:
     return _add(_VAE_OPTIONS, run)
 
 
+def describe_vae(vae: "VAE") -> str:
+    """What a run computes with, for its first lines."""
+    return f"VAE: {vae.name}, {str(vae.dtype).removeprefix('torch.')} on {vae.device}"
+
+
 def tell_written(console: Console, written: "Written", is_dry_run: bool) -> None:
     """Say what a verb wrote into a weights file, or would write."""
     would = "would have" if is_dry_run else "has"
