@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sdvae.config import VAEConfig
 from sdvae.engine import ops
+from sdvae.engine.blueprint import Blueprint
 from sdvae.engine.calibrate import calibrate
 from sdvae.engine.describe import describe_plan
 from sdvae.engine.graphs import Executor
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 Budget = int | str | None  # bytes, "6GiB", or what the device has free
 
 _DESCRIBED_PX = 512
-_PLAIN_LAYERS = (nn.Conv2d, nn.GroupNorm, nn.Linear)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,8 +36,8 @@ class Engine:
     each run the weights are compared with what was packed, bit sum by bit sum, so that nothing packed is ever stale.
     An image that overflows in a reduced dtype runs again in fp32.
 
-    Where gradients are wanted, or a layer is more than its weights (adapters, offload hooks), the layers themselves run
-    in the reference network; `obstacle` says why.
+    Where gradients are wanted, or a layer is more than its weights (adapters, offload hooks, another padding mode), the
+    layers themselves run in the reference network; `obstacle` says why. `blueprint` tells what is known of each.
 
     `calls` counts the runs of a network: one for each encode and decode, or for each tile of diffusers'.
     One call at a time: the engine holds no lock.
@@ -58,15 +58,24 @@ class Engine:
         self.is_deterministic = False
         self._device, self._dtype = device, dtype
         with torch.device("meta"):
-            self._model = AutoencoderKL(config)
+            self._model, blueprint = AutoencoderKL(config), self._build()
         self.layer_names = frozenset(
             name for name, module in self._model.named_modules() if any(True for _ in module.parameters(recurse=False))
         )
+        self.blueprint = Blueprint(blueprint, self.layer_names)
         self._layers: dict[str, nn.Module] = {}
         self._programs: dict[Direction, tuple[object, Program]] = {}
         self._executors: dict[Direction, Executor] = {}
         self._float32: Engine | None = None  # the twin that runs what overflows
         self._last_obstacle: str | None = None  # to the last call
+
+    def _build(self) -> nn.Module:
+        """The source as its config builds it."""
+        return AutoencoderKL(self.config)
+
+    def departure(self) -> str | None:
+        """What of the blocks around the layers our network would pass by, or None."""
+        return self.blueprint.foreign_block(self.source)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts with: packed weights cannot be copied, and are made again when they are needed."""
@@ -143,11 +152,11 @@ class Engine:
         tensors = parameters if batch is None else [*parameters, batch]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return "gradients are wanted"
+        if isinstance(self.source, AutoencoderKL) and (reason := self.departure()):  # else `stands_in` has asked
+            return reason
         for name, layer in self._borrowed():
-            if type(layer) not in _PLAIN_LAYERS:
-                return f"{name} is a {type(layer).__name__}"
-            if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
-                return f"{name} has a hook"
+            if reason := self.blueprint.foreign_layer(name, layer):
+                return f"{name} {reason}"
         dtypes = {parameter.dtype for parameter in parameters}
         if len(dtypes) > 1 or not dtypes <= set(_DTYPES) or any(parameter.is_meta for parameter in parameters):
             return f"the weights are {', '.join(sorted(map(str, dtypes)))}, or not here"
@@ -160,7 +169,7 @@ class Engine:
     def describe(self) -> str:
         """What ran in the last call, or would run in a first: stages, strips, kernels and memory at 512x512 pixels."""
         obstacle = self._last_obstacle or self._present_obstacle()
-        device, dtype = self._place()
+        device, dtype = self._place() if obstacle is None else self._weights_place()
         where = f"{str(dtype).removeprefix('torch.')} on {device}"
         if obstacle is not None:
             return f"sdvae's reference network, {where}, because {obstacle}"
@@ -182,8 +191,7 @@ class Engine:
         if obstacle is not None:
             if budget is not None:
                 raise BudgetError(f"no budget can be kept while the reference network runs, because {obstacle}")
-            model = self._reference()
-            return model.encode_moments(batch) if direction == "encode" else model.decode(batch)
+            return self._step_aside(direction, batch)
         height, width = batch.shape[2:]
         self._executors.setdefault(direction, Executor()).make_room(batch.shape[2:])
         plan = self.plan(direction, height, width, len(batch), budget)
@@ -193,6 +201,16 @@ class Engine:
         if self._place()[1] != torch.float32:
             self._mend(out, direction, batch, budget)
         return out if self._dtype is not None else out.to(batch.dtype)
+
+    def _step_aside(self, direction: Direction, batch: Tensor) -> Tensor:
+        """What the layers themselves make of a batch: in the dtype and on the device of the weights."""
+        model = self._reference()
+        run = model.encode_moments if direction == "encode" else model.decode
+        if self._dtype is None:  # as diffusers' modules do
+            return run(batch)
+        device, dtype = self._weights_place()
+        parts = torch.split(batch.to(device, dtype), 1 if self.is_deterministic else len(batch))
+        return torch.cat([run(part) for part in parts]).to(self._place()[0], torch.float32)
 
     def _execute(self, direction: Direction, plan: Plan, batch: Tensor) -> Tensor:
         executor = self._executors[direction]
@@ -226,8 +244,12 @@ class Engine:
         return None
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
+        device, dtype = self._weights_place()
+        return self._device or device, self._dtype or dtype
+
+    def _weights_place(self) -> tuple[torch.device, torch.dtype]:
         parameter = next(self.source.parameters())
-        return self._device or parameter.device, self._dtype or parameter.dtype
+        return parameter.device, parameter.dtype
 
     def _weights(self, direction: Direction) -> dict[str, Tensor]:
         halves = ("encoder.", "quant_conv.") if direction == "encode" else ("decoder.", "post_quant_conv.")
@@ -239,6 +261,8 @@ class Engine:
         }
 
     def _reference(self) -> AutoencoderKL:
+        if isinstance(self.source, AutoencoderKL):
+            return self.source
         layers = dict(self._borrowed())
         if layers != self._layers:  # modules compare by identity: an adapter or another module took a layer's place
             for name, layer in layers.items():
