@@ -1,8 +1,9 @@
 """Convolutions with packed weights, which a program runs on strips: by cuDNN on GPUs, by oneDNN on CPUs.
 
-On a CPU the weights are packed once, and the results do not depend on the height of a strip.
+On a CPU the weights are packed once for each order that oneDNN's kernels read them in.
 """
 
+import ctypes
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from sdvae.engine import ops
 from sdvae.engine.kernels import Kernels, RunningStatistics
+
+_MOST_ORDERS = 2  # of packed weights that are kept: for strips, and for a last strip that is lower
 
 
 class PackedConvolution(Protocol):
@@ -87,17 +90,15 @@ class OneDnnConvolution(Convolution):
     ) -> None:
         super().__init__(weight, bias, kernels, stride, padding_px, adds)
         self.kernel = "oneDNN, packed"
-        if self._kernel_px > 1:  # without knowing the strip's size, oneDNN packs 1x1 for another kernel than it takes
-            self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, self._padding, self._stride, [1, 1], 1, None
-            )
         self._library_bias, self._kernels_bias = bias.to(weight.dtype), None
+        self._packed: list[Tensor] = []  # one for each order
+        self._packed_for: dict[torch.Size, Tensor] = {}  # by the size of the input
 
     def _write_part(self, part: Tensor, target: Tensor, statistics: RunningStatistics | None) -> None:
         if not self._adds:
             target.zero_()
         torch.ops.mkldnn._convolution_pointwise_.binary(
-            target, part, self.weight, self._library_bias, self._padding, self._stride, [1, 1], 1,
+            target, part, self._weight_for(part), self._library_bias, self._padding, self._stride, [1, 1], 1,
             "add", 1.0, None, [], None,
         )  # fmt: skip
         if statistics is not None:
@@ -105,9 +106,37 @@ class OneDnnConvolution(Convolution):
 
     def _apply(self, strip: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            strip, self.weight, self._library_bias, self._padding, self._stride, [1, 1], 1, "none", [], ""
+            strip, self._weight_for(strip), self._library_bias, self._padding, self._stride, [1, 1], 1, "none", [], ""
         )
         return out
+
+    def _weight_for(self, strip: Tensor) -> Tensor:
+        """The weights in the order that the kernel reads which oneDNN takes for this size.
+
+        It accepts them in another order, too, but then changes it in each call, which takes longer than a small
+        convolution does.
+        """
+        known = self._packed_for.get(strip.shape)
+        if known is None:
+            known = self._packed_for[strip.shape] = self._pack(strip)
+        return known
+
+    def _pack(self, strip: Tensor) -> Tensor:
+        if self._kernel_px == 1:  # a matrix product, whose small weights cost nothing to reorder
+            return self.weight
+        plain = self._packed[0].to_dense(self._library_bias.dtype) if self._packed else self.weight
+        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+            plain, self._padding, self._stride, [1, 1], 1, list(strip.shape)
+        )
+        for other in self._packed:
+            if _have_same_bytes(packed, other):
+                return other
+        self._packed.append(packed)
+        self.weight = packed
+        if len(self._packed) > _MOST_ORDERS:
+            oldest = self._packed.pop(0)
+            self._packed_for = {size: kept for size, kept in self._packed_for.items() if kept is not oldest}
+        return packed
 
 
 class CopiedConvolution:
@@ -147,3 +176,15 @@ def pack(weight: Tensor, bias: Tensor, kernels: Kernels, stride: int, padding_px
     """The fastest convolution for the kernels, and for the device and dtype of `weight`."""
     is_onednn = kernels is ops and weight.device.type == "cpu" and ops.has_onednn() and not ops.is_emulated(weight)
     return (OneDnnConvolution if is_onednn else Convolution)(weight, bias, kernels, stride, padding_px, adds)
+
+
+def _have_same_bytes(packed: Tensor, other: Tensor) -> bool:
+    """Whether two packings of the same weights have one order, which no function of torch's tells."""
+    ours, theirs = (_bytes(each) for each in (packed, other))
+    return ours.equal(theirs)
+
+
+def _bytes(packed: Tensor) -> Tensor:
+    """The memory of packed weights."""
+    num_bytes, address = torch.ops.mkldnn._nbytes(packed), torch.ops.mkldnn.data_ptr(packed)
+    return torch.frombuffer((ctypes.c_char * num_bytes).from_address(address), dtype=torch.uint8)
