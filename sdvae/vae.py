@@ -2,10 +2,10 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -50,20 +50,30 @@ class VAE:
     the log says so. One call at a time.
     """
 
-    def __init__(self, model: AnyModel, device: torch.device, dtype: torch.dtype, name: str) -> None:
-        """A model is neither copied nor changed: its weights are packed for `device` and `dtype` when they are used."""
+    def __init__(
+        self, model: AnyModel, device: torch.device, dtype: torch.dtype, name: str, *, is_private: bool = False
+    ) -> None:
+        """A model is neither copied nor changed: its weights are packed for `device` and `dtype` when they are used.
+
+        `is_private`: nobody else holds it, so that it cannot change until `model` is asked for.
+        """
         self.name = name
         self.config: VAEConfig = model.config
         self.device = device
         self.dtype = dtype
         self.fingerprint = identity.fingerprint(model.state_dict())
         self.latent_space = identity.latent_space(model.config, self.fingerprint)
-        self.model = model
+        self._model = model
         self.engine: Engine | TinyEngine = (
             TinyEngine(model, device, dtype)
             if isinstance(model, AutoencoderTiny)
-            else Engine(model, self.config, device, dtype)
+            else Engine(model, self.config, device, dtype, is_private=is_private)
         )
+
+    @property
+    def model(self) -> AnyModel:
+        """The weights as loaded. Who asks for them may change them: from then on each run of a KL-VAE looks first."""
+        return cast(AnyModel, self.engine.source)
 
     @classmethod
     def load(
@@ -88,11 +98,11 @@ class VAE:
         weights = load_weights(spec, family)
         model, name = build_model(weights), weights.name
         del weights  # whose tensors would outlive their move to the device
-        return cls(model, place, choice.dtype, name)
+        return cls(model, place, choice.dtype, name, is_private=True)
 
     def save(self, folder: str | Path) -> None:
         """Write the weights as loaded, in fp32, as a folder that diffusers' `from_pretrained` reads."""
-        save_folder(Path(folder), self.config, self.model.state_dict())
+        save_folder(Path(folder), self.config, self._model.state_dict())
 
     def in_float32(self) -> "VAE":
         """This VAE computing in fp32 on the same device, on the fp32 twin of its engine; itself if it does already."""
@@ -110,7 +120,7 @@ class VAE:
         ShapeError for sizes that are no multiple of the downscale, BudgetError before anything is allocated.
         """
         self._check_pixels(pixels)
-        with _inference():
+        with self._inference():
             return DiagonalGaussian.from_moments(self.engine.encode_moments(pixels, budget))
 
     def decode(self, latents: Tensor, budget: Budget = None) -> Tensor:
@@ -119,7 +129,7 @@ class VAE:
         `budget` is that of `encode`. LatentsError for other channels, NaN or infinity.
         """
         self._check_latents(latents)
-        with _inference():
+        with self._inference():
             return self.engine.decode(latents, budget)
 
     @contextmanager
@@ -220,6 +230,11 @@ class VAE:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"VAE({self.name!r}, latent space {self.latent_space}, {dtype} on {self.device})"
 
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.no_grad(), nullcontext() if self.device.type == "cpu" else full_precision():
+            yield
+
     def _check_pixels(self, pixels: Tensor) -> None:
         channels, downscale = self.config.in_channels, self.config.downscale
         if not isinstance(pixels, Tensor):
@@ -270,9 +285,3 @@ def _kind(value: object) -> str:
 
 def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-@contextmanager
-def _inference() -> Iterator[None]:
-    with torch.no_grad(), full_precision():
-        yield
