@@ -16,13 +16,15 @@ from torch import Tensor
 
 from sdvae import latents as latent_scaling
 from sdvae.config import VAEConfig
+from sdvae.engine.plan import MAX_GROUP
 from sdvae.engine.precision import choose_device, choose_dtype, full_precision
 from sdvae.engine.run import Budget, Engine
+from sdvae.engine.tiny_run import TinyEngine
 from sdvae.errors import LatentsError, ShapeError
 from sdvae.images.read import from_pil
 from sdvae.pixels import pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
-from sdvae.tiny import AutoencoderTiny, TinyEngine
+from sdvae.tiny import AutoencoderTiny
 from sdvae.weights import identity
 from sdvae.weights.load import AnyModel, build_model, load_weights, save_folder
 
@@ -133,21 +135,22 @@ class VAE:
             return self.engine.decode(latents, budget)
 
     @contextmanager
-    def deterministic(self) -> Iterator[None]:
+    def deterministic(self, max_group: int = MAX_GROUP) -> Iterator[None]:
         """Inside, results have the same bits whatever the batch and whatever memory is free.
 
-        Stores are encoded with it. A budget that needs other strips is refused (BudgetError). With another number of
-        threads, another library or CPU, the last bits may differ.
+        Stores are encoded with it. A budget that needs another plan is refused (BudgetError). With another number of
+        threads, another library or CPU, the last bits may differ; and with another `max_group`, the most small images
+        that a CPU runs together (0: each runs alone, in strips).
         """
         engines = self.engine, self.engine.in_float32()
-        before = self.engine.is_deterministic
+        before = self.engine.is_deterministic, self.engine.max_group
         for engine in engines:
-            engine.is_deterministic = True
+            engine.is_deterministic, engine.max_group = True, max_group
         try:
             yield
         finally:
             for engine in engines:
-                engine.is_deterministic = before
+                engine.is_deterministic, engine.max_group = before
 
     def encode_images(self, images: Sequence[AnyImage], budget: Budget = None) -> Encoded:
         """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.

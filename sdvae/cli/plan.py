@@ -38,10 +38,10 @@ def plan(
     """Show how images of a size would be encoded and decoded: stages, strips, memory. Nothing is run.
 
     Without --vae or --family, the plan is that of the embedded VAE. Decoding within --budget gives the pixels that
-    decoding without one gives; a budget that no plan can keep is an error that names the smallest.
+    decoding without one gives, to rounding; a budget that no plan can keep is an error that names the smallest.
     """
     from sdvae.engine.describe import describe_plan, plan_values
-    from sdvae.engine.plan import make_plan, max_images
+    from sdvae.engine.plan import MAX_GROUP, make_plan, max_images
     from sdvae.engine.stages import Direction, build_network
 
     config = _config(vae, family)
@@ -60,6 +60,7 @@ def plan(
                 budget_bytes=budget,
                 is_gpu=device == "cuda",
                 host_bytes=_HOST_BYTES if device == "cuda" else 0,
+                max_group=MAX_GROUP,
             )
             num_images = None if budget is None else max_images(found, budget)
             within = [] if num_images is None else [f"within the budget: {num_images} image(s) in one call"]

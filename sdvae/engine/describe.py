@@ -25,6 +25,7 @@ def plan_values(plan: Plan, num_images: int = 1) -> dict[str, object]:
         "gflop": plan.network.flops(height, width) / 1e9,
         "arena_bytes": plan.arena_bytes,
         "is_arena_on_host": plan.is_on_host,
+        "group": plan.group,
         "strip_bytes": plan.strip_bytes,
         "images_bytes": num_images * plan.image_bytes,
         "predicted_bytes": plan.predict_bytes(num_images),
@@ -67,8 +68,9 @@ def _lines(plan: Plan, program: "Program | None", num_images: int) -> Iterator[s
         yield _row(stage.name, name_width, stage.kind, channels, _by(plan, stage), strips, gflop, kernel)
     yield f"{network.flops(height, width) / 1e9:.1f} GFLOP an image"
     place = "" if plan.is_on_host else f"arena {as_bytes(plan.arena_bytes)} + "
+    place = f"{plan.group} whole image(s) together" if plan.group else f"{place}strips"
     yield (
-        f"memory beside the weights: {place}strips {as_bytes(plan.strip_bytes)} + {num_images} "
+        f"memory beside the weights: {place} {as_bytes(plan.strip_bytes)} + {num_images} "
         f"image(s) in and out {as_bytes(num_images * plan.image_bytes)} = {as_bytes(plan.predict_bytes(num_images))}"
     )
     if plan.is_on_host:

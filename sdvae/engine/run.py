@@ -15,7 +15,7 @@ from sdvae.engine.calibrate import calibrate
 from sdvae.engine.describe import describe_plan
 from sdvae.engine.graphs import Executor
 from sdvae.engine.memory import free_bytes, parse_bytes
-from sdvae.engine.plan import Plan, make_plan
+from sdvae.engine.plan import MAX_GROUP, Plan, make_plan
 from sdvae.engine.precision import full_precision
 from sdvae.engine.program import Program, choose_kernels, compile_program
 from sdvae.engine.stages import Direction, build_network
@@ -67,6 +67,7 @@ class Engine:
         self.calls = 0
         # Whether results have the same bits whatever memory is free; a budget that would change them is refused.
         self.is_deterministic = False
+        self.max_group = MAX_GROUP  # small images that may run together; 0: all run in strips
         self._device, self._dtype = device, dtype
         with torch.device("meta"):
             self._model = AutoencoderKL(config)
@@ -114,7 +115,7 @@ class Engine:
         if self._float32 is None:
             self._float32 = Engine(self._source, self.config, device, torch.float32)
             self._float32._original = self
-        self._float32.is_deterministic = self.is_deterministic
+        self._float32.is_deterministic, self._float32.max_group = self.is_deterministic, self.max_group
         return self._float32
 
     def plan(self, direction: Direction, height: int, width: int, num_images: int = 1, budget: Budget = None) -> Plan:
@@ -129,8 +130,10 @@ class Engine:
             num_images=num_images,
             is_deterministic=self.is_deterministic,
             is_gpu=device.type != "cpu",
+            max_group=self.max_group,
         )
-        key = direction, height, width, device, dtype, self.is_deterministic
+        most_together = self.max_group if self.is_deterministic else min(num_images, self.max_group)
+        key = direction, height, width, device, dtype, self.is_deterministic, most_together
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) == _MOST_PLANS:
