@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -17,13 +17,15 @@ from torch import Tensor
 from sdvae import latents as latent_scaling
 from sdvae.amounts import count, size_text
 from sdvae.config import VAEConfig
+from sdvae.engine.plan import MAX_GROUP
 from sdvae.engine.precision import choose_device, choose_dtype, inference
 from sdvae.engine.run import Budget, Engine
+from sdvae.engine.tiny_run import TinyEngine
 from sdvae.errors import LatentsError, ShapeError
 from sdvae.images.read import from_pil
 from sdvae.pixels import pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
-from sdvae.tiny import AutoencoderTiny, TinyEngine
+from sdvae.tiny import AutoencoderTiny
 from sdvae.weights import identity
 from sdvae.weights.load import AnyModel, build_model, load_weights, save_folder
 
@@ -51,20 +53,30 @@ class VAE:
     the log says so. One call at a time.
     """
 
-    def __init__(self, model: AnyModel, device: torch.device, dtype: torch.dtype, name: str) -> None:
-        """A model is neither copied nor changed: its weights are packed for `device` and `dtype` when they are used."""
+    def __init__(
+        self, model: AnyModel, device: torch.device, dtype: torch.dtype, name: str, *, is_private: bool = False
+    ) -> None:
+        """A model is neither copied nor changed: its weights are packed for `device` and `dtype` when they are used.
+
+        `is_private`: nobody else holds it, so that it cannot change until `model` is asked for.
+        """
         self.name = name
         self.config: VAEConfig = model.config
         self.device = device
         self.dtype = dtype
         self.fingerprint = identity.fingerprint(model.state_dict())
         self.latent_space = identity.latent_space(model.config, self.fingerprint)
-        self.model = model
+        self._model = model
         self.engine: Engine | TinyEngine = (
             TinyEngine(model, device, dtype)
             if isinstance(model, AutoencoderTiny)
-            else Engine(model, self.config, device, dtype)
+            else Engine(model, self.config, device, dtype, is_private=is_private)
         )
+
+    @property
+    def model(self) -> AnyModel:
+        """The weights as loaded. Who asks for them may change them: from then on each run of a KL-VAE looks first."""
+        return cast(AnyModel, self.engine.source)
 
     @classmethod
     def load(
@@ -88,11 +100,11 @@ class VAE:
         choice = choose_dtype(dtype, place)
         with torch.inference_mode(False):  # whose tensors can never be trained
             weights = load_weights(spec, family)
-            return cls(build_model(weights), place, choice.dtype, weights.name)
+            return cls(build_model(weights), place, choice.dtype, weights.name, is_private=True)
 
     def save(self, folder: str | Path) -> None:
         """Write the weights as loaded, in fp32, as a folder that diffusers' `from_pretrained` reads."""
-        save_folder(Path(folder), self.config, self.model.state_dict())
+        save_folder(Path(folder), self.config, self._model.state_dict())
 
     def in_float32(self) -> "VAE":
         """This VAE computing in fp32 on the same device, on the fp32 twin of its engine; itself if it does already."""
@@ -123,21 +135,22 @@ class VAE:
             return self.engine.decode(latents, budget)
 
     @contextmanager
-    def deterministic(self) -> Iterator[None]:
+    def deterministic(self, max_group: int = MAX_GROUP) -> Iterator[None]:
         """Inside, results have the same bits whatever the batch and whatever memory is free.
 
-        Stores are encoded with it. A budget that needs other strips is refused (BudgetError). With another number of
-        threads, another library or CPU, the last bits may differ.
+        Stores are encoded with it. A budget that needs another plan is refused (BudgetError). With another number of
+        threads, another library or CPU, the last bits may differ; and with another `max_group`, the most small images
+        that a CPU runs together (0: each runs alone, in strips).
         """
         engines = self.engine, self.engine.in_float32()
-        before = self.engine.is_deterministic
+        before = self.engine.is_deterministic, self.engine.max_group
         for engine in engines:
-            engine.is_deterministic = True
+            engine.is_deterministic, engine.max_group = True, max_group
         try:
             yield
         finally:
             for engine in engines:
-                engine.is_deterministic = before
+                engine.is_deterministic, engine.max_group = before
 
     def encode_images(self, images: Sequence[AnyImage], budget: Budget = None) -> Encoded:
         """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from sdvae import VAE
 from sdvae.cli.main import cli
 from sdvae.config import FAMILIES
-from sdvae.engine.plan import make_plan
+from sdvae.engine.plan import MAX_GROUP, make_plan
 from sdvae.engine.stages import build_network
 from sdvae.engine.verdict import find_need
+from sdvae.images.read import read_image
 
 
 def run(*arguments: object) -> Result:
@@ -123,7 +124,8 @@ def test_the_shapes_of_a_file_are_planned(vae_folder: Path, small_vae: VAE) -> N
     result = run("plan", "--vae", vae_folder, "--size", "64", "--dtype", "fp32", "--json")
     assert result.exit_code == 0, result.output
     _, decode = json.loads(result.stdout)["plans"]
-    assert decode["predicted_bytes"] == make_plan(build_network(small_vae.config, "decode"), 8, 8, 4).predict_bytes()
+    expected = make_plan(build_network(small_vae.config, "decode"), 8, 8, 4, max_group=MAX_GROUP)
+    assert decode["predicted_bytes"] == expected.predict_bytes() and decode["group"] == expected.group == 1
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,9 @@ def decode(vae_folder: Path, latents: Path, out: Path, *arguments: object) -> Re
     return run("decode", latents, out, *shared[:2], *shared[4:], *arguments)
 
 
-def test_a_budget_changes_no_pixel(vae_folder: Path, small_vae: VAE, latents: Path, tmp_path: Path) -> None:
+def test_a_budget_changes_pixels_by_no_more_than_rounding(
+    vae_folder: Path, small_vae: VAE, latents: Path, tmp_path: Path
+) -> None:
     network = build_network(small_vae.config, "decode")
     whole, lowest = (make_plan(network, 80, 8, 4, num_strips=count).predict_bytes() for count in (1, 80))
     budget = lowest + (whole - lowest) // 4
@@ -168,8 +172,9 @@ def test_a_budget_changes_no_pixel(vae_folder: Path, small_vae: VAE, latents: Pa
     for name, arguments in {"free": [], "kept": ["--budget", budget]}.items():
         result = decode(vae_folder, latents, tmp_path / name, *arguments)
         assert result.exit_code == 0, result.stderr
-    [free], [kept] = ((tmp_path / name).iterdir() for name in ("free", "kept"))
-    assert free.read_bytes() == kept.read_bytes()
+    pictures = [read_image(path).astype(int) for name in ("free", "kept") for path in (tmp_path / name).iterdir()]
+    difference = abs(pictures[0] - pictures[1])
+    assert difference.max() <= 1 and difference.mean() < 1e-3, "whole images and strips round alike but for last bits"
 
 
 def test_a_budget_that_is_too_small_writes_nothing(vae_folder: Path, latents: Path, tmp_path: Path) -> None:

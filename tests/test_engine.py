@@ -110,6 +110,31 @@ def test_weights_are_compared_where_they_lie(dtype: torch.dtype, memory_format: 
         assert bits.data_ptr() == values.data_ptr() and bits.nbytes == values.nbytes, f"{name} was copied"
 
 
+def test_weights_that_nobody_else_holds_are_not_looked_at(
+    model: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = VAE(model, CPU, torch.bfloat16, "private", is_private=True)
+    exact = vae.in_float32()
+    before = exact.decode(latents()), vae.decode(latents())
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "_bit_sums", lambda weights: pytest.fail("the weights were summed"))
+        patch.setattr(Engine, "_layers_obstacle", lambda self: pytest.fail("the layers were looked at"))
+        assert exact.decode(latents()).equal(before[0]) and vae.decode(latents()).equal(before[1])
+    assert vae.model is model
+    for change in (_merge_as_lora_does, _replace_a_layer):
+        change(model)
+        after = exact.decode(latents())
+        assert is_close(after, model.decode(latents())) and not is_close(after, before[0])
+        assert float((vae.decode(latents()) - after).norm() / after.norm()) < 0.1
+
+
+def test_a_vae_that_was_loaded_is_private_until_its_model_is_asked_for() -> None:
+    vae = VAE.load(device="cpu", dtype="fp32")
+    assert isinstance(vae.engine, Engine) and not vae.engine._is_watched
+    twin = Engine(vae.model, vae.config, CPU, torch.float32)
+    assert vae.engine._is_watched and twin._is_watched
+
+
 # --- Who runs ---
 
 

@@ -52,8 +52,8 @@ def plan(
     """Tell whether images of a size can be encoded and decoded within --budget: yes or no, and how much it takes.
 
     Nothing is run. With -v, also every stage with its strips and memory. Without --vae or --family, the plan is that of
-    the embedded VAE. Decoding within a budget gives the pixels that decoding without one gives. The exit code is 1
-    where the answer is no.
+    the embedded VAE. Decoding within a budget gives the pixels that decoding without one gives, to rounding. The exit
+    code is 1 where the answer is no.
     """
     from functools import partial
 

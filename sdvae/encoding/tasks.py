@@ -82,7 +82,8 @@ def encode_tasks(
     run = _Encoder(store, source, vae, work or Work(), count)
     left = deque(numbers)
     begun = time.monotonic()
-    with fixed_threads(store.manifest["compute"]["num_threads"]), vae.deterministic():
+    compute = store.manifest["compute"]
+    with fixed_threads(compute["num_threads"]), vae.deterministic(compute.get("max_group", 0)):
         while left:
             try:
                 run.encode(left)

@@ -25,6 +25,7 @@ def plan_values(plan: Plan, num_images: int = 1) -> dict[str, object]:
         "arena_bytes": plan.arena_bytes,
         "is_arena_on_host": plan.is_on_host,
         "traffic_bytes": plan.traffic_bytes,
+        "group": plan.group,
         "strip_bytes": plan.strip_bytes,
         "images_bytes": num_images * plan.image_bytes,
         "predicted_bytes": plan.predict_bytes(num_images),
@@ -61,8 +62,9 @@ def _lines(plan: Plan, program: "Program | None", num_images: int) -> Iterator[s
         yield _row(stage.name, name_width, stage.kind, channels, _by(plan, stage), strips, gflop, kernel)
     yield f"{network.flops(height, width) / 1e9:.1f} GFLOP an image"
     place = "" if plan.is_on_host else f"arena {memory_text(plan.arena_bytes)} + "
+    place = f"{count(plan.group, 'whole image')} together" if plan.group else f"{place}strips"
     yield (
-        f"memory beside the weights: {place}strips {memory_text(plan.strip_bytes)} + "
+        f"memory beside the weights: {place} {memory_text(plan.strip_bytes)} + "
         f"{count(num_images, 'image')} in and out {memory_text(num_images * plan.image_bytes)} = "
         f"{memory_text(plan.predict_bytes(num_images))}"
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from sdvae.engine import ops
 from sdvae.engine.arena import allocate
 from sdvae.engine.execute import empty_output, execute, execute_image
+from sdvae.engine.groups import execute_groups
 from sdvae.engine.plan import Plan
 from sdvae.engine.program import Program
 
@@ -40,6 +41,8 @@ class Executor:
 
     def run(self, program: Program, plan: Plan, images: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', H', W') fp32
         """All images through the network, on the device of the program."""
+        if plan.group:
+            return execute_groups(program, plan, images)
         with torch.cuda.device(program.device) if program.device.type == "cuda" else nullcontext():
             if not _is_repeatable(program, plan):
                 return execute(program, plan, images)

@@ -9,6 +9,7 @@ Level l of a network has 2^-l of the pixels' height and width. At each level two
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Literal
 
@@ -97,6 +98,7 @@ class Network:
         return sum(stage.flops(*sizes[stage.level]) for stage in self.stages)
 
 
+@cache
 def build_network(config: VAEConfig, direction: Direction) -> Network:
     """The stages of a config, in the order of `model.Encoder` and `model.Decoder`."""
     num_levels = len(config.block_out_channels)
