@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import count, pairwise, takewhile
 
 from sdvae.amounts import memory_text, size_text
-from sdvae.engine.stages import Network, Stage
+from sdvae.engine.stages import Direction, Network, Stage
 from sdvae.errors import BudgetError, ShapeError
 
 # Of one strip's input: it should stay in the last-level cache from the norm to the convolution. On a GPU it is also to

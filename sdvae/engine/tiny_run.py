@@ -172,7 +172,11 @@ def _upsampling(layer: nn.Conv2d) -> PackedConvolution:
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:
-    return torch.zeros(layer.out_channels, dtype=torch.float32, device=layer.weight.device) if layer.bias is None else layer.bias.float()
+    return (
+        torch.zeros(layer.out_channels, dtype=torch.float32, device=layer.weight.device)
+        if layer.bias is None
+        else layer.bias.float()
+    )
 
 
 def _flops(layers: nn.Sequential, height: int, width: int) -> int:
