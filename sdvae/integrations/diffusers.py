@@ -36,7 +36,7 @@ class DropInEngine(Engine):
         The blocks around them must be diffusers' own: a hook on one, a patched `forward`, a custom attention processor
         or another block would never run in our network.
         """
-        for name, module in self.source.named_modules():
+        for name, module in self._source.named_modules():
             if isinstance(module, nn.Dropout) and module.p and module.training:
                 return f"{name} drops activations"
             if type(module) is Attention and type(module.processor) not in (AttnProcessor, AttnProcessor2_0):
@@ -44,7 +44,7 @@ class DropInEngine(Engine):
         return super().departure()
 
     def _build(self) -> nn.Module:
-        source: Any = self.source
+        source: Any = self._source
         built: nn.Module = TheirAutoencoderKL.from_config(source._internal_dict)
         return built
 
