@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
@@ -301,4 +301,22 @@ def _require_vae(store: Store, expected: "VAE | str") -> None:
         wanted = {"fingerprint": expected.fingerprint, "latent_space": expected.latent_space, "config": config}
     found = differences(stored, wanted)
     if found:
-        raise StoreError(f"{store.paths.root} holds latents of another VAE than the one expected: {'; '.join(found)}")
+        what = f"{store.paths.root} holds latents of another VAE than the one expected: {_in_short(stored, wanted)}"
+        error = StoreError(what)
+        for difference in found:
+            error.add_note(difference)
+        raise error
+
+
+def _in_short(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What differs between two VAEs: names and first digits; the exception's notes say all."""
+    told = [
+        f"{name} {stored[name][:12]}, not {wanted[name][:12]}"
+        for name in ("fingerprint", "latent_space")
+        if stored[name] != wanted[name]
+    ]
+    before, now = stored["config"], wanted["config"]
+    fields = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if fields:
+        told.append(f"{len(fields)} field(s) of the config ({', '.join(fields[:2])}{', ...' * (len(fields) > 2)})")
+    return "; ".join(told)
