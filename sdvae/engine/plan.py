@@ -26,6 +26,7 @@ GPU_STRIP_BYTES = 2**25
 ATTENTION_QUERIES = 1024  # at a time; fixed, so that no plan changes a sum
 GPU_ATTENTION_QUERIES = 2**14
 _SPLIT_TOKENS = 2**14
+_WHOLE_BYTES = 2**24  # that a stage reads of an image, up to which strips are no faster than whole images
 MAX_GROUP = 8  # images that run together
 GROUP_FLOPS = 2**32  # of a group, beyond which more images made none faster; one alone pays for a deterministic group
 _BLOCK_PX = 2**12  # that the statistics of a whole image are summed over at a time
@@ -151,7 +152,7 @@ def make_plan(
 ) -> Plan:
     """Plan a network for inputs of `height` x `width`.
 
-    Up to `max_group` images run together and whole, on a CPU, if what a stage reads of each fits the cache. Groups of
+    Up to `max_group` images run together and whole, on a CPU, if a stage reads little of each. Groups of
     deterministic plans have one size for a size of images; others have no more than `num_images`, or than the budget
     allows.
 
@@ -243,10 +244,10 @@ class _Draft:
     is_gpu: bool
 
     def is_small(self) -> bool:
-        """Whether whole images may run: each fits into a strip at every level, where its rows are not read by a GPU."""
+        """Whether whole images may run: on a CPU, where strips of them would gain nothing."""
         sides = zip(self.sizes, self._widest(), strict=True)
         most = max(height * width * widest for (height, width), widest in sides)
-        return not self.is_gpu and most * self.element_bytes <= STRIP_BYTES
+        return not self.is_gpu and most * self.element_bytes <= _WHOLE_BYTES
 
     def group(self, height: int, width: int, max_group: int) -> int:
         """How many images of the input's size are worth running together."""
