@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sdvae.errors import ConfigError
+from sdvae.perceptual.ssim import Window
 
 Crop = Literal["none", "center", "adm"]
 Filter = Literal["lanczos", "bicubic", "bilinear"]
@@ -37,7 +38,7 @@ class Recipe:
     latents: Literal["mode", "sample"] = "mode"
     seed: int = 0  # of samples; each photo draws its own noise, whatever the batch
     rounding: Literal["8-bit", "float"] = "8-bit"  # of the reconstruction, before it is compared; both are clamped
-    ssim_window: Literal["gaussian", "uniform"] = "gaussian"  # 11 px of std 1.5, or 7 px (scikit-image's default)
+    ssim_window: Window = "gaussian"  # see `sdvae.perceptual.ssim`
     lpips_range: Literal["-1..1", "0..1"] = "-1..1"  # 0..1 is a frequent mistake: LPIPS wants -1..1
     metrics: tuple[str, ...] = ("psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg", "rfid", "rkid")
     max_images: int | None = None  # the first ones, in the order of the source
@@ -52,7 +53,7 @@ class Recipe:
         edges = "" if self.is_antialiased else " without antialias"
         draws = "the posterior's mode" if self.latents == "mode" else f"a sample of the posterior, seed {self.seed}"
         rounding = "rounded to 8 bits" if self.rounding == "8-bit" else "not rounded"
-        window = {"gaussian": "11 px Gaussian window (std 1.5)", "uniform": "7 px uniform window"}[self.ssim_window]
+        window = _WINDOWS[self.ssim_window]
         first = f", the first {self.max_images:,} photos" if self.max_images else ""
         text = (
             f"Recipe {self.name}: {self.title}. {sizes}{crops[self.crop]}{filters}{edges}{first}; {draws}; "
@@ -61,6 +62,11 @@ class Recipe:
         return f"{text} {self.note}".rstrip()
 
 
+_WINDOWS: Mapping[Window, str] = {
+    "gaussian": "11 px Gaussian window (std 1.5), where it lies in the image",
+    "uniform": "7 px uniform window",
+    "reflected": "11 px Gaussian window (std 1.5), borders reflected",
+}
 _CARD = "huggingface.co/stabilityai/sd-vae-ft-mse and sdxl-vae, model cards"
 _TAESD = "measured with TAESD's own files in fp32"
 
@@ -111,6 +117,7 @@ def rivals(recipe: Recipe) -> dict[str, Recipe]:
     swap = {"mode": "sample", "sample": "mode"}
     changed[f"latents: {swap[recipe.latents]}"] = replace(recipe, latents=swap[recipe.latents])  # type: ignore[arg-type]
     changed["float, not 8-bit"] = replace(recipe, rounding="float")
-    changed["SSIM, uniform 7 px window"] = replace(recipe, ssim_window="uniform")
+    changed["SSIM as scikit-image's default"] = replace(recipe, ssim_window="uniform")
+    changed["SSIM as torchmetrics"] = replace(recipe, ssim_window="reflected")
     changed["LPIPS of 0..1"] = replace(recipe, lpips_range="0..1")
     return changed
