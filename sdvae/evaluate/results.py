@@ -78,7 +78,7 @@ class Channel:
     std: float  # of the posteriors' means
     posterior_std: float  # root of the mean variance of the posteriors
     snr_db: float | None  # variance of the means over the mean variance of the posteriors; None without a posterior
-    kl_bits: float  # of one latent of this channel, mean
+    kl_bits: float | None  # of one latent of this channel, mean; None without a posterior (TAESD)
     is_dead: bool  # the means hardly vary: what the channel says does not depend on the photo
 
 
@@ -99,7 +99,7 @@ class LatentReport:
     channels: tuple[Channel, ...]
     correlation: tuple[tuple[float, ...], ...]  # (C, C), of the means
     dead_share: float  # of the channels, 0..1
-    bits_per_pixel: float  # of the posterior: KL to N(0, 1) of the scaled latents, in bits per photo pixel
+    bits_per_pixel: float | None  # of the posterior: KL to N(0, 1) of the scaled latents, in bits per photo pixel
     spectrum: Curve  # power of scaled latents by frequency in cycles per latent, white noise of unit variance is 1
     photo_spectrum: Curve  # the same of the photos, shrunk to the latents' size and standardised
     equivariance: tuple[Equivariance, ...]
@@ -132,7 +132,7 @@ class Candidate:
     encode_s: float | None = None  # per image
     decode_s: float | None = None
     peak_bytes: int | None = None  # of memory beside the weights, for one image
-    bits_per_pixel: float | None = None  # what its latents or its files take; None where that is not measured
+    bits_per_pixel: float | None = None  # the rate of rate against distortion: a VAE's KL, a codec's file
     latents: LatentReport | None = None  # None for a codec
     num_failed: int = 0  # images that it could not reconstruct
 
