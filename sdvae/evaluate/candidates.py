@@ -79,9 +79,7 @@ class VAECandidate:
         if self.tiled is None:
             return self.vae.encode(pixels, self.budget)
         with torch.inference_mode():
-            parts = [
-                self.tiled.encode(one.to(self.vae.device, self.vae.dtype)).latent_dist for one in torch.split(pixels, 1)
-            ]
+            parts = [self.tiled.encode(one).latent_dist for one in self._one_by_one(pixels)]
             mean, logvar = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "logvar"))
         return DiagonalGaussian(mean.float(), logvar.float())
 
@@ -90,10 +88,10 @@ class VAECandidate:
         if self.tiled is None:
             return self.vae.decode(latents, self.budget)
         with torch.inference_mode():
-            parts = [
-                self.tiled.decode(one.to(self.vae.device, self.vae.dtype)).sample for one in torch.split(latents, 1)
-            ]
-        return torch.cat(parts).float()
+            return torch.cat([self.tiled.decode(one).sample for one in self._one_by_one(latents)]).float()
+
+    def _one_by_one(self, batch: Tensor) -> Sequence[Tensor]:
+        return torch.split(batch.to(self.vae.device, self.vae.dtype), 1)
 
     def scaled(self, posterior: DiagonalGaussian) -> DiagonalGaussian:
         """The posterior of scaled latents."""
