@@ -59,9 +59,8 @@ class Gathered:
         stacked = np.stack([self.array(place, name) for place in range(len(self.parts))])
         present = np.isfinite(stacked)
         total = np.where(present, stacked, 0.0).sum(0)
-        mean: NDArray[np.float64] = np.divide(
-            total, present.sum(0), out=np.full(len(total), math.nan), where=present.any(0)
-        )
+        num = present.sum(0)
+        mean: NDArray[np.float64] = np.where(num > 0, total / np.maximum(num, 1), math.nan)
         return mean
 
     def remarks(self) -> Iterator[str]:

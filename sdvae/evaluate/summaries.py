@@ -22,6 +22,7 @@ def original_name(recipe: Recipe) -> str:
 
 
 def summarise(column: MetricColumn, place: int, gathered: Gathered, notes: Notes, recipe: Recipe) -> Summary | None:
+    """One column of one candidate; None where no image has this score."""
     if column.scope == "set":
         return _set_summary(column.name, place, gathered, notes, recipe)
     everything = np.concatenate([gathered.array(other, column.name) for other in range(len(gathered.parts))])
