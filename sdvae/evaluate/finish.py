@@ -8,6 +8,7 @@ from typing import Any
 
 from sdvae import atomic
 from sdvae.bench.machine import machine_card
+from sdvae.errors import ReportError
 from sdvae.evaluate import results
 from sdvae.evaluate.candidates import VAECandidate
 from sdvae.evaluate.codecs import CodecCandidate
@@ -41,6 +42,9 @@ def finish(
     """Gather what was noted, measure what needs a few images only, write everything, and return it."""
     gathered = Gathered(notes, num_chunks, entries, judge, candidates)
     atomic.write_stream(notes.report / results.SCORES_NAME, gathered.lines())
+    if not gathered.num_images:
+        reasons = "; ".join(f"{number}: {reason}" for reason, number in gathered.left_out.most_common(3))
+        raise ReportError(f"none of the {len(entries)} photos of {source.name} could be judged ({reasons})")
     columns = tuple(column for column in judge.columns if column.scope == "set" or gathered.has(column.name))
     with ExitStack() as stack:
         for candidate in candidates:
