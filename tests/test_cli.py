@@ -25,8 +25,8 @@ from sdvae.encoding.resize import choose_resizer
 
 Run = Callable[..., Result]
 VERBS = [
-    "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "inspect", "identify",
-    "convert", "extract", "swap", "plan", "bench", "doctor",
+    "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "eval", "inspect",
+    "identify", "convert", "extract", "swap", "plan", "bench", "doctor",
 ]  # fmt: skip
 
 
