@@ -50,6 +50,7 @@ class Part:
     """What a chunk of photos gave for one candidate; all of it is JSON."""
 
     scores: dict[int, dict[str, float]] = field(default_factory=dict)  # by index
+    num_images: int = 0
     sums: LatentSums = field(default_factory=LatentSums)
     num_failed: int = 0
     encode_s: float = 0.0
@@ -93,6 +94,7 @@ def judge_chunk(
         if not bool(one.levels.isfinite().all()):
             part.num_failed += 1
             continue
+        part.num_images += 1
         part.scores[index] = judge.score(one.levels, one.original)
         part.bits += one.bits_per_pixel or 0.0
         if judge.inception is not None:
@@ -132,7 +134,7 @@ def _run(candidate: VAECandidate, items: Sequence[Item], recipe: Recipe, part: P
     latents = draw(posterior, recipe.latents, recipe.seed, [item.key for item in items])
     decoded, part_s = _timed(lambda: candidate.decode(latents), device)
     part.decode_s += part_s
-    place = device if device.type == "cuda" else CPU  # of the scores: fp64 is not everywhere
+    place = device if device.type == "cuda" else CPU  # fp64 is not everywhere
     scaled = candidate.scaled(posterior)
     for row, item in enumerate(items):
         height, width = item.image.shape[:2]
