@@ -1,5 +1,6 @@
 """An evaluation from photos to results.json."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdvae.bench.peak import resident
 from sdvae.encoding.runners import Ranks
 from sdvae.errors import ReportError, SourceError
 from sdvae.evaluate import run
@@ -19,6 +21,10 @@ from sdvae.evaluate.codecs import CodecCandidate
 from sdvae.evaluate.recipes import RECIPES, Recipe
 from sdvae.evaluate.results import SCORES_NAME, Results, read_results, to_json
 from sdvae.evaluate.run import evaluate
+from sdvae.perceptual.distances import FeatureStatistics, frechet_distance, kernel_distance
+from sdvae.perceptual.files import Loaded
+from sdvae.perceptual.inception import Inception
+from sdvae.sources.entries import Entry
 from sdvae.sources.open import open_source
 from sdvae.vae import VAE
 from tests.conftest import SMALL, random_model
@@ -288,3 +294,69 @@ def test_missing_networks_are_remarks_or_refused(
     assert any("alexnet-owt-7be5be79.pth" in remark and "7be5be79" in remark for remark in results.remarks)
     with pytest.raises(MissingNetwork, match="https://"):
         judge(photos, tmp_path / "strict", vaes[:1], recipe, must_have_all=True)
+
+
+class Features(Inception):
+    """A stand-in for the network: eight numbers that depend on the image."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+
+    def forward(self, levels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(levels, (2, 4)).mean(1).flatten(1)
+
+
+def test_distances_between_sets_are_those_of_the_features(
+    photos: Path, vaes: list[VAECandidate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Loaded({}, "features.pth", "ab" * 32)
+    monkeypatch.setattr(Inception, "load", classmethod(lambda cls: (Features(), file)))
+    recipe = replace(RECIPE, metrics=("psnr", "rfid", "rkid"))
+    results = judge(photos, tmp_path / "report", vaes, recipe, batch_size=3)
+    assert results is not None
+    network = Features()
+    images = [np.asarray(Image.open(path)) for path in sorted(photos.glob("*.png"))]
+    after = [np.asarray(image) for image in vaes[0].vae.roundtrip(images)]
+    sets = [
+        torch.cat([network(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()) for image in group]).numpy()
+        for group in (after, images)
+    ]
+    statistics = [FeatureStatistics(), FeatureStatistics()]
+    for one, features in zip(statistics, sets, strict=True):
+        one.add(features)
+    found = results.candidates[0].summaries
+    assert found["rfid"].mean == pytest.approx(frechet_distance(*statistics), rel=1e-4)
+    assert found["rkid"].mean == pytest.approx(kernel_distance(*sets), rel=1e-4)
+    assert found["rfid"].low is None
+    assert results.columns[1].networks[0].sha256 == "ab" * 32
+    assert results.ranked_by == "psnr"
+
+
+class Drawn:
+    """Ten thousand photos that are drawn when they are read."""
+
+    name, root, remarks = "drawn", None, ()
+
+    def entries(self) -> list[Entry]:
+        return [Entry(f"{number:05}") for number in range(10_000)]
+
+    def read(self, key: str) -> bytes:
+        file = io.BytesIO()
+        noise = np.random.default_rng(int(key)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file, "png")
+        return file.getvalue()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_photos(vaes: list[VAECandidate], tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watch(phase: str, done: int, total: int) -> None:
+        if phase == "judge" and done % 1000 == 0 and done < total:
+            seen.append((done, resident("VmRSS")))
+
+    results = evaluate(Drawn(), tmp_path / "report", vaes[:1], replace(RECIPE, metrics=("psnr",)), progress=watch)
+    assert results is not None
+    assert results.num_images == 10_000
+    memory = dict(seen)
+    assert memory[9000] - memory[1000] < 30_000_000

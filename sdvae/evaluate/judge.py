@@ -16,6 +16,7 @@ from sdvae.perceptual.inception import Inception
 from sdvae.perceptual.lpips import LPIPS, Net
 from sdvae.perceptual.ssim import ms_ssim, ssim
 
+CPU = torch.device("cpu")
 Score = Callable[[Tensor, Tensor], float]  # of levels (1, 3, H, W), 0..255 in fp64: reconstruction, original
 
 
@@ -27,7 +28,7 @@ class Judge:
     scores: dict[str, Score]
     inception: Inception | None
     remarks: tuple[str, ...]  # on metrics whose network is not on this machine
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def score(self, levels: Tensor, original: Tensor) -> dict[str, float]:
         """Each metric of images that this image is large enough for."""

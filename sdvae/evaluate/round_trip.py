@@ -14,7 +14,7 @@ from sdvae.errors import ImageError
 from sdvae.evaluate.candidates import VAECandidate, draw, padded_pixels, to_levels
 from sdvae.evaluate.codecs import CodecCandidate
 from sdvae.evaluate.crops import cut
-from sdvae.evaluate.judge import Judge
+from sdvae.evaluate.judge import CPU, Judge
 from sdvae.evaluate.latents import LatentSums
 from sdvae.evaluate.photos import Photo
 from sdvae.evaluate.recipes import Recipe
@@ -22,7 +22,6 @@ from sdvae.posterior import DiagonalGaussian
 
 Image = NDArray[np.uint8]  # (H, W, 3)
 Candidate = VAECandidate | CodecCandidate
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
