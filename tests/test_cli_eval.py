@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,18 @@ from PIL import Image
 
 from sdvae import VAE
 from sdvae.cli.main import cli
+from sdvae.evaluate import finish, probes
 from sdvae.evaluate.results import read_results
 
 Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_probe() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "NUM_PROBED", 1)
+        patch.setattr(probes, "TRIPS", (1, 2))
+        yield
 
 
 @pytest.fixture(scope="module")
