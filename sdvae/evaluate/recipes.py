@@ -47,7 +47,7 @@ class Recipe:
 
     def caption(self) -> str:
         """The caption of a table: one paragraph that lets a stranger repeat the numbers."""
-        sizes = "whole photos in their own size" if self.size_px is None else f"{self.size_px}x{self.size_px} px"
+        sizes = "Whole photos in their own size" if self.size_px is None else f"{self.size_px}x{self.size_px} px"
         crops = {"none": "", "center": ", centre crop", "adm": ", ADM centre crop"}
         filters = "" if self.size_px is None or self.crop == "adm" else f", {self.resample} resize"
         edges = "" if self.is_antialiased else " without antialias"
