@@ -67,6 +67,7 @@ def test_tiling_is_varied_with_diffusers_own_tiles(
     monkeypatch.setattr("sdvae.cli.eval._TILES", (32,))
     done = run(photos, "-o", tmp_path / "report", "--metrics", "psnr", "--vary", "tiling")
     assert done.exit_code == 0, done.output
+    assert "diffusers' 32 px tiles" in done.stdout
     whole, tiled = read_results(tmp_path / "report").candidates
     assert (whole.tiling, tiled.tiling) == ("none", "diffusers 32 px")
     assert whole.summaries["psnr"].mean != tiled.summaries["psnr"].mean  # the photos are wider than a tile

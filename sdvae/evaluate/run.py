@@ -134,7 +134,7 @@ class _Run:
         self.notes.append({"peak": label, "bytes": num_bytes})
 
     def _features(self, item: Item) -> torch.Tensor:
-        levels = torch.from_numpy(item.image).permute(2, 0, 1)[None]
+        levels = torch.tensor(item.image).permute(2, 0, 1)[None]
         return self.judge.features(levels)
 
     def _note_features(self, chunk: int, name: str, features: Sequence[torch.Tensor]) -> None:
