@@ -124,7 +124,9 @@ def rivals(recipe: Recipe) -> dict[str, Recipe]:
     swap = {"mode": "sample", "sample": "mode"}
     changed[f"latents: {swap[recipe.latents]}"] = replace(recipe, latents=swap[recipe.latents])  # type: ignore[arg-type]
     changed["float, not 8-bit"] = replace(recipe, rounding="float")
-    changed["SSIM as scikit-image's default"] = replace(recipe, ssim_window="uniform")
-    changed["SSIM as torchmetrics"] = replace(recipe, ssim_window="reflected")
-    changed["LPIPS of 0..1"] = replace(recipe, lpips_range="0..1")
+    if "ssim" in recipe.metrics:
+        changed["SSIM as scikit-image's default"] = replace(recipe, ssim_window="uniform")
+        changed["SSIM as torchmetrics"] = replace(recipe, ssim_window="reflected")
+    if any(name.startswith("lpips") for name in recipe.metrics):
+        changed["LPIPS of 0..1"] = replace(recipe, lpips_range="0..1")
     return changed
