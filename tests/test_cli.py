@@ -27,8 +27,8 @@ from sdvae.encoding.resize import choose_resizer
 
 Run = Callable[..., Result]
 VERBS = [
-    "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "inspect", "identify",
-    "compare", "convert", "extract", "swap", "plan", "bench", "doctor",
+    "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "eval", "inspect",
+    "identify", "compare", "convert", "extract", "swap", "plan", "bench", "doctor",
 ]  # fmt: skip
 
 

@@ -99,7 +99,9 @@ def test_every_verb_is_in_the_docs() -> None:
     assert {verb for verb, *_ in sdvae_commands(TEXT["docs/cli.md"])} == set(cli.commands)
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/design.md", "docs/store.md", "docs/theory.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "page", [*PAGES, "docs/design.md", "docs/store.md", "docs/theory.md", "docs/evaluation.md", "CHANGELOG.md"]
+)
 def test_every_link_leads_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

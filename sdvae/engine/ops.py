@@ -29,7 +29,7 @@ class Statistics:
 
     def add(self, rows: Tensor) -> None:  # (1, C, rows, W)
         """Add a strip."""
-        history = torch.zeros(rows.shape[1], dtype=torch.float32, device="cpu")
+        history = torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device)
         for block in torch.split(rows, self._row_block, 2):
             mean, variance = mean_and_variance(block, history)
             self._counts.append(block.shape[2] * block.shape[3])
