@@ -22,6 +22,7 @@ from sdvae.cli.identify import identify
 from sdvae.cli.inspect import inspect
 from sdvae.cli.interpolate import interpolate
 from sdvae.cli.plan import plan
+from sdvae.cli.report import report
 from sdvae.cli.roundtrip import roundtrip
 from sdvae.cli.sample import sample
 from sdvae.cli.stats import stats
@@ -71,7 +72,7 @@ def cli() -> None:
     """Turn photos into latents and back, with a KL-VAE in Stable Diffusion's format."""
 
 
-_PICTURES = (encode, decode, verify, stats, export, roundtrip, sample, interpolate)
+_PICTURES = (encode, decode, verify, stats, export, report, roundtrip, sample, interpolate)
 _WEIGHTS = (inspect, identify, convert, extract, swap)
 _ENGINE = (plan, bench)
 for _verb in (*_PICTURES, *_WEIGHTS, *_ENGINE, doctor):
