@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from sdvae import __version__
+from sdvae.cli.app import app
 from sdvae.cli.bench import bench
 from sdvae.cli.convert import convert
 from sdvae.cli.decode import decode
@@ -72,7 +73,7 @@ def cli() -> None:
     """Turn photos into latents and back, with a KL-VAE in Stable Diffusion's format."""
 
 
-_PICTURES = (encode, decode, verify, stats, export, report, roundtrip, sample, interpolate)
+_PICTURES = (encode, decode, verify, stats, export, report, roundtrip, sample, interpolate, app)
 _WEIGHTS = (inspect, identify, convert, extract, swap)
 _ENGINE = (plan, bench)
 for _verb in (*_PICTURES, *_WEIGHTS, *_ENGINE, doctor):

@@ -16,10 +16,11 @@ theme.addEventListener("click", () => {
 dark.addEventListener("change", nameTheme);
 nameTheme();
 
-// The sliders: each is a range input that lies over its pictures, so mouse, touch and keys are the browser's.
-document.addEventListener("input", (event) => {
-  if (event.target.matches(".frame input")) {
-    event.target.closest(".frame").style.setProperty("--at", `${event.target.value}%`);
+// A slider is a range input that lies over its pictures, so mouse, touch and keys are the browser's. A reel has one below.
+document.addEventListener("input", ({ target }) => {
+  if (target.matches(".frame input")) target.closest(".frame").style.setProperty("--at", `${target.value}%`);
+  if (target.matches(".reel input")) {
+    all("figure", target.closest(".reel")).forEach((frame, place) => frame.classList.toggle("on", place === Number(target.value)));
   }
 });
 
@@ -53,21 +54,17 @@ function sort() {
   one("photos").append(...photos);
 }
 
-if (one("left")) {
-  for (const id of ["left", "right"]) one(id).addEventListener("change", () => (show(), sort()));
-  for (const id of ["sort", "order"]) one(id).addEventListener("change", sort);
-  one("error").addEventListener("click", (event) => {
-    const button = event.currentTarget;
-    button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
-    show();
-  });
-  for (const pick of all("button.pick")) {
-    pick.addEventListener("click", () => {
-      one("right").value = String(Number(pick.dataset.vae) + 1);
-      show();
-      sort();
-    });
-  }
-  show();
-  sort();
+function update() {
+  if (one("left")) show();
+  if (one("sort")) sort();
 }
+
+document.addEventListener("change", ({ target }) => {
+  if (["left", "right", "sort", "order"].includes(target.id)) update();
+});
+document.addEventListener("click", ({ target }) => {
+  if (target.id === "error") target.setAttribute("aria-pressed", String(target.getAttribute("aria-pressed") !== "true"));
+  if (target.matches("button.pick") && one("right")) one("right").value = String(Number(target.dataset.vae) + 1);
+  if (target.id === "error" || target.matches("button.pick")) update();
+});
+update();

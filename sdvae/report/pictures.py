@@ -27,6 +27,11 @@ def lossless(levels: Levels, alt: str) -> Picture:
     return _saved(Image.fromarray(levels), alt, "png" if levels.ndim == 2 else "webp", lossless=True)
 
 
+def quick(levels: Levels, alt: str) -> Picture:
+    """A picture whose every pixel is kept, large but soon made."""
+    return _saved(Image.fromarray(levels), alt, "png", optimize=False, compress_level=1)
+
+
 def heated(unit: NDArray[np.floating], alt: str) -> Picture:  # (H, W) in [0, 1], clipped
     """Numbers as heat, from black over the page's accent to white, in 256 steps."""
     image = Image.fromarray((unit.clip(0, 1) * 255).round().astype(np.uint8)).convert("P")
@@ -71,6 +76,6 @@ def _fitted(levels: Levels, longest_px: int) -> Image.Image:
 
 def _saved(image: Image.Image, alt: str, kind: str, **options: Any) -> Picture:
     file = io.BytesIO()
-    image.save(file, kind, **options | ({"optimize": True} if kind == "png" else {"method": 4}))
+    image.save(file, kind, **({"optimize": True} if kind == "png" else {"method": 4}) | options)
     src = f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
     return Picture(src, alt, image.width, image.height, kind == "png" or options.get("lossless", False))

@@ -1,9 +1,10 @@
-"""A page to HTML: one file that sends no request, whose script and style are the only ones that may run."""
+"""A page to HTML: one file that sends no request, whose own scripts and styles are the only ones that may run."""
 
 import base64
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -18,47 +19,58 @@ if TYPE_CHECKING:
 def render(page: Comparison | StorePage) -> str:
     """The HTML of a page."""
     template = "comparison.html" if isinstance(page, Comparison) else "store.html"
-    style, script = asset("page.css"), asset("page.js")
-    policy = content_policy(style, script)
-    return environment().get_template(template).render(page=page, style=style, script=script, policy=policy)
+    styles, scripts = [asset("page.css")], [asset("page.js")]
+    policy = content_policy(styles, scripts)
+    made = environment().get_template(template)
+    return made.render(page=page, styles=styles, scripts=scripts, policy=policy)
 
 
-def environment() -> "Environment":
-    """Templates that escape every text; `style` and `script` are marked as safe by `asset`."""
+def environment(*packages: str) -> "Environment":
+    """The templates of this package and of `packages`; every text in them is escaped, but for `asset`s."""
     try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     except ImportError as error:
-        raise ConfigError("the page needs jinja2: pip install 'sdvae[report]'") from error
+        raise ConfigError("pages need jinja2; pip install 'sdvae[report]'") from error
     found = Environment(
-        loader=PackageLoader("sdvae.report", ""), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=ChoiceLoader([PackageLoader(package, "") for package in (__package__, *packages)]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     found.globals |= {"number": number, "values": _values}
     return found
 
 
-def asset(name: str) -> str:
-    """A file of this package, marked as safe to stand in a page."""
-    from markupsafe import Markup
+def asset(name: str, package: str = __package__) -> str:
+    """A style or script of a package, marked as safe to stand in a page."""
+    try:
+        from markupsafe import Markup
+    except ImportError as error:
+        raise ConfigError("pages need jinja2; pip install 'sdvae[report]'") from error
+    return Markup((resources.files(package) / name).read_text(encoding="utf-8"))
 
-    return Markup((resources.files("sdvae.report") / name).read_text(encoding="utf-8"))
 
+def content_policy(styles: Sequence[str], scripts: Sequence[str], connects: str = "'none'") -> str:
+    """A Content-Security-Policy that names styles and scripts by their hashes, so that no other runs.
 
-def content_policy(style: str, script: str, images: str = "data:", connects: str = "'none'") -> str:
-    """A Content-Security-Policy that names style and script by their hashes: nothing else runs, nothing is fetched."""
+    Pictures are inside the page, and requests go nowhere but to `connects`.
+    """
     return (
-        f"default-src 'none'; img-src {images}; style-src {_hash(style)}; script-src {_hash(script)}; "
+        f"default-src 'none'; img-src data:; style-src {_hashes(styles)}; script-src {_hashes(scripts)}; "
         f"connect-src {connects}; base-uri 'none'; form-action 'none'"
     )
 
 
-def _hash(text: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return f"'sha256-{digest}'"
+def _hashes(texts: Sequence[str]) -> str:
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+    return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
 def _values(photo: Photo) -> str:
     """Its numbers by VAE and metric, for the script that sorts; JSON has no infinity."""
-    rows = [[value if value is not None and math.isfinite(value) else None for value in version.values]
-            for version in photo.versions]  # fmt: skip
+    rows = [
+        [value if value is not None and math.isfinite(value) else None for value in version.values]
+        for version in photo.versions
+    ]
     return json.dumps(rows)
