@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, count, with_console, with_vae
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, count, take_own_gpu, with_console, with_vae
 from sdvae.errors import StoreError
 
 if TYPE_CHECKING:
     from sdvae.encoding.encode import EncodeReport, Survey
-    from sdvae.encoding.runners import Ranks, Runner
+    from sdvae.encoding.runners import Runner
     from sdvae.encoding.times import Times
     from sdvae.store.geometry import Preprocess, Resizer
     from sdvae.vae import VAE
@@ -225,7 +225,7 @@ def encode(
         Preprocess(size_px=size_px, min_size_px=min_size, **preprocess), store_dtype, shard_rows, batch_size
     )
     ranks = Ranks.of_environment()
-    _take_own_gpu(ranks)
+    take_own_gpu(ranks)
     place = url_of(out) or str(out)
     console.note(f"encoding {source} into {place}")  # before the seconds that imports and weights take
     begun = Store.find(local_copy(out)) if resume else None
@@ -296,14 +296,6 @@ def _ask_before_restart(out: Path) -> None:
         is_sure = False
     if not is_sure:
         raise StoreError(f"{out} holds {count(num_shards, 'shard')}, nothing was deleted; --yes deletes unasked")
-
-
-def _take_own_gpu(ranks: "Ranks") -> None:
-    """Of several processes on a machine, each takes a GPU of its own."""
-    import torch
-
-    if ranks.local_world_size > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
 
 
 def _ray_runner(address: str | None) -> "Runner":

@@ -17,6 +17,7 @@ from sdvae.cli.convert import convert
 from sdvae.cli.decode import decode
 from sdvae.cli.doctor import doctor
 from sdvae.cli.encode import encode
+from sdvae.cli.eval import evaluate
 from sdvae.cli.export import export
 from sdvae.cli.extract import extract
 from sdvae.cli.identify import identify
@@ -73,7 +74,7 @@ def cli() -> None:
     """Turn photos into latents and back, with a KL-VAE in Stable Diffusion's format."""
 
 
-_PICTURES = (encode, decode, verify, stats, export, report, roundtrip, sample, interpolate, app)
+_PICTURES = (encode, decode, verify, stats, export, roundtrip, sample, interpolate, evaluate, report, app)
 _WEIGHTS = (inspect, identify, convert, extract, swap)
 _ENGINE = (plan, bench)
 for _verb in (*_PICTURES, *_WEIGHTS, *_ENGINE, doctor):

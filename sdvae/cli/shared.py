@@ -19,6 +19,7 @@ from sdvae.errors import BudgetError, SdvaeError
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from sdvae.encoding.runners import Ranks
     from sdvae.vae import VAE
     from sdvae.weights.edit import Written
 
@@ -246,6 +247,14 @@ def with_vae(function: Callable[..., None]) -> Callable[..., None]:
 def count(number: int, what: str) -> str:
     """A number and its noun: 1 image, 2 images."""
     return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def take_own_gpu(ranks: "Ranks") -> None:
+    """Of several processes on a machine, each takes a GPU of its own."""
+    import torch
+
+    if ranks.local_world_size > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
 
 
 def tell_written(console: Console, written: "Written", is_dry_run: bool) -> None:

@@ -97,9 +97,7 @@ class VAECandidate:
         """The posterior of scaled latents."""
         mean = latent_scaling.scale(posterior.mean, self.config)
         step = latent_scaling.scale(posterior.mean + 1.0, self.config) - mean  # the scale, also one per channel
-        scaled = DiagonalGaussian(mean, posterior.logvar)
-        scaled.logvar = posterior.logvar + 2.0 * step[:, :, :1, :1].abs().log()
-        return scaled
+        return DiagonalGaussian(mean, posterior.logvar + 2.0 * step[:, :, :1, :1].abs().log())
 
 
 def _load_tiled(vae: VAE, dtype: str, tile_px: int) -> Any:

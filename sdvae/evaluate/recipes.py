@@ -98,6 +98,13 @@ RECIPES: Mapping[str, Recipe] = {
 }  # fmt: skip
 
 
+def sized(recipe: Recipe, size_px: int | None) -> Recipe:
+    """The recipe at another size; None leaves it as it is. Whole photos become centre crops."""
+    if size_px is None:
+        return recipe
+    return replace(recipe, size_px=size_px, crop="center" if recipe.crop == "none" else recipe.crop)
+
+
 def find_recipe(name: str) -> Recipe:
     """The ready recipe of a name; ConfigError, with those there are, for any other."""
     if name not in RECIPES:

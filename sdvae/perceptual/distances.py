@@ -58,11 +58,12 @@ def kernel_distance(first: NDArray[np.floating], second: NDArray[np.floating], s
 
     Of more than SUBSET features, the mean over NUM_SUBSETS subsets of that size.
     """
-    pairs = [_unbiased_mmd(first[ours], second[theirs]) for ours, theirs in _subsets(len(first), len(second), seed)]
+    pairs = [unbiased_mmd(first[ours], second[theirs]) for ours, theirs in subsets(len(first), len(second), seed)]
     return float(np.mean(pairs))
 
 
-def _subsets(num_first: int, num_second: int, seed: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def subsets(num_first: int, num_second: int, seed: int = 0) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Rows of the two sets to compare: all of them, or of many, NUM_SUBSETS times SUBSET."""
     size = min(num_first, num_second)
     if size <= SUBSET:
         yield np.arange(num_first), np.arange(num_second)
@@ -72,7 +73,8 @@ def _subsets(num_first: int, num_second: int, seed: int) -> Iterator[tuple[NDArr
         yield rng.choice(num_first, SUBSET, replace=False), rng.choice(num_second, SUBSET, replace=False)
 
 
-def _unbiased_mmd(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:
+def unbiased_mmd(first: NDArray[np.floating], second: NDArray[np.floating]) -> float:  # (N, D), (M, D)
+    """The squared distance of two sets under the kernel; a set's own pairs of one and the same image are left out."""
     ours, theirs = first.astype(np.float64), second.astype(np.float64)
     within = [_mean_without_diagonal(_kernel(one, one)) for one in (ours, theirs)]
     return float(sum(within) - 2.0 * _kernel(ours, theirs).mean())

@@ -55,7 +55,7 @@ def _column(metric: Metric, values: Sequence[float | None], notes: Sequence[str]
     known = [value for value in values if value is not None and not math.isnan(value)]
     texts = [number(value, metric.digits) for value in values]
     best = ""
-    if len(known) > 1 and metric.better and len(set(texts)) > 1:
+    if metric.better and len({number(value, metric.digits) for value in known}) > 1:
         best = number((max if metric.better == "higher" else min)(known), metric.digits)
     return [Cell(text, note, text == best) for text, note in zip(texts, notes, strict=True)]
 

@@ -1,0 +1,83 @@
+"""The notes of all chunks together, and the scores of each image on their way to scores.jsonl."""
+
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdvae.evaluate.judge import Judge
+from sdvae.evaluate.notes import Notes
+from sdvae.evaluate.round_trip import Candidate, Part
+from sdvae.sealed import canonical_json
+from sdvae.sources.entries import Entry
+
+
+class Gathered:
+    """What all chunks say together: eight bytes in memory for each score of each image."""
+
+    def __init__(
+        self, notes: Notes, num_chunks: int, entries: Sequence[Entry], judge: Judge, candidates: Sequence[Candidate]
+    ) -> None:
+        self.notes, self.num_chunks, self.entries = notes, num_chunks, entries
+        self.judge, self.candidates = judge, candidates
+        self.parts = [Part() for _ in candidates]
+        self.values = [{name: array("d") for name in judge.scores} for _ in candidates]
+        self.indices = array("q")
+        self.left_out: Counter[str] = Counter()
+
+    @property
+    def num_images(self) -> int:
+        """Images that were judged."""
+        return len(self.indices)
+
+    def lines(self) -> Iterator[bytes]:
+        """The lines of scores.jsonl; what else the chunks say is gathered as they pass."""
+        for number in range(self.num_chunks):
+            line = self.notes.chunk(number)
+            self.left_out.update(line["left_out"].values())
+            parts = [Part.from_json(values) for values in line["parts"]]
+            for whole, part in zip(self.parts, parts, strict=True):
+                whole.sums.merge(part.sums)
+                whole.num_failed += part.num_failed
+                whole.encode_s, whole.decode_s = whole.encode_s + part.encode_s, whole.decode_s + part.decode_s
+                whole.bits += part.bits
+            yield from self._scores(parts)
+
+    def has(self, name: str) -> bool:
+        """Whether any image has this score."""
+        return bool(np.isfinite(np.concatenate([self.array(place, name) for place in range(len(self.parts))])).any())
+
+    def array(self, place: int, name: str) -> NDArray[np.float64]:
+        """The scores of a candidate, one an image; NaN where there is none."""
+        return np.frombuffer(self.values[place][name], np.float64)
+
+    def ranking(self, name: str) -> NDArray[np.float64]:
+        """One number an image: the mean over the candidates that have one."""
+        stacked = np.stack([self.array(place, name) for place in range(len(self.parts))])
+        present = np.isfinite(stacked)
+        total = np.where(present, stacked, 0.0).sum(0)
+        num = present.sum(0)
+        mean: NDArray[np.float64] = np.where(num > 0, total / np.maximum(num, 1), math.nan)
+        return mean
+
+    def remarks(self) -> Iterator[str]:
+        """Sentences on what the numbers lack."""
+        if self.num_images == 1:
+            yield "Of one image no interval can be given."
+        for name in self.judge.scores:
+            num = int(np.isfinite(self.array(0, name)).sum())
+            if num < self.num_images:
+                yield f"{self.num_images - num} of {self.num_images} images are too small for {name}."
+
+    def _scores(self, parts: Sequence[Part]) -> Iterator[bytes]:
+        for index in sorted({index for part in parts for index in part.scores}):
+            self.indices.append(index)
+            found = [part.scores.get(index, {}) for part in parts]
+            for values, scores in zip(self.values, found, strict=True):
+                for name, column in values.items():
+                    column.append(scores.get(name, math.nan))
+            named = {candidate.identity.label: scores for candidate, scores in zip(self.candidates, found, strict=True)}
+            yield canonical_json({"index": index, "key": self.entries[index].key, "scores": named})
