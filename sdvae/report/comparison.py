@@ -26,9 +26,8 @@ def write_report(folder: Path) -> Path:
 def comparison(folder: Path, results: Results) -> Comparison:
     """The page of the report in `folder`; ReportError where a picture is missing or damaged."""
     labels = [candidate.label for candidate in results.candidates]
-    of_images = sorted((column for column in results.columns if column.scope == "image"),
-                       key=lambda column: column.name != results.ranked_by)  # fmt: skip
-    columns = [column for column in of_images if any(column.name in view.scores for view in _views(results))]
+    columns = [column for column in results.columns if any(column.name in view.scores for view in _views(results))]
+    columns.sort(key=lambda column: column.name != results.ranked_by)
     return Comparison(
         title=_title(results),
         caption=results.caption,
@@ -43,9 +42,7 @@ def comparison(folder: Path, results: Results) -> Comparison:
         remarks=results.remarks,
         facts=_facts(results),
         heat_note=_heat_note(results),
-        footer=f"sdvae {results.machine.get('sdvae', '')}. This page is one file and sends no request.".replace(
-            " .", "."
-        ),
+        footer="This page is one file and sends no request.",
     )
 
 
@@ -54,9 +51,11 @@ def _views(results: Results) -> list[View]:
 
 
 def _title(results: Results) -> str:
-    kinds = [candidate.kind for candidate in results.candidates]
-    counted = [(kinds.count("vae"), "VAE"), (kinds.count("codec"), "codec")]
-    who = [f"{count} {what}{'s' * (count != 1)}" for count, what in counted if count]
+    vaes = [candidate for candidate in results.candidates if candidate.kind == "vae"]
+    num_vaes, num_codecs = len({vae.fingerprint or vae.label for vae in vaes}), len(results.candidates) - len(vaes)
+    who = [f"{count} {what}{'s' * (count != 1)}" for count, what in ((num_vaes, "VAE"), (num_codecs, "codec")) if count]
+    if num_vaes < len(vaes):
+        who[0] += f" in {len(vaes)} ways"
     photos = f"{results.num_images:,} photo{'s' * (results.num_images != 1)}"
     return f"{listed(who)} on {photos}"
 
