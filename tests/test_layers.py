@@ -102,9 +102,17 @@ def test_the_layout_is_read_from_the_document(layout: tuple[list[str], set[str]]
     )
     assert order.index("sdvae.store.buckets") + 1 == order.index("sdvae.store.geometry"), "two files on one row"
     assert order.index("sdvae.integrations.diffusers") < order.index("sdvae.cli")
-    assert {"sdvae.report", "sdvae.cli"} <= open_packages
+    assert {"sdvae.app", "sdvae.cli"} <= open_packages
     assert (
-        not {"sdvae.sources", "sdvae.store", "sdvae.encoding", "sdvae.reading", "sdvae.engine", "sdvae.weights"}
+        not {
+            "sdvae.sources",
+            "sdvae.store",
+            "sdvae.encoding",
+            "sdvae.report",
+            "sdvae.reading",
+            "sdvae.engine",
+            "sdvae.weights",
+        }
         & open_packages
     )
     assert len(order) == len(set(order)) > 40
@@ -126,6 +134,18 @@ def test_sources_and_store_import_no_torch() -> None:
         or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch")
     }
     assert found == {}
+
+
+def test_the_report_knows_results_and_not_how_they_were_made() -> None:
+    sources = read_sources()
+    found = {
+        target
+        for module in sources
+        if module.startswith("sdvae.report.")
+        for target in imports(sources[module], set(sources))
+        if target.startswith("sdvae.evaluate")
+    }
+    assert found == {"sdvae.evaluate.results"}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from sdvae import __version__
+from sdvae.cli.app import app
 from sdvae.cli.bench import bench
 from sdvae.cli.compare import compare
 from sdvae.cli.convert import convert
@@ -24,6 +25,7 @@ from sdvae.cli.identify import identify
 from sdvae.cli.inspect import inspect
 from sdvae.cli.interpolate import interpolate
 from sdvae.cli.plan import plan
+from sdvae.cli.report import report
 from sdvae.cli.roundtrip import roundtrip
 from sdvae.cli.sample import sample
 from sdvae.cli.stats import stats
@@ -73,7 +75,7 @@ def cli() -> None:
     """Turn photos into latents and back, with a KL-VAE in Stable Diffusion's format."""
 
 
-_PICTURES = (encode, decode, verify, stats, export, roundtrip, sample, interpolate, evaluate)
+_PICTURES = (encode, decode, verify, stats, export, roundtrip, sample, interpolate, evaluate, report, app)
 _WEIGHTS = (inspect, identify, compare, convert, extract, swap)
 _ENGINE = (plan, bench)
 for _verb in (*_PICTURES, *_WEIGHTS, *_ENGINE, doctor):

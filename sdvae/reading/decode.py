@@ -155,12 +155,8 @@ def _finish(pending: list[Future[None]]) -> int:
 
 def _open_store(root: Path, vae: VAE) -> list[_Series]:
     store = Store.open(root)
+    require_latent_space(store, vae)
     writer = store.manifest["vae"]
-    if writer["latent_space"] != vae.latent_space:
-        raise StoreError(
-            f"{root} holds latents of the space {writer['latent_space']}, but {vae.name} decodes those of "
-            f"{vae.latent_space}; give --vae one of the former"
-        )
     if writer["fingerprint"] != vae.fingerprint:
         _LOG.warning(
             "%s was encoded by another VAE (%.12s) than %s (%.12s); both share the latent space %s",
@@ -173,14 +169,24 @@ def _open_store(root: Path, vae: VAE) -> list[_Series]:
     for shard in (shard for shard in shards if shard.num_rows):
         lines = list(written(shard.records()))
         mean, _ = shard.moments()
-        sizes = [_without_padding(line["resized_px"], line["crop_px"]) for line in lines]
+        sizes = [without_padding(line["resized_px"], line["crop_px"]) for line in lines]
         series.append(_Series(mean.shape[2:], [line["key"] for line in lines], sizes, partial(_read_rows, mean)))
     if not series:
         raise StoreError(f"{root} holds no image; run sdvae encode to its end, or see its quarantine.jsonl")
     return series
 
 
-def _without_padding(resized_px: Size, crop_px: tuple[int, int, int, int]) -> Size:
+def require_latent_space(store: Store, vae: VAE) -> None:
+    """Refuse a VAE that decodes latents of another space than the store's, with StoreError."""
+    space = store.manifest["vae"]["latent_space"]
+    if space != vae.latent_space:
+        raise StoreError(
+            f"{store.paths.root} holds latents of the space {space}, but {vae.name} decodes those of "
+            f"{vae.latent_space}; give --vae one of the former"
+        )
+
+
+def without_padding(resized_px: Size, crop_px: tuple[int, int, int, int]) -> Size:
     """The part of a crop that lies inside the resized photo."""
     top, left, height, width = crop_px
     return min(height, resized_px[0] - top), min(width, resized_px[1] - left)

@@ -1,0 +1,1 @@
+"""The playground: one VAE call at a time, for a browser on this machine."""
