@@ -47,13 +47,13 @@ class Console:
             click.echo(f"sdvae: {message}", err=True)
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A function of (phase, done, total) that shows images per second and time left.
+    def progress(self, unit: str = "images") -> Iterator[Callable[[str, int, int], None]]:
+        """A function of (phase, done, total) that shows `unit` per second and time left.
 
         On a terminal it draws one bar a phase; elsewhere, in a log, it writes a line each 30 s.
         """
         if self.is_quiet or not sys.stderr.isatty():
-            yield self._progress_lines()
+            yield self._progress_lines(unit)
             return
         with ExitStack() as open_bars:
             bars: dict[str, tqdm[Any]] = {}
@@ -61,12 +61,12 @@ class Console:
             def show(phase: str, done: int, total: int) -> None:
                 if phase not in bars:
                     open_bars.close()
-                    bars[phase] = open_bars.enter_context(self._bar(phase, done, total))
+                    bars[phase] = open_bars.enter_context(self._bar(phase, done, total, unit))
                 bars[phase].update(done - bars[phase].n)
 
             yield show
 
-    def _progress_lines(self) -> Callable[[str, int, int], None]:
+    def _progress_lines(self, unit: str) -> Callable[[str, int, int], None]:
         begun: dict[str, tuple[float, int]] = {}  # phase -> when it began, and what an earlier run had done by then
         told_s = time.monotonic()
 
@@ -80,11 +80,11 @@ class Console:
                 told_s = now
                 per_s = (done - done_before) / (now - start_s)
                 left = tqdm.format_interval((total - done) / per_s)
-                self.note(f"{phase}: {done} of {total}, {per_s:.1f} images/s, {left} left")
+                self.note(f"{phase}: {done} of {total}, {per_s:.1f} {unit}/s, {left} left")
 
         return show
 
-    def _bar(self, phase: str, done: int, total: int) -> "tqdm[Any]":
+    def _bar(self, phase: str, done: int, total: int, unit: str) -> "tqdm[Any]":
         from tqdm import tqdm
 
         return tqdm(
@@ -92,7 +92,7 @@ class Console:
             initial=done,  # what an earlier run did says nothing about the speed of this one
             total=total,
             file=sys.stderr,
-            unit=" images",
+            unit=f" {unit}",
             dynamic_ncols=True,
             delay=0.1,
             bar_format="{desc} {percentage:3.0f}%|{bar:30}| {n_fmt} of {total_fmt}, {rate_noinv_fmt}, {remaining} left",

@@ -156,8 +156,7 @@ def r1_penalty(real: Tensor, pixels: Tensor) -> Tensor:
     Of each image the logits are averaged over patches first, so that the size of a crop does not change its weight.
     """
     gradient = torch.autograd.grad(real.flatten(1).mean(1).sum(), pixels, create_graph=True)[0]
-    penalty: Tensor = 0.5 * gradient.square().flatten(1).sum(1).mean()
-    return penalty
+    return 0.5 * gradient.square().flatten(1).sum(1).mean()
 
 
 def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
@@ -165,7 +164,7 @@ def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tenso
 
     Ratio of the norms of their gradients there, at most 1e4 (Esser et al. 2021, arXiv 2012.09841, equation 7).
     """
-    ratio = reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)
+    ratio: Tensor = reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)
     return ratio.clamp(0.0, 1e4).detach()
 
 
