@@ -65,3 +65,7 @@ class BudgetError(SdvaeError):
 
 class BenchError(SdvaeError):
     """A measurement that cannot be made, or would mean nothing: outputs that differ, a library that is not there."""
+
+
+class ReportError(SdvaeError):
+    """An evaluation or its report that cannot be made, continued or read."""
