@@ -26,7 +26,7 @@ from sdvae.encoding.resize import choose_resizer
 Run = Callable[..., Result]
 VERBS = [
     "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "inspect", "identify",
-    "convert", "extract", "swap", "plan", "bench", "doctor",
+    "convert", "extract", "swap", "train", "plan", "bench", "doctor",
 ]  # fmt: skip
 
 
@@ -116,6 +116,7 @@ def test_options_are_the_documented_ones() -> None:
         "convert": f"{rewriting} --layout --dtype",
         "extract": rewriting,
         "swap": f"{rewriting} --vae --dtype",
+        "train": f"{console} --set -o --output --device",
         "plan": f"{shared} --size --budget",
         "bench": f"{shared} --size --direction --rounds --batch-size --alone --output",
         "doctor": "--json",

@@ -141,7 +141,7 @@ def test_the_log_has_every_term_and_the_card_every_fact(undisturbed: RunPaths, p
     assert {"adversarial", "discriminator", "r1", "discriminator_norm"} <= steps[2].keys()
     assert "discriminator" not in steps[1]
     assert all(np.isfinite(value) for line in steps for value in line.values())
-    assert [line["step"] for line in lines(undisturbed) if "psnr_db" in line] == [0, 4, 8]
+    assert [line["step"] for line in lines(undisturbed) if "psnr" in line] == [0, 4, 8]
     card = undisturbed.card.read_text()
     assert f"6 photos of `{photos.name}`, and 2 held out" in card
     assert "8 of 8 steps" in card
@@ -161,7 +161,7 @@ def test_training_reduces_the_loss(config: TrainConfig, tmp_path: Path) -> None:
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5), output=replace(config.output, validate_every=60),
     )  # fmt: skip
     report = train(plain, tmp_path / "run", "cpu")
-    first = lines(RunPaths(tmp_path / "run"))[0]["psnr_db"]
+    first = lines(RunPaths(tmp_path / "run"))[0]["psnr"]
     assert report.psnr_db is not None
     assert report.psnr_db > first + 1.0
 
@@ -402,7 +402,7 @@ def test_tensorboard_is_an_extra(config: TrainConfig, tmp_path: Path, monkeypatc
         train(watched, tmp_path / "run", "cpu")
     module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
     train(watched, tmp_path / "run", "cpu")
-    assert {name for name, _, step in told if step == 1} >= {"reconstruction", "kl", "norm", "psnr_db"}
+    assert {name for name, _, step in told if step == 1} >= {"reconstruction", "kl", "norm", "psnr", "ssim"}
 
 
 def test_without_matplotlib_there_are_no_plots(

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from sdvae.errors import TrainError
 from sdvae.model import AutoencoderKL
+from sdvae.perceptual.files import MissingNetwork
+from sdvae.perceptual.lpips import LPIPS
 from sdvae.posterior import DiagonalGaussian
 from sdvae.tiny import AutoencoderTiny, TinyConfig
 from sdvae.train import losses, terms
@@ -168,6 +170,22 @@ def test_a_warm_up_and_a_capacity_grow_with_the_steps() -> None:
     assert at_capacity == pytest.approx([2.5e5 - full, 1e6 - full, 1e6 - full], rel=1e-5)
 
 
+def test_lpips_has_a_gradient_everywhere() -> None:
+    """Where no feature fires, the length of the features is 0, and the slope of a root there is infinite."""
+    network = LPIPS("vgg")
+    for head in network.heads:
+        head.data.fill_(1.0)
+    for layer in network.features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.zeros_(layer.weight)
+            nn.init.constant_(layer.bias, -1.0)
+    decoded, pixels = (2 * torch.rand(2, 1, 3, 32, 32) - 1).unbind()
+    decoded.requires_grad_()
+    torch.autograd.backward(network(decoded, pixels).sum())
+    assert decoded.grad is not None
+    assert decoded.grad.isfinite().all()
+
+
 # The adversary.
 
 ADVERSARY = AdversaryConfig(weight=0.5, width=8, num_layers=2, r1=1.0, r1_every=1)
@@ -175,7 +193,7 @@ ADVERSARY = AdversaryConfig(weight=0.5, width=8, num_layers=2, r1=1.0, r1_every=
 
 def test_a_discriminator_step_changes_the_discriminator_only() -> None:
     config = replace(CONFIG, adversary=ADVERSARY)
-    state = build_state(config, CPU, None)
+    state = build_state(config, CPU)
     state.networks.model = random_model(SMALL).train()
     assert state.discriminator_optimizer is not None
     assert state.networks.discriminator is not None
@@ -197,7 +215,7 @@ def test_a_discriminator_step_changes_the_discriminator_only() -> None:
 @pytest.mark.parametrize("kind", ["hinge", "nonsaturating"])
 def test_the_adversary_learns_to_tell_decoded_from_real(kind: Any) -> None:
     config = replace(CONFIG, adversary=replace(ADVERSARY, kind=kind, r1=0.0))
-    state = build_state(config, CPU, None)
+    state = build_state(config, CPU)
     assert state.discriminator_optimizer is not None
     images = batch(4, 64).pixels
     blurred = F.interpolate(F.avg_pool2d(images, 4), scale_factor=4.0)
@@ -220,7 +238,7 @@ def test_the_adversary_learns_to_tell_decoded_from_real(kind: Any) -> None:
 def test_a_frozen_side_has_no_gradient() -> None:
     for side, other in (("encoder", "decoder"), ("decoder", "encoder")):
         config = replace(CONFIG, model=replace(CONFIG.model, freeze=side))
-        state = build_state(config, CPU, None)
+        state = build_state(config, CPU)
         found = terms.forward(state.networks, config, batch(2), 0).terms
         torch.autograd.backward(found["reconstruction"])
         assert all(parameter.grad is None for parameter in getattr(state.networks.model, side).parameters())
@@ -239,12 +257,14 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_networks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="no perceptual distance"):
-        build_state(replace(CONFIG, loss=LossConfig(perceptual=1.0)), CPU, None)
+def test_networks_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDVAE_NETWORKS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(MissingNetwork, match="vgg16-397923af"):
+        build_state(replace(CONFIG, loss=LossConfig(perceptual=1.0)), CPU)
     small = load_config("small", ["teacher.start=embedded", "model.family=sd3", "teacher.family=small"])
     with pytest.raises(TrainError, match="cannot share a latent space"):
-        build_state(small, CPU, None)
+        build_state(small, CPU)
 
 
 def test_the_posterior_is_in_float32_under_mixed_precision() -> None:

@@ -8,12 +8,13 @@ from torch import nn
 from sdvae.config import VAEConfig
 from sdvae.errors import TrainError
 from sdvae.model import AutoencoderKL
+from sdvae.perceptual.lpips import LPIPS
 from sdvae.tiny import AutoencoderTiny
 from sdvae.train.config import TrainConfig
 from sdvae.train.discriminator import PatchDiscriminator
 from sdvae.train.optimise import make_optimizer
 from sdvae.train.state import State
-from sdvae.train.terms import Networks, Perceptual
+from sdvae.train.terms import Networks
 from sdvae.weights.load import AnyModel, build_model, load_weights
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -21,10 +22,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 EMBEDDED = "embedded"  # how a config names the VAE that comes with the package
 
 
-def build_state(config: TrainConfig, device: torch.device, perceptual: Perceptual | None) -> State:
+def build_state(config: TrainConfig, device: torch.device) -> State:
     """Everything with weights, before the first step; the same on every rank."""
-    if config.loss.perceptual and perceptual is None:
-        raise TrainError("loss.perceptual has a weight, but no perceptual distance is at hand; set it to 0")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = _model(config)
@@ -49,7 +48,7 @@ def build_state(config: TrainConfig, device: torch.device, perceptual: Perceptua
         nn.Parameter(torch.zeros((), device=device)),
         _teacher(config, model.config, device),
         None if discriminator is None else _placed(discriminator, device),
-        perceptual,
+        LPIPS.load("vgg")[0].to(device) if config.loss.perceptual else None,
     )
     trained = [*networks.model.parameters(), *([networks.log_scale] if config.loss.learn_scale else [])]
     return State(

@@ -28,8 +28,8 @@ from sdvae.train.data import Batch, Loader, Photos, Sampler, find_photos, write_
 from sdvae.train.optimise import gradients, mean_over_ranks, rate_share, update_average
 from sdvae.train.report import Log, RunPaths, write_card, write_picture, write_plots
 from sdvae.train.state import State
-from sdvae.train.terms import Perceptual, Terms
-from sdvae.train.validate import Image, load_held_out, strip, validate
+from sdvae.train.terms import Terms
+from sdvae.train.validate import Image, appoint_judge, load_held_out, strip, validate
 from sdvae.weights.load import save_folder
 
 _LOG = logging.getLogger(__name__)
@@ -52,13 +52,12 @@ def train(
     config: TrainConfig,
     out: str | Path,
     device: str = "auto",
-    perceptual: Perceptual | None = None,
     progress: Progress = silent,
 ) -> TrainReport:
     """Train in the folder `out`, or go on where a run there stands; afterwards `VAE.load(out)` loads the result.
 
     On a CPU the weights are the same bits however often the run was interrupted. Several ranks (accelerate launch,
-    torchrun) train as one does with the same batch. `perceptual` is the distance that `loss.perceptual` weighs.
+    torchrun) train as one does with the same batch.
 
     Raises TrainError where the loss is not finite, and the state of the last save is kept; ConfigError for another
     network than the run's; SourceError and OutputError for photos and disks. SIGINT and SIGTERM save, then pass on.
@@ -76,7 +75,7 @@ def train(
     if ranks.is_main_process:
         _begin(paths, config, source, progress)
     ranks.wait_for_everyone()
-    run = _Run(config, paths, source, place, ranks.process_index, ranks.num_processes, perceptual)
+    run = _Run(config, paths, source, place, ranks.process_index, ranks.num_processes)
     return run.go(progress)
 
 
@@ -124,12 +123,11 @@ class _Run:
         device: torch.device,
         rank: int,
         world_size: int,
-        perceptual: Perceptual | None,
     ) -> None:
         self.config, self.paths, self.source, self.device = config, paths, source, device
         self.rank, self.world_size = rank, world_size
         self.photos = Photos.from_file(paths.photos)
-        self.state: State = build_state(config, device, perceptual)
+        self.state: State = build_state(config, device)
         self.network = self.state.networks.model.config
         self.sampler = Sampler(self.photos.train, config.data, config.seed, self.network.downscale)
         if paths.state.exists():
@@ -138,6 +136,7 @@ class _Run:
         self.log = Log(paths, config.output.tensorboard, self.state.step) if rank == 0 else None
         size_px = max(rung.size_px for rung in config.data.ladder)
         self.held_out: list[Image] = load_held_out(source, self.photos.held_out, size_px, self.network.downscale)
+        self.judge = appoint_judge(device)
         self.psnr_db: float | None = None
 
     def go(self, progress: Progress) -> TrainReport:
@@ -254,8 +253,8 @@ class _Run:
         if not self.held_out:
             return
         model, step = self.state.average, self.state.step
-        found = validate(model, self.held_out, self.rank, self.world_size)
-        self.psnr_db = found["psnr_db"]
+        found = validate(model, self.held_out, self.judge, self.rank, self.world_size)
+        self.psnr_db = found["psnr"]
         if self.log is not None:
             self.log.add(step, found)
             if self.config.output.pictures:

@@ -13,6 +13,7 @@ from sdvae import __version__, atomic
 from sdvae.config import VAEConfig
 from sdvae.errors import TrainError
 from sdvae.images.write import encode_image
+from sdvae.metrics import METRICS
 from sdvae.train.config import TrainConfig, to_toml
 from sdvae.train.data import Photos
 from sdvae.train.validate import Image
@@ -163,8 +164,8 @@ def write_card(
     paths: RunPaths, config: TrainConfig, network: VAEConfig, photos: Photos, source: str, step: int, lines: list[Line]
 ) -> None:
     """README.md: what the VAE is, what it was trained on, how, and how good it became."""
-    found = [(line["step"], line["psnr_db"]) for line in lines if "psnr_db" in line]
-    picture = paths.picture(found[-1][0]).relative_to(paths.root) if found else None
+    found = [line for line in lines if "psnr" in line]
+    picture = paths.picture(found[-1]["step"]).relative_to(paths.root) if found else None
     config = _without_folders(config, source)
     begun = f"the weights of `{config.model.start}`" if config.model.start else "random weights"
     text = f"""---
@@ -194,17 +195,26 @@ known to sdvae: add them here.
 
 Mean over the held-out photos, centre crops, 8 bits.
 
-| step | PSNR in dB |
-|---|---|
 """
-    shown = found if len(found) <= 10 else [found[0], *found[1 : -1 : max(1, len(found) // 8)], found[-1]]
-    text += "".join(f"| {at:,} | {value:.2f} |\n" for at, value in shown)
+    text += _quality(found)
     if picture is not None and (paths.root / picture).exists():
         text += f"\n![Held-out photos, and below each what this VAE makes of it]({picture.as_posix()})\n"
     if (paths.figures / "terms.png").exists():
         text += "\n![Every term over the steps](figures/terms.png)\n"
     text += f"\n## Config\n\n```toml\n{to_toml(config)}```\n"
     atomic.write_bytes(paths.card, text.encode())
+
+
+def _quality(lines: list[Line]) -> str:
+    """A table of the validations: ten of them at most, the first and the last among them."""
+    if not lines:
+        return "No photo was held out.\n"
+    shown = lines if len(lines) <= 10 else [*lines[: -1 : -(-len(lines) // 9)], lines[-1]]
+    metrics = [metric for name, metric in METRICS.items() if name in lines[-1]]
+    titles = [f"{metric.label} in {metric.unit}" if metric.unit else metric.label for metric in metrics]
+    rows = [["step", *titles], ["---"] * (1 + len(titles))]
+    rows += [[f"{line['step']:,}", *(f"{line[metric.name]:.4g}" for metric in metrics)] for line in shown]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _without_folders(config: TrainConfig, source: str) -> TrainConfig:

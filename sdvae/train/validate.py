@@ -1,16 +1,18 @@
 """Validation: held-out photos through the averaged weights, as numbers and as a picture."""
 
 import logging
-import math
 from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sdvae.encoding.load_photo import load
 from sdvae.encoding.times import Times
-from sdvae.metrics import psnr
+from sdvae.evaluate.judge import Judge, appoint
+from sdvae.evaluate.recipes import Recipe
+from sdvae.metrics import METRICS
 from sdvae.model import AutoencoderKL
 from sdvae.pixels import to_images, to_pixels
 from sdvae.sources.entries import Source
@@ -22,6 +24,7 @@ from sdvae.train.optimise import mean_over_ranks
 _LOG = logging.getLogger(__name__)
 
 _GAP_PX = 4
+_RECIPE = Recipe("held-out", "held-out photos, centre crops", metrics=("psnr", "ssim", "ms_ssim", "lpips_alex"))
 
 Image = NDArray[np.uint8]
 
@@ -51,14 +54,30 @@ def reconstruct(model: AutoencoderKL, images: list[Image]) -> list[Image]:
     return decoded
 
 
-def validate(model: AutoencoderKL, images: list[Image], rank: int, world_size: int) -> dict[str, float]:
-    """The means of the metrics over all images; each rank takes its share."""
-    share = images[rank::world_size]
-    values = [psnr(decoded, image) for decoded, image in zip(reconstruct(model, share), share, strict=True)]
+def appoint_judge(device: torch.device) -> Judge:
+    """Who gives the scores; one whose network is not on this machine is left out."""
+    judge = appoint(_RECIPE, device)
+    for remark in judge.remarks:
+        _LOG.info("%s", remark)
+    return judge
+
+
+def validate(model: AutoencoderKL, images: list[Image], judge: Judge, rank: int, world_size: int) -> dict[str, float]:
+    """The means of the metrics over all images, which have one size; each rank takes its share."""
+    names = [name for name in judge.scores if min(images[0].shape[:2]) >= METRICS[name].min_side_px]
     device = next(model.parameters()).device
-    sums = torch.tensor([math.fsum(values), len(values)], dtype=torch.float64).to(device, torch.float32)
+    sums = torch.zeros(len(names) + 1, device=device)  # the last counts
+    share = images[rank::world_size]
+    for decoded, image in zip(reconstruct(model, share), share, strict=True):
+        scores = judge.score(_levels(decoded, device), _levels(image, device))
+        sums += torch.tensor([*(scores[name] for name in names), 1.0], device=device)
     mean_over_ranks([sums])
-    return {"psnr_db": float(sums[0] / sums[1])}
+    return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
+
+
+def _levels(image: Image, device: torch.device) -> Tensor:  # (H, W, 3) uint8 -> (1, 3, H, W), 0..255
+    precise = torch.float64 if device.type != "mps" else torch.float32
+    return torch.from_numpy(image).to(device).to(precise).permute(2, 0, 1)[None]
 
 
 def strip(model: AutoencoderKL, images: list[Image]) -> Image:
