@@ -15,6 +15,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import accelerate  # noqa: F401 (forks then need not import it)
 import numpy as np
 import pytest
 import torch
@@ -158,7 +159,8 @@ def test_the_log_has_every_term_and_the_card_every_fact(undisturbed: RunPaths, p
 def test_training_reduces_the_loss(config: TrainConfig, tmp_path: Path) -> None:
     plain = TrainConfig(
         60, config.model, data=replace(config.data, ladder=(Rung(16, 4),)), loss=LossConfig(squared=4.0),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5), output=replace(config.output, validate_every=60),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5),
+        output=replace(config.output, validate_every=60, save_every=60),
     )  # fmt: skip
     report = train(plain, tmp_path / "run", "cpu")
     first = lines(RunPaths(tmp_path / "run"))[0]["psnr"]

@@ -26,6 +26,8 @@ def train(config: str, settings: tuple[str, ...], output: Path, device: str, con
     After an interruption the same command continues. Ctrl-C saves first. RUN becomes a folder that --vae and diffusers
     load. Under accelerate launch or torchrun, the processes share each batch.
     """
+    from accelerate import PartialState
+
     from sdvae.train.config import load_config
     from sdvae.train.loop import train
 
@@ -33,6 +35,10 @@ def train(config: str, settings: tuple[str, ...], output: Path, device: str, con
     console.note(f"training {settled.model.start or settled.model.family} on {settled.data.source} in {output}")
     with console.progress("steps") as show:
         report = train(settled, output, device, progress=show)
+    ranks = PartialState()
+    ranks.destroy_process_group()
+    if not ranks.is_main_process:
+        return
     speed = f"{report.steps_per_s:.2f} steps/s, {report.waiting:.0%} of the time waiting for photos"
     quality = "" if report.psnr_db is None else f", {report.psnr_db:.2f} dB PSNR on held-out photos"
     console.result(

@@ -98,7 +98,9 @@ def _require_same_networks(paths: RunPaths, before: TrainConfig, now: TrainConfi
     old, new = _flat(asdict(before)), _flat(asdict(now))
     changed = {name: (old.get(name), new.get(name)) for name in old | new if old.get(name) != new.get(name)}
     told = [f"{name} {was!r} is now {value!r}" for name, (was, value) in sorted(changed.items())]
-    fixed = {"seed", "adversary.width", "adversary.num_layers", "model.family", "model.start", "model.freeze"}
+    fixed = {"seed", "model.family", "model.start", "model.freeze"}
+    if before.adversary.weight and now.adversary.weight:
+        fixed |= {"adversary.width", "adversary.num_layers"}
     if fixed & changed.keys():
         raise ConfigError(f"{paths.root} was begun with another network: {'; '.join(told)}; begin another run")
     if told:
