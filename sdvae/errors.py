@@ -51,6 +51,10 @@ class VerifyError(StoreError):
     exit_code = 5
 
 
+class TrainError(SdvaeError):
+    """A training run that cannot begin or go on: other settings, no photos, a loss that is not finite."""
+
+
 class DeviceError(SdvaeError):
     """A device or dtype this machine cannot serve."""
 

@@ -27,8 +27,8 @@ from sdvae.encoding.resize import choose_resizer
 
 Run = Callable[..., Result]
 VERBS = [
-    "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "eval", "inspect",
-    "identify", "compare", "convert", "extract", "swap", "plan", "bench", "doctor",
+    "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "eval", "report", "app",
+    "inspect", "identify", "compare", "convert", "extract", "swap", "train", "plan", "bench", "doctor",
 ]  # fmt: skip
 
 
@@ -141,6 +141,7 @@ def test_options_are_the_documented_ones() -> None:
         "convert": f"{rewriting} --layout --dtype",
         "extract": rewriting,
         "swap": f"{rewriting} --vae --dtype",
+        "train": f"{console} --set -o --output --device",
         "plan": f"{shared} --size --budget",
         "bench": f"{shared} --size --direction --rounds --batch-size --alone --output",
         "doctor": "--json",

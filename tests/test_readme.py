@@ -18,7 +18,7 @@ from sdvae.errors import SdvaeError
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
-PAGES += [f"docs/{name}.md" for name in ("cli", "python", "sources", "formats", "weights", "gpu", "report")]
+PAGES += [f"docs/{name}.md" for name in ("cli", "python", "sources", "formats", "weights", "gpu", "report", "training")]
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 README = TEXT["README.md"]
 

@@ -30,6 +30,7 @@ from sdvae.cli.roundtrip import roundtrip
 from sdvae.cli.sample import sample
 from sdvae.cli.stats import stats
 from sdvae.cli.swap import swap
+from sdvae.cli.train import train
 from sdvae.cli.verify import verify
 from sdvae.errors import SdvaeError
 
@@ -77,8 +78,9 @@ def cli() -> None:
 
 _PICTURES = (encode, decode, verify, stats, export, roundtrip, sample, interpolate, evaluate, report, app)
 _WEIGHTS = (inspect, identify, compare, convert, extract, swap)
+_TRAINING = (train,)
 _ENGINE = (plan, bench)
-for _verb in (*_PICTURES, *_WEIGHTS, *_ENGINE, doctor):
+for _verb in (*_PICTURES, *_WEIGHTS, *_TRAINING, *_ENGINE, doctor):
     _verb.context_settings["auto_envvar_prefix"] = "SDVAE"  # one name for an option, whatever the verb
     cli.add_command(_verb)
 
