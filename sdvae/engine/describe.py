@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from sdvae.amounts import count, memory_text, size_text
 from sdvae.engine.plan import Plan
 from sdvae.engine.stages import Stage
+from sdvae.engine.traffic import traffic_bytes
 
 if TYPE_CHECKING:
     from sdvae.engine.program import PackedStage, Program
@@ -24,7 +25,7 @@ def plan_values(plan: Plan, num_images: int = 1) -> dict[str, object]:
         "gflop": plan.network.flops(height, width) / 1e9,
         "arena_bytes": plan.arena_bytes,
         "is_arena_on_host": plan.is_on_host,
-        "traffic_bytes": plan.traffic_bytes,
+        "traffic_bytes": traffic_bytes(plan),
         "group": plan.group,
         "strip_bytes": plan.strip_bytes,
         "images_bytes": num_images * plan.image_bytes,
@@ -71,7 +72,7 @@ def _lines(plan: Plan, program: "Program | None", num_images: int) -> Iterator[s
     if plan.is_on_host:
         yield (
             f"and in the host's memory: arena {memory_text(plan.arena_bytes)}; an image moves "
-            f"{memory_text(plan.traffic_bytes)} to and from it"
+            f"{memory_text(traffic_bytes(plan))} to and from it"
         )
     if program is not None:
         yield f"weights: {memory_text(program.num_bytes)}, packed"

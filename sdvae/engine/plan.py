@@ -113,24 +113,6 @@ class Plan:
         arena = 0 if self.is_on_host else self.arena_bytes
         return arena + self.strip_bytes + num_images * self.image_bytes
 
-    @property
-    def traffic_bytes(self) -> int:
-        """What one image moves between a GPU and an arena in its host's memory; 0 where the arena is on the device."""
-        if not self.is_on_host:
-            return 0
-        return self.element_bytes * sum(self._moved_elements(stage) for stage in self.network.stages)
-
-    def _moved_elements(self, stage: Stage) -> int:
-        """What a stage reads of the arena, and writes to it."""
-        source, target = self.levels[stage.source_level], self.levels[stage.level]
-        read = 0 if stage.source == "input" else source.height * source.width * stage.in_channels
-        written = 0 if stage.target == "output" else target.height * target.width * stage.out_channels
-        if stage.kind == "attention":  # it adds, and then counts
-            return read + (3 if stage.has_statistics else 2) * written
-        if stage.adds:
-            return read + 2 * written
-        return 2 * (read + written) if stage.shortcut else read + written
-
     def num_strips(self, stage: Stage) -> int:
         """How many strips a stage runs in; the attention sees all rows at once."""
         return 1 if stage.kind == "attention" else len(self.levels[stage.level].strips)

@@ -8,6 +8,7 @@ from sdvae.amounts import memory_text, size_text
 from sdvae.config import VAEConfig
 from sdvae.engine.plan import MAX_GROUP, Plan, make_plan
 from sdvae.engine.stages import Direction, build_network
+from sdvae.engine.traffic import traffic_bytes
 from sdvae.errors import BudgetError
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -102,7 +103,7 @@ def _traffic(needs: Sequence[Need]) -> str:
     far = [need.plan for need in needs if need.plan.is_on_host]
     if not far:
         return ""
-    arena, traffic = (max(amounts) for amounts in zip(*((p.arena_bytes, p.traffic_bytes) for p in far), strict=True))
+    arena, traffic = (max(amounts) for amounts in zip(*((p.arena_bytes, traffic_bytes(p)) for p in far), strict=True))
     return (
         f"; {memory_text(arena)} of layers lie in the host's memory, and an image moves {memory_text(traffic)} "
         "to and from it"
