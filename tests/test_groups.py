@@ -149,14 +149,12 @@ def _filling_counted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(grouping, "_statistics", counted)
 
 
-def _places_mixed_up(patch: pytest.MonkeyPatch) -> None:
-    singly = grouping._singly
-    patch.setattr(
-        grouping, "_singly", lambda images: singly(images.roll(1, 0)) if images.shape[1] > 8 else singly(images)
-    )
+def _statistics_of_the_neighbour(patch: pytest.MonkeyPatch) -> None:
+    statistics = grouping._statistics
+    patch.setattr(grouping, "_statistics", lambda *arguments: statistics(*arguments).roll(1, 1))
 
 
-@pytest.mark.parametrize("mutate", [_statistics_over_the_group, _filling_counted, _places_mixed_up])
+@pytest.mark.parametrize("mutate", [_statistics_over_the_group, _filling_counted, _statistics_of_the_neighbour])
 def test_a_mutant_is_seen(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     vae, images = VAES["plain"], inputs(SMALL, "decode", 5, 4, 3)
     with torch.no_grad():
