@@ -9,15 +9,17 @@ from PIL import Image
 
 from sdvae import VAE
 from sdvae.cli.main import cli
-from sdvae.evaluate import finish, probes
+from sdvae.evaluate import finish, pictures, probes
 from sdvae.evaluate.results import read_results
 
 Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_probe() -> Iterator[None]:
+def _few() -> Iterator[None]:
+    """Less of what takes time: two round trips of one image, one pictured."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "NUM_PICTURED", 1)
         patch.setattr(finish, "NUM_PROBED", 1)
         patch.setattr(probes, "TRIPS", (1, 2))
         yield
