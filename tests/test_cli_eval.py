@@ -149,3 +149,11 @@ def test_a_vae_of_another_downscale_is_judged_beside(run: Run, photos: Path, tmp
     done = run(photos, "--vae", tmp_path / "f4", "-o", tmp_path / "report", "--metrics", "psnr")
     assert done.exit_code == 0, done.output
     assert [one.downscale for one in read_results(tmp_path / "report").candidates] == [8, 4]
+
+
+def test_every_recipe_can_be_chosen() -> None:
+    """The command lists them itself: their module imports torch."""
+    from sdvae.cli.eval import _RECIPES
+    from sdvae.evaluate.recipes import RECIPES
+
+    assert tuple(RECIPES) == _RECIPES

@@ -342,7 +342,7 @@ def test_distances_between_sets_are_those_of_the_features(
     for one, features in zip(statistics, sets, strict=True):
         one.add(features)
     found = results.candidates[0].summaries
-    assert found["rfid"].mean == pytest.approx(frechet_distance(*statistics), rel=1e-4)
+    assert found["rfid"].mean == pytest.approx(frechet_distance(*statistics), rel=1e-3)
     assert found["rkid"].mean == pytest.approx(kernel_distance(*sets), rel=1e-4)
     assert found["rfid"].low is None
     assert results.columns[1].networks[0].sha256 == "ab" * 32
