@@ -135,6 +135,7 @@ def test_options_are_the_documented_ones() -> None:
         "roundtrip": f"{shared} -o --output --size --budget",
         "sample": f"{shared} -n --num -o --output --size --seed --budget",
         "interpolate": f"{shared} -o --output --steps --mode --size --budget",
+        "eval": f"{shared} -o --output --recipe --metrics --vary --explain-difference --limit --batch-size --budget",
         "inspect": f"{console} --family --tensors",
         "identify": console,
         "compare": console,

@@ -9,15 +9,17 @@ from PIL import Image
 
 from sdvae import VAE
 from sdvae.cli.main import cli
-from sdvae.evaluate import finish, probes
+from sdvae.evaluate import finish, pictures, probes
 from sdvae.evaluate.results import read_results
 
 Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_probe() -> Iterator[None]:
+def _few() -> Iterator[None]:
+    """Less of what takes time: two round trips of one image, one pictured."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "NUM_PICTURED", 1)
         patch.setattr(finish, "NUM_PROBED", 1)
         patch.setattr(probes, "TRIPS", (1, 2))
         yield
@@ -147,3 +149,11 @@ def test_a_vae_of_another_downscale_is_judged_beside(run: Run, photos: Path, tmp
     done = run(photos, "--vae", tmp_path / "f4", "-o", tmp_path / "report", "--metrics", "psnr")
     assert done.exit_code == 0, done.output
     assert [one.downscale for one in read_results(tmp_path / "report").candidates] == [8, 4]
+
+
+def test_every_recipe_can_be_chosen() -> None:
+    """The command lists them itself: their module imports torch."""
+    from sdvae.cli.eval import _RECIPES
+    from sdvae.evaluate.recipes import RECIPES
+
+    assert tuple(RECIPES) == _RECIPES

@@ -33,7 +33,7 @@ from tests.conftest import random_model
 
 RECIPE = replace(RECIPES["native"], metrics=("psnr", "ssim"))
 TINY = VAEConfig(
-    block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False,
+    block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False,
     use_quant_conv=False, use_post_quant_conv=False,
 )  # fmt: skip
 TIMES = {"encode_s", "decode_s", "peak_bytes"}
@@ -41,21 +41,21 @@ TIMES = {"encode_s", "decode_s", "peak_bytes"}
 
 @pytest.fixture(scope="module", autouse=True)
 def _few() -> Iterator[None]:
-    """Less of what takes time: two round trips of one image, five pictured; chunks of three."""
+    """Less of what takes time: two round trips of one image, three pictured; chunks of two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finish, "NUM_PROBED", 1)
         patch.setattr(probes, "TRIPS", (1, 2))
-        patch.setattr(pictures, "NUM_PICTURED", 5)
-        patch.setattr(run, "CHUNK", 3)
+        patch.setattr(pictures, "NUM_PICTURED", 3)
+        patch.setattr(run, "CHUNK", 2)
         yield
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven small photos of three sizes, one of no whole number of latents: three chunks."""
+    """Five small photos of three sizes, one of no whole number of latents: three chunks."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
-    for number in range(7):
+    for number in range(5):
         height, width = ((48, 64), (64, 48), (45, 52))[number % 3]
         rows, columns = np.mgrid[:height, :width]
         waves = [np.sin(rows / rng.uniform(3, 9) + columns / rng.uniform(3, 9) + c) for c in range(3)]
@@ -110,17 +110,17 @@ def judged(photos: Path, vaes: list[VAECandidate], tmp_path_factory: pytest.Temp
 def test_the_results_are_written_and_every_picture_is_there(judged: tuple[Path, Results]) -> None:
     report, results = judged
     assert read_results(report) == results
-    assert results.num_images == 7
+    assert results.num_images == 5
     assert [candidate.label for candidate in results.candidates] == ["vae 0", "vae 1"]
     psnr = results.candidates[0].summaries["psnr"]
     assert psnr.low is not None
     assert psnr.high is not None
     assert psnr.low < psnr.mean < psnr.high
-    assert psnr.num_images == sum(psnr.histogram_counts) == 7
+    assert psnr.num_images == sum(psnr.histogram_counts) == 5
     lines = [json.loads(line) for line in (report / SCORES_NAME).read_text().splitlines()]
-    assert [line["index"] for line in lines] == list(range(7))
+    assert [line["index"] for line in lines] == list(range(5))
     assert np.mean([line["scores"]["vae 0"]["psnr"] for line in lines]) == pytest.approx(psnr.mean, abs=1e-9)
-    assert len(results.images) == 5
+    assert len(results.images) == 3
     assert results.images[0].reasons[0] == "worst"
     for view in (view for image in results.images for view in image.views):
         for picture in (
@@ -187,7 +187,7 @@ def test_a_kill_in_the_middle_costs_a_chunk_and_no_digit(
     real = run.judge_chunk
 
     def dying(candidate: Any, items: Any, *rest: Any) -> Any:
-        if items[0].index >= 3:
+        if items[0].index >= 2:
             raise KeyboardInterrupt
         return real(candidate, items, *rest)
 
@@ -203,7 +203,7 @@ def test_a_kill_in_the_middle_costs_a_chunk_and_no_digit(
     monkeypatch.setattr(run, "judge_chunk", counting)
     again = judge(photos, report, vaes)
     assert again is not None
-    assert set(judged_chunks) == {3, 6}
+    assert set(judged_chunks) == {2, 4}
     assert without_times(again) == without_times(judged[1])
 
 
@@ -254,7 +254,7 @@ def test_photos_that_cannot_be_read_are_left_out_and_counted(
     (folder / "00.png").write_bytes((folder / "00.png").read_bytes()[:200])
     results = judge(folder, tmp_path / "report", vaes[:1])
     assert results is not None
-    assert results.num_images == 6
+    assert results.num_images == 4
     assert sum(results.left_out.values()) == 1
 
 
@@ -342,7 +342,7 @@ def test_distances_between_sets_are_those_of_the_features(
     for one, features in zip(statistics, sets, strict=True):
         one.add(features)
     found = results.candidates[0].summaries
-    assert found["rfid"].mean == pytest.approx(frechet_distance(*statistics), rel=1e-4)
+    assert found["rfid"].mean == pytest.approx(frechet_distance(*statistics), rel=1e-3)
     assert found["rkid"].mean == pytest.approx(kernel_distance(*sets), rel=1e-4)
     assert found["rfid"].low is None
     assert results.columns[1].networks[0].sha256 == "ab" * 32

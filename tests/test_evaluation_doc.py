@@ -1,5 +1,6 @@
 """docs/evaluation.md quotes lines that exist, and names every recipe and every network's file."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,12 @@ def test_every_recipe_metric_and_file_is_named() -> None:
     assert [name for name in RECIPES if f"`{name}`" not in DOC] == []
     assert [metric.label for metric in METRICS.values() if metric.label not in DOC] == []
     assert [file.file for file in FILES.values() if file.file not in DOC or file.sha256 not in DOC] == []
+
+
+def test_the_table_of_kodak_is_the_benchmarks() -> None:
+    """`benchmarks/quality.py --write` prints the table that belongs into section 8."""
+    from benchmarks.quality import markdown
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "quality-kodak.json").read_text(encoding="utf-8"))
+    table = "\n".join(line for line in DOC.partition("\n## 8.")[2].splitlines() if line.startswith("|"))
+    assert table == markdown(result)

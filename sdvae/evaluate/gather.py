@@ -68,10 +68,13 @@ class Gathered:
         """Sentences on what the numbers lack."""
         if self.num_images == 1:
             yield "Of one image no interval can be given."
-        for name in self.judge.scores:
-            num = int(np.isfinite(self.array(0, name)).sum())
-            if num < self.num_images:
-                yield f"{self.num_images - num} of {self.num_images} images are too small for {name}."
+        counts = {name: int(np.isfinite(self.array(0, name)).sum()) for name in self.judge.scores}
+        for name, num in counts.items():
+            if num < max(counts.values()):
+                yield f"{max(counts.values()) - num} of {self.num_images} images are too small for {name}."
+        for candidate, part in zip(self.candidates, self.parts, strict=True):
+            if part.num_failed:
+                yield f"{candidate.identity.label} gave no finite picture of {part.num_failed} images."
 
     def _scores(self, parts: Sequence[Part]) -> Iterator[bytes]:
         for index in sorted({index for part in parts for index in part.scores}):

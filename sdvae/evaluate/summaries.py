@@ -1,7 +1,5 @@
 """A metric over all images: its mean, its interval and its distribution, or a distance between two sets."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -54,29 +52,24 @@ def _set_summary(name: str, place: int, gathered: Gathered, notes: Notes, recipe
                 if len(features):
                     gathers.add(features)
         return Summary(frechet_distance(*statistics), None, None, statistics[0].num)
-    places = [_rows(gathered.num_chunks, notes, which) for which in (str(place), original)]
+    ours, theirs = (_Rows(notes, gathered.num_chunks, which) for which in (str(place), original))
     pairs = [
-        unbiased_mmd(*(rows[chosen] for rows, chosen in zip(places, subset, strict=True)))
-        for subset in subsets(len(places[0]), len(places[1]))
+        unbiased_mmd(ours.read(our_rows), theirs.read(their_rows))
+        for our_rows, their_rows in subsets(ours.num, theirs.num)
     ]
-    return Summary(float(np.mean(pairs)), None, None, len(places[0]))
+    return Summary(float(np.mean(pairs)), None, None, ours.num)
 
 
 class _Rows:
-    """Features of all chunks, which stay on disk."""
+    """Features of all chunks, which stay on disk: a million images have more files than a process may map."""
 
-    def __init__(self, chunks: Sequence[NDArray[np.float32]]) -> None:
-        self.chunks = chunks
-        self.starts = np.cumsum([0, *map(len, chunks)])
+    def __init__(self, notes: Notes, num_chunks: int, which: str) -> None:
+        self.notes, self.which = notes, which
+        self.starts = np.cumsum([0, *(len(notes.read_features(number, which)) for number in range(num_chunks))])
+        self.num = int(self.starts[-1])
 
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        chunk = np.searchsorted(self.starts, rows, "right") - 1
-        found = [self.chunks[number][row] for number, row in zip(chunk, rows - self.starts[chunk], strict=True)]
-        return np.stack(found)
-
-
-def _rows(num_chunks: int, notes: Notes, which: str) -> _Rows:
-    return _Rows([notes.read_features(number, which) for number in range(num_chunks)])
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """These rows, in this order."""
+        chunks = np.searchsorted(self.starts, rows, "right") - 1
+        places = zip(chunks.tolist(), (rows - self.starts[chunks]).tolist(), strict=True)
+        return np.stack([np.array(self.notes.read_features(chunk, self.which)[row]) for chunk, row in places])
