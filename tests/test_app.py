@@ -63,7 +63,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def upload(page: Page, photos: list[Path]) -> None:
     page.locator("#files").set_input_files(photos)
-    page.wait_for_function("document.getElementById('status').textContent === ''", timeout=DONE_MS)
+    page.locator("#status:empty").wait_for(state="attached", timeout=DONE_MS)
 
 
 def ask(url: str, method: str = "GET", path: str = "/", body: bytes = b"", **headers: str) -> tuple[int, str]:
