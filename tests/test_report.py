@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import unescape
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_the_page_says_what_results_say(tmp_path: Path) -> None:
     assert [cell.text for cell in memory] == ["200", "200", "–"] and not any(cell.is_best for cell in memory)
     assert page.findings.startswith("JPEG is best by PSNR")
     assert {plot.title for plot in page.plots} >= {"Rate against distortion", "Decay over round trips"}
-    html = render(page)
+    html = unescape(render(page))
     assert results.caption in html and page.remarks[0] in html and "7be5" * 16 in html
 
 

@@ -33,7 +33,7 @@ TILINGS = ("none", "diffusers")
 _TILE_PX = 256
 _STEPS = 9
 _NUM_SAMPLES = 4
-METRICS = (Metric("psnr", "PSNR", "dB", "higher"), Metric("encode", "Encode", "s"), Metric("decode", "Decode", "s"))
+METRICS = (Metric("psnr", "PSNR", "dB", "higher"), Metric("encode", "Encode, s"), Metric("decode", "Decode, s"))
 
 
 @dataclass(frozen=True)

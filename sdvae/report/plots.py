@@ -228,7 +228,7 @@ def _spread(places: Sequence[float], gap: float = 15.0) -> list[float]:
     spread = list(places)
     for before, index in pairwise(order):
         spread[index] = max(spread[index], spread[before] + gap)
-    over = max(0.0, max(spread, default=0.0) - (HEIGHT - _BOTTOM))
+    over = max(0.0, max(spread, default=0.0) - (HEIGHT - _BOTTOM - 8))
     limit = math.inf
     for index in reversed(order):
         spread[index] = min(spread[index] - (over if limit == math.inf else 0.0), limit)
