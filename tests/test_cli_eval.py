@@ -52,6 +52,7 @@ def test_a_report_is_written_and_its_table_printed(run: Run, photos: Path, tmp_p
     results = read_results(tmp_path / "report")
     assert results.caption in done.stdout
     assert f"{results.candidates[0].summaries['psnr'].mean:.2f} [" in done.stdout
+    assert "<h1>1 VAE on 2 photos</h1>" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
 
 
 def test_json_is_the_results(run: Run, photos: Path, tmp_path: Path) -> None:

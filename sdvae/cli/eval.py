@@ -1,6 +1,7 @@
 """`sdvae eval`: how well VAEs reconstruct photos."""
 
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,7 +90,7 @@ def evaluate(
 ) -> None:
     """Encode and decode the photos in SRC with each VAE, and compare.
 
-    The table goes to stdout; results.json, the scores of each photo and the pictures go to REPORT. After an
+    The table goes to stdout; results.json, a page to look at and the scores of each photo go to REPORT. After an
     interruption, the same command continues. Under accelerate launch, torchrun or srun, each process judges its share.
     """
     if (output is None) != explain_difference:
@@ -128,9 +129,22 @@ def evaluate(
         return
     for reason, number in results.left_out.items():
         console.note(f"{count(number, 'photo')} left out: {reason}")
-    console.result("\n".join(table(results)), output=str(output), **to_json(results))
+    page = _write_page(output, console)
+    console.result("\n".join(table(results)), output=str(output), page=page, **to_json(results))
     if results.left_out and ranks.world_size == 1:  # a launcher ends all ranks when one does not exit with 0
         click.get_current_context().exit(3)
+
+
+def _write_page(report: Path, console: Console) -> str | None:
+    """The page of a report; its numbers are worth having without the library that sets it."""
+    if find_spec("jinja2") is None:
+        console.note("no page is made without jinja2; pip install 'sdvae[report]', then run sdvae report")
+        return None
+    from sdvae.report.comparison import write_report
+
+    page = str(write_report(report))
+    console.note(f"to look at: {page}")
+    return page
 
 
 def _candidates(
