@@ -74,9 +74,8 @@ def measure_here(task: Task) -> Peak:
         else diffusers(model, task.direction, _CPU, task.dtype, "channels_last")
     )
     batch = seeded_batch(task.config, Settings(task.direction, task.height, task.width))
-    side = 8 * task.config.downscale
     with torch.no_grad():
-        contender.run(seeded_batch(task.config, Settings(task.direction, side, side)))  # packs the weights
+        contender.run(batch)  # packs the weights as this size reads them
         predicted = None
         if task.who == "sdvae":
             plan = engine.plan(task.direction, *batch.shape[2:], budget=task.budget_bytes)

@@ -2,19 +2,24 @@
 """`sdvae bench` with two rivals more, diffusers compiled and in tiles, for Stable Diffusion's VAE with random weights.
 
     benchmarks/throughput.py [--size 512 ...] [--device auto] [--dtype auto] [--batch-size 1] [--rounds 5] [--write]
+    benchmarks/throughput.py --sweep [--beside 1] [--network sd1 ...] [--size 64 ...] [--dtype auto] [--write]
 
-With --write, results/<device>-<dtype>-<sizes>[x<batch>].json and a plot of speed and memory against size.
+With --write, results/<device>-<dtype>-<sizes>[x<batch>].json and a plot of speed and memory against size. The sweep is
+a table of ratios on the CPU, 64 to 512 px in batches of 1 and 8, beside so many busy processes; with --write,
+results/sweep-<dtype>-<n>threads[-beside<n>].json.
 """
 
 import argparse
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import sweep
 import torch
-from common import RESULTS
+from common import RESULTS, write_result
 from torch import Tensor
 
 from sdvae.bench.contenders import Contender, diffusers_contender, every_diffusers, load_diffusers
@@ -107,6 +112,29 @@ def plot(measurements: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def run_sweep(chosen: argparse.Namespace) -> None:
+    """Print each cell as it comes, then the table."""
+    choice = choose_dtype(chosen.dtype, torch.device("cpu"))
+    dtype = next(name for name, known in DTYPES.items() if known == choice.dtype)
+    names, sizes = chosen.network or sweep.NETWORKS, chosen.size or [64, 128, 256, 512]
+    cells = []
+    for cell in sweep.sweep(names, sizes, [1, 8], dtype, chosen.rounds, chosen.beside):
+        cells.append(cell)
+        again = "" if cell.first_ratio is None else f", {cell.first_ratio:.2f} before"
+        ours, theirs = (1e3 * statistics.median(times) for times in (cell.our_seconds, cell.their_seconds))
+        print(
+            f"{cell.network} {cell.direction} {cell.size_px} px x {cell.batch_size}: {ours:.1f} ms, diffusers "
+            f"{theirs:.1f} ms ({cell.memory_format}), ratio {cell.ratio:.2f}{again}",
+            flush=True,
+        )
+    print("\n".join(sweep.table(cells)))
+    if chosen.write:
+        threads = torch.get_num_threads()
+        beside = f"-beside{chosen.beside}" if chosen.beside else ""
+        result = {"dtype": dtype, "threads": threads, "busy_processes": chosen.beside, "cells": sweep.values(cells)}
+        print(write_result(f"sweep-{dtype}-{threads}threads{beside}", result))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
@@ -116,7 +144,13 @@ def main() -> None:
     parser.add_argument("--size", action="append", type=int)
     parser.add_argument("--batch-size", default=1, type=int)
     parser.add_argument("--rounds", default=5, type=int)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--beside", default=0, type=int)
+    parser.add_argument("--network", action="append", choices=sweep.NETWORKS)
     chosen = parser.parse_args()
+    if chosen.sweep:
+        run_sweep(chosen)
+        return
     device = choose_device(chosen.device)
     choice = choose_dtype(chosen.dtype, device)
     dtype = next(name for name, known in DTYPES.items() if known == choice.dtype)

@@ -51,12 +51,20 @@ class VerifyError(StoreError):
     exit_code = 5
 
 
+class TrainError(SdvaeError):
+    """A training run that cannot begin or go on: other settings, no photos, a loss that is not finite."""
+
+
 class DeviceError(SdvaeError):
     """A device or dtype this machine cannot serve."""
 
 
 class BudgetError(SdvaeError):
-    """A memory budget that is no amount of memory, or that no plan can keep."""
+    """A memory budget that is no amount of memory, or that no plan can keep: one can keep `least_bytes`."""
+
+    def __init__(self, message: str, least_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.least_bytes = least_bytes
 
 
 class BenchError(SdvaeError):

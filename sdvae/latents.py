@@ -4,6 +4,8 @@ Raw latents are what the encoder gives and the decoder takes. Scaled latents are
 sees: about unit variance, `(latents - shift_factor) * scaling_factor`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,13 +27,17 @@ def unscale(scaled_latents: Tensor, scaling: Scaling) -> Tensor:  # scaled (N, C
 
 
 def _affine(like: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
-    shift = torch.tensor(0.0 if scaling.shift_factor is None else scaling.shift_factor)
-    factor = torch.tensor(scaling.scaling_factor)
+    shift = _numbers(0.0 if scaling.shift_factor is None else scaling.shift_factor)
+    factor = _numbers(scaling.scaling_factor)
     if scaling.latents_mean is not None and scaling.latents_std is not None:
         # Playground v2.5: whitened per channel, then scaled (diffusers' SDXL pipeline, decode).
-        shift = shift + torch.tensor(scaling.latents_mean).view(1, -1, 1, 1)
-        factor = factor / torch.tensor(scaling.latents_std).view(1, -1, 1, 1)
+        shift = shift + _numbers(scaling.latents_mean).view(1, -1, 1, 1)
+        factor = factor / _numbers(scaling.latents_std).view(1, -1, 1, 1)
     return shift.to(like), factor.to(like)
+
+
+def _numbers(values: float | Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def lerp(start: Tensor, end: Tensor, position: float) -> Tensor:

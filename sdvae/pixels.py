@@ -54,7 +54,7 @@ def from_levels(levels: "Tensor") -> "Tensor":  # (N, H, W, 3) uint8 -> (N, 3, H
     import torch
 
     # CUDA divides by a number as it multiplies by the reciprocal, which rounds differently; by a tensor it divides.
-    pixels = levels.float().div_(torch.full((1,), 255.0, device=levels.device)).mul_(2).sub_(1)
+    pixels = levels.float().div_(torch.full((1,), 255.0, dtype=torch.float32, device=levels.device)).mul_(2).sub_(1)
     return pixels.permute(0, 3, 1, 2)
 
 

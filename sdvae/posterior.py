@@ -50,14 +50,16 @@ class DiagonalGaussian:
 
     def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:  # (N,) in nats
         """KL(self || other) summed over the dimensions of each image; `other` defaults to N(0, I)."""
+        return self.kl_per_dimension(other).flatten(1).sum(1)
+
+    def kl_per_dimension(self, other: "DiagonalGaussian | None" = None) -> Tensor:  # (N, C, h, w) in nats
+        """What each latent number adds to `kl`."""
         mean, logvar = _wide(self.mean), _wide(self.logvar)
         if other is None:
-            per_dimension = 0.5 * (mean.square() + logvar.exp() - logvar - 1.0)
-        else:
-            other_mean, other_logvar = _wide(other.mean), _wide(other.logvar)
-            squares = ((mean - other_mean).square() + logvar.exp()) * (-other_logvar).exp()
-            per_dimension = 0.5 * (squares - 1.0 + other_logvar - logvar)
-        return per_dimension.flatten(1).sum(1)
+            return 0.5 * (mean.square() + logvar.exp() - logvar - 1.0)
+        other_mean, other_logvar = _wide(other.mean), _wide(other.logvar)
+        squares = ((mean - other_mean).square() + logvar.exp()) * (-other_logvar).exp()
+        return 0.5 * (squares - 1.0 + other_logvar - logvar)
 
     def nll(self, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N,) in nats
         """Negative log-likelihood of `latents` under this Gaussian, summed over each image."""

@@ -72,7 +72,9 @@ def _fetch(pixels: Tensor, stream: torch.cuda.Stream) -> tuple[Tensor, Tensor, t
     with torch.cuda.stream(stream):
         for result in results:
             copies.append(
-                torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
+                torch.empty(result.shape, dtype=result.dtype, device="cpu", pin_memory=True).copy_(
+                    result, non_blocking=True
+                )
             )
             result.record_stream(stream)
         return copies[0], copies[1], stream.record_event()

@@ -3,9 +3,7 @@
 Architecture and weights: madebyollin/taesd, `taesd.py` (MIT). Parameters are named as in diffusers' AutoencoderTiny.
 """
 
-import copy
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.config import VAEConfig
-from sdvae.errors import BudgetError, ConfigError
+from sdvae.errors import ConfigError
 from sdvae.latents import scale, unscale
 from sdvae.posterior import LOGVAR_MIN, DiagonalGaussian
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -174,58 +170,6 @@ class AutoencoderTiny(nn.Module):
         """Reconstruction of one posterior sample, and the posterior."""
         posterior = self.encode(pixels)
         return self.decode(posterior.sample(generator)), posterior
-
-
-class TinyEngine:
-    """What `Engine` is to a KL-VAE: runs a TAESD. It is small: its module runs as it is."""
-
-    def __init__(self, source: AutoencoderTiny, device: torch.device, dtype: torch.dtype) -> None:
-        self.source = source
-        self.calls = 0
-        self.is_deterministic = False  # one image at a time: libraries may round a batch otherwise
-        # NHWC is 2x faster on CPUs, and loses on CUDA where GroupNorm is torch's own.
-        memory_format = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-        placed = copy.deepcopy(source).requires_grad_(False).eval().to(device, dtype)
-        self._module: AutoencoderTiny = placed.to(memory_format=memory_format)  # type: ignore[call-overload]
-        self._place = device, dtype, memory_format
-        self._float32: TinyEngine | None = None  # the twin that runs what overflows
-
-    def encode_moments(self, pixels: Tensor, budget: int | str | None = None) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8): mean and logvar of raw latents."""
-        return self._run(self._module.encode_moments, pixels, budget)
-
-    def decode(self, latents: Tensor, budget: int | str | None = None) -> Tensor:
-        """Raw (N, C, h, w) -> pixels (N, 3, 8h, 8w)."""
-        return self._run(self._module.decode, latents, budget)
-
-    def in_float32(self) -> "TinyEngine":
-        """The twin that computes in fp32, as deterministic as this engine is now; itself if it computes in fp32."""
-        device, dtype, _ = self._place
-        if dtype == torch.float32:
-            return self
-        if self._float32 is None:
-            self._float32 = TinyEngine(self.source, device, torch.float32)
-        self._float32.is_deterministic = self.is_deterministic
-        return self._float32
-
-    def describe(self) -> str:
-        """What runs, in words."""
-        device, dtype, _ = self._place
-        return f"sdvae's TAESD, {str(dtype).removeprefix('torch.')} on {device}"
-
-    def _run(self, run: Callable[[Tensor], Tensor], batch: Tensor, budget: int | str | None) -> Tensor:
-        if budget is not None:
-            raise BudgetError("a TAESD runs as a whole and keeps no memory budget; leave it out, or take a KL-VAE")
-        self.calls += 1
-        device, dtype, memory_format = self._place
-        placed = batch.to(device, dtype, memory_format=memory_format)
-        parts = torch.split(placed, 1) if self.is_deterministic else [placed]
-        out = torch.cat([run(part) for part in parts]).float()
-        for index, image in enumerate(out):
-            if dtype != torch.float32 and not image.isfinite().all():
-                logger.warning("image %d of the batch overflowed in %s and runs again in fp32", index, dtype)
-                image.copy_(getattr(self.in_float32(), run.__name__)(batch[index : index + 1])[0])
-        return out
 
 
 def named_as_diffusers(encoder: Mapping[str, T], decoder: Mapping[str, T]) -> dict[str, T]:

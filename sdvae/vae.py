@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -15,14 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 from sdvae import latents as latent_scaling
+from sdvae.amounts import count, size_text
 from sdvae.config import VAEConfig
-from sdvae.engine.precision import choose_device, choose_dtype, full_precision
+from sdvae.engine.plan import MAX_GROUP
+from sdvae.engine.precision import choose_device, choose_dtype, inference
 from sdvae.engine.run import Budget, Engine
+from sdvae.engine.tiny_run import TinyEngine
 from sdvae.errors import LatentsError, ShapeError
 from sdvae.images.read import from_pil
 from sdvae.pixels import pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
-from sdvae.tiny import AutoencoderTiny, TinyEngine
+from sdvae.tiny import AutoencoderTiny
 from sdvae.weights import identity
 from sdvae.weights.load import AnyModel, build_model, load_weights, save_folder
 
@@ -39,8 +42,8 @@ class Encoded:
     sizes: list[tuple[int, int]]
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{width}x{height}" for height, width in self.sizes[:5]) + ", ..." * (len(self.sizes) > 5)
-        return f"Encoded({len(self.latents)} images: {sizes})"
+        sizes = ", ".join(size_text(*size) for size in self.sizes[:5]) + ", ..." * (len(self.sizes) > 5)
+        return f"Encoded({count(len(self.latents), 'image')}: {sizes})"
 
 
 class VAE:
@@ -50,20 +53,30 @@ class VAE:
     the log says so. One call at a time.
     """
 
-    def __init__(self, model: AnyModel, device: torch.device, dtype: torch.dtype, name: str) -> None:
-        """A model is neither copied nor changed: its weights are packed for `device` and `dtype` when they are used."""
+    def __init__(
+        self, model: AnyModel, device: torch.device, dtype: torch.dtype, name: str, *, is_private: bool = False
+    ) -> None:
+        """A model is neither copied nor changed: its weights are packed for `device` and `dtype` when they are used.
+
+        `is_private`: nobody else holds it, so that it cannot change until `model` is asked for.
+        """
         self.name = name
         self.config: VAEConfig = model.config
         self.device = device
         self.dtype = dtype
         self.fingerprint = identity.fingerprint(model.state_dict())
         self.latent_space = identity.latent_space(model.config, self.fingerprint)
-        self.model = model
+        self._model = model
         self.engine: Engine | TinyEngine = (
             TinyEngine(model, device, dtype)
             if isinstance(model, AutoencoderTiny)
-            else Engine(model, self.config, device, dtype)
+            else Engine(model, self.config, device, dtype, is_private=is_private)
         )
+
+    @property
+    def model(self) -> AnyModel:
+        """The weights as loaded. Who asks for them may change them: from then on each run of a KL-VAE looks first."""
+        return cast(AnyModel, self.engine.source)
 
     @classmethod
     def load(
@@ -85,14 +98,13 @@ class VAE:
         """
         place = choose_device(device)
         choice = choose_dtype(dtype, place)
-        weights = load_weights(spec, family)
-        model, name = build_model(weights), weights.name
-        del weights  # whose tensors would outlive their move to the device
-        return cls(model, place, choice.dtype, name)
+        with torch.inference_mode(False):  # whose tensors can never be trained
+            weights = load_weights(spec, family)
+            return cls(build_model(weights), place, choice.dtype, weights.name, is_private=True)
 
     def save(self, folder: str | Path) -> None:
         """Write the weights as loaded, in fp32, as a folder that diffusers' `from_pretrained` reads."""
-        save_folder(Path(folder), self.config, self.model.state_dict())
+        save_folder(Path(folder), self.config, self._model.state_dict())
 
     def in_float32(self) -> "VAE":
         """This VAE computing in fp32 on the same device, on the fp32 twin of its engine; itself if it does already."""
@@ -110,7 +122,7 @@ class VAE:
         ShapeError for sizes that are no multiple of the downscale, BudgetError before anything is allocated.
         """
         self._check_pixels(pixels)
-        with _inference():
+        with inference():
             return DiagonalGaussian.from_moments(self.engine.encode_moments(pixels, budget))
 
     def decode(self, latents: Tensor, budget: Budget = None) -> Tensor:
@@ -119,25 +131,26 @@ class VAE:
         `budget` is that of `encode`. LatentsError for other channels, NaN or infinity.
         """
         self._check_latents(latents)
-        with _inference():
+        with inference():
             return self.engine.decode(latents, budget)
 
     @contextmanager
-    def deterministic(self) -> Iterator[None]:
+    def deterministic(self, max_group: int = MAX_GROUP) -> Iterator[None]:
         """Inside, results have the same bits whatever the batch and whatever memory is free.
 
-        Stores are encoded with it. A budget that needs other strips is refused (BudgetError). With another number of
-        threads, another library or CPU, the last bits may differ.
+        Stores are encoded with it. A budget that needs another plan is refused (BudgetError). With another number of
+        threads, another library or CPU, the last bits may differ; and with another `max_group`, the most small images
+        that a CPU runs together (0: each runs alone, in strips).
         """
         engines = self.engine, self.engine.in_float32()
-        before = self.engine.is_deterministic
+        before = self.engine.is_deterministic, self.engine.max_group
         for engine in engines:
-            engine.is_deterministic = True
+            engine.is_deterministic, engine.max_group = True, max_group
         try:
             yield
         finally:
             for engine in engines:
-                engine.is_deterministic = before
+                engine.is_deterministic, engine.max_group = before
 
     def encode_images(self, images: Sequence[AnyImage], budget: Budget = None) -> Encoded:
         """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.
@@ -173,12 +186,14 @@ class VAE:
         """
         downscale = self.config.downscale
         if height % downscale or width % downscale:
-            raise ShapeError(f"cannot sample {height}x{width} px: both sides must be multiples of {downscale}")
+            raise ShapeError(
+                f"cannot sample {size_text(height, width)} px: both sides must be multiples of {downscale}"
+            )
         shape = (1, self.config.latent_channels, height // downscale, width // downscale)
         generator = torch.Generator().manual_seed(seed)
         images = []
         for _ in range(num_images):
-            latents = self.unscale(torch.randn(shape, generator=generator))
+            latents = self.unscale(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"))
             images.append(Image.fromarray(to_images(self.decode(latents, budget))[0]))
         return images
 
@@ -193,9 +208,10 @@ class VAE:
         """`steps` images from `start` to `end` through the latent space; both must have one size."""
         encoded = self.encode_images([start, end], budget)
         if encoded.sizes[0] != encoded.sizes[1]:
-            raise ShapeError(f"cannot interpolate between sizes {encoded.sizes[0]} and {encoded.sizes[1]}; resize one")
+            first, second = (size_text(*size) for size in encoded.sizes)
+            raise ShapeError(f"cannot interpolate between {first} and {second} px; resize one")
         blend = {"lerp": latent_scaling.lerp, "slerp": latent_scaling.slerp}[mode]
-        positions = torch.linspace(0.0, 1.0, steps).tolist()
+        positions = torch.linspace(0.0, 1.0, steps, dtype=torch.float32, device="cpu").tolist()
         frames = [blend(encoded.latents[0], encoded.latents[1], position) for position in positions]
         return self.decode_images(Encoded(frames, [encoded.sizes[0]] * steps), budget)
 
@@ -211,7 +227,8 @@ class VAE:
         """Relative L2 error of the mean in the compute dtype against fp32, on fixed synthetic pixels."""
         if self.dtype == torch.float32:
             return 0.0
-        noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn((1, 3, 32, 32), generator=generator, dtype=torch.float32, device="cpu")
         pixels = F.interpolate(noise, scale_factor=8.0, mode="bicubic").clamp(-1.0, 1.0)
         exact = self.in_float32().encode(pixels).mean
         return float((self.encode(pixels).mean - exact).norm() / exact.norm())
@@ -232,7 +249,7 @@ class VAE:
         height, width = pixels.shape[2:]
         if height % downscale or width % downscale or not pixels.numel():
             raise ShapeError(
-                f"encode takes sizes that are multiples of {downscale}, not {height}x{width}; "
+                f"encode takes sizes that are multiples of {downscale}, not {size_text(height, width)} px; "
                 "encode_images pads and decode_images crops back"
             )
 
@@ -270,9 +287,3 @@ def _kind(value: object) -> str:
 
 def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-@contextmanager
-def _inference() -> Iterator[None]:
-    with torch.no_grad(), full_precision():
-        yield

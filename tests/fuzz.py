@@ -18,16 +18,20 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image, ImageCms
 from safetensors.torch import save
 
 from sdvae.config import FAMILIES, VAEConfig, read_config
-from sdvae.errors import SdvaeError, WeightsError
+from sdvae.errors import ImageError, SdvaeError, WeightsError
+from sdvae.images.formats import FORMATS
+from sdvae.images.read import read_image, read_size
 from sdvae.reading.latent_files import read_latents
 from sdvae.weights.files import open_weights
 from sdvae.weights.keymap import find_vae
@@ -47,6 +51,7 @@ _ODD: list[Any] = [
     None, True, False, -1, 0, 1, 2**31, 2**63, 10**400, 1e300, float("nan"), float("inf"), "", "x", "\ud800", "\0",
     [], {}, [[]], [None], ["a", 1], {"a": {}}, "F32", "BF16", [4, 4], "../../etc/passwd",
 ]  # fmt: skip
+_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 _LATENTS = torch.arange(64.0).view(1, 4, 4, 4) / 64
 
 
@@ -68,6 +73,25 @@ def _numpy(packed: str = "") -> bytes:
         (np.savez if packed == "npz" else np.savez_compressed)(buffer, allow_pickle=False, **arrays)
     else:
         np.save(buffer, _LATENTS.numpy())
+    return buffer.getvalue()
+
+
+def _photo(format: str, draw: random.Random) -> bytes:
+    """A photo of noise with EXIF and a colour profile where the format holds them, in a mode that it writes."""
+    modes = {"JPEG": ["RGB", "L", "CMYK"], "BMP": ["RGB", "L", "P"], "PPM": ["RGB", "L"]}
+    mode = draw.choice(modes.get(format, ["RGB", "L", "RGBA"]))
+    image = Image.frombytes("RGB", (24, 17), draw.randbytes(24 * 17 * 3)).convert(mode)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = draw.randint(1, 8)
+    options: dict[str, Any] = {}
+    if format in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
+        options = {"exif": exif.tobytes(), "icc_profile": _PROFILE if mode in ("RGB", "RGBA") else None}
+    if format == "TIFF":
+        options["compression"] = draw.choice([None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
+    if format == "JPEG":
+        options["progressive"] = draw.random() < 0.5
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -171,6 +195,10 @@ def _opcode(draw: random.Random) -> bytes:
     return code + draw.randbytes(opcode.arg.n)
 
 
+def _odd_photo(format: str, draw: random.Random) -> bytes:
+    return damage(_photo(format, draw), draw)
+
+
 def _odd_zip(draw: random.Random) -> bytes:
     sound = _torch(legacy=False, value=_LATENTS if draw.random() < 0.2 else None)
     if draw.random() < 0.5:
@@ -207,6 +235,12 @@ def _read_latents(path: Path) -> None:
     read_latents(path, VAEConfig(), "raw")
 
 
+def _read_photo(path: Path) -> None:
+    with suppress(ImageError):
+        read_size(path)
+    read_image(path, max_pixels=2**22)
+
+
 _INDEX = {"metadata": {"total_size": 1}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.bin"}}
 _CONFIG = FAMILIES["kl-f16"].to_diffusers() | {"latents_mean": [0.5] * 16, "shift_factor": 0.1}
 PARSERS: dict[str, tuple[str, Callable[[random.Random], bytes], Callable[[Path], object]]] = {
@@ -220,6 +254,7 @@ PARSERS: dict[str, tuple[str, Callable[[random.Random], bytes], Callable[[Path],
     "npz": ("a.npz", lambda draw: damage(_numpy(draw.choice(["npz", "packed"])), draw), _read_latents),
     "latents of torch": ("a.pt", _odd_zip, _read_latents),
     "latents in safetensors": ("a.latent", _odd_safetensors, _read_latents),
+    **{name: (f"a.{name.lower()}", partial(_odd_photo, name), _read_photo) for name in FORMATS},
 }
 
 

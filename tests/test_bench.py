@@ -301,10 +301,10 @@ def test_bench_writes_what_it_prints(run: Callable[..., Result], tmp_path: Path)
 def test_bench_prints_a_table(run: Callable[..., Result]) -> None:
     result = run("--size", 64, "--direction", "decode", "--rounds", 1)
     assert result.exit_code == 0, result.output
-    for says in ("decode 64x64, 1 image(s)", "sdvae (fp32, channels_last)", "diffusers (bf16, contiguous)",
+    for says in ("decode 64x64 px, 1 image, ", "sdvae (fp32, channels_last)", "diffusers (bf16, contiguous)",
                  "roofline:", "sdvae's plan predicts"):  # fmt: skip
         assert says in result.stdout
-    assert "encode 64x64" not in result.stdout
+    assert "encode 64x64 px" not in result.stdout
 
 
 def test_bench_fails_where_ours_differs(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

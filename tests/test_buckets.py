@@ -56,7 +56,7 @@ def test_between_two_equally_near_sizes_the_wider_is_taken() -> None:
         ("sd2", 8, "unknown buckets 'sd2'; did you mean sd1"),
         ((), 8, "no table of"),
         (((0, 8),), 8, "no table of"),
-        (((64, 100),), 8, "a bucket of 64x100 is no multiple of 8"),
+        (((64, 100),), 8, "a bucket of 100x64 is no multiple of 8"),
         (((64, 64), (96, 64), (128, 128)), 8, "64x64 and 128x128 have one aspect ratio"),
     ],
 )

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,14 +20,15 @@ from PIL import Image
 from sdvae import VAE, __version__
 from sdvae.cli import doctor as doctor_module
 from sdvae.cli.doctor import Finding
+from sdvae.cli.grouped import Grouped
 from sdvae.cli.main import cli
 from sdvae.cli.shared import Console
 from sdvae.encoding.resize import choose_resizer
 
 Run = Callable[..., Result]
 VERBS = [
-    "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "inspect", "identify",
-    "convert", "extract", "swap", "plan", "bench", "doctor",
+    "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "eval", "report", "app",
+    "inspect", "identify", "compare", "convert", "extract", "swap", "train", "plan", "bench", "doctor",
 ]  # fmt: skip
 
 
@@ -86,6 +88,28 @@ def test_each_verb_explains_itself(run: Run, verb: str) -> None:
     assert f"Usage: sdvae {verb}" in result.stdout
 
 
+GROUPED = [name for name, verb in cli.commands.items() if isinstance(verb, Grouped)]
+
+
+@pytest.mark.parametrize("verb", GROUPED)
+def test_long_helps_are_in_groups_with_examples_that_parse(run: Run, verb: str) -> None:
+    command = cli.commands[verb]
+    shown = run(verb, "--help").stdout
+    titles = re.findall(r"^(\S.*):$", shown, re.MULTILINE)
+    assert titles[-3:] == ["The VAE, and where it runs", "Output", "Examples"] and len(titles) >= 4
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    listed = re.findall(
+        r"^  (?:-\w, )?(--[\w-]+)", shown[shown.index(f"\n{titles[0]}:") :].partition("Examples:")[0], re.MULTILINE
+    )
+    assert sorted(listed) == sorted([option.opts[-1] for option in options] + ["--help"])
+    assert max(map(len, shown.splitlines())) <= 80
+    for example in command.examples:  # type: ignore[attr-defined]
+        words = shlex.split(example.partition("sdvae ")[2], comments=True)
+        assert words[0] == verb
+        parent = click.Context(cli, **cli.context_settings)
+        command.make_context(verb, words[1:], parent=parent)
+
+
 def test_no_summary_is_cut_off(run: Run) -> None:
     assert not re.search(r"^  .*\.\.\.$", run("-h").stdout, re.MULTILINE)
 
@@ -99,7 +123,7 @@ def test_version(run: Run) -> None:
 def test_options_are_the_documented_ones() -> None:
     console = "--json -q --quiet -v --verbose"
     shared = f"--vae --family --device --dtype {console}"
-    rewriting = f"{console} -o --output --family --dry-run"
+    rewriting = f"{console} -o --output --family --dry-run --force"
     own = {
         "encode": f"{shared} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
         "--resizer --jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit "
@@ -113,9 +137,11 @@ def test_options_are_the_documented_ones() -> None:
         "interpolate": f"{shared} -o --output --steps --mode --size --budget",
         "inspect": f"{console} --family --tensors",
         "identify": console,
+        "compare": console,
         "convert": f"{rewriting} --layout --dtype",
         "extract": rewriting,
         "swap": f"{rewriting} --vae --dtype",
+        "train": f"{console} --set -o --output --device",
         "plan": f"{shared} --size --budget",
         "bench": f"{shared} --size --direction --rounds --batch-size --alone --output",
         "doctor": "--json",
@@ -177,11 +203,29 @@ def test_json_is_one_object_on_stdout_and_quiet_is_quiet(
     assert (values["command"], values["num_seen"], values["num_written"]) == ("encode", 3, 3)
     assert values["quarantined"] == {}
     assert values["vae"] == str(vae_folder)
+    told = run("decode", out, tmp_path / "out").stderr
+    assert told.splitlines() == [
+        f"sdvae: decoding {out} into {tmp_path / 'out'}", f"sdvae: VAE: {vae_folder}, float32 on cpu",
+    ]  # fmt: skip
     decoded = run("decode", out, tmp_path / "out", "--json", "-q")
     assert decoded.stderr == ""
     values = json.loads(decoded.stdout)
-    assert values.keys() == {"command", "output", "num_written", "skipped", "seconds", "images_per_s", "vae"}
+    assert values.keys() == {"command", "output", "num_written", "skipped", "remarks", "seconds", "images_per_s", "vae"}
     assert values["num_written"] == 3
+
+
+def test_one_process_of_several_says_so_and_what_it_leaves(
+    run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `srun -n 4 --pty bash` sets it: one process is there, and takes itself for one of four."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    arguments = ("encode", photos, tmp_path / "store", "--size", 32, "--shard-rows", 1)
+    first, again = run(*arguments), run(*arguments)
+    assert "sdvae: this is process 1 of 4, as its launcher says; it takes its share\n" in first.stderr
+    summary = f"1 of 3 photos stored in {tmp_path / 'store'}, 2 shards left to others; "
+    assert re.fullmatch(re.escape(summary) + r"[\d.]+ photos/s\n", first.stdout)
+    assert again.stdout == summary + "nothing left to do for this process\n"
 
 
 def test_quarantined_photos_are_told_and_give_exit_code_3(run: Run, photos: Path, tmp_path: Path) -> None:
@@ -198,10 +242,12 @@ def test_quarantined_photos_are_told_and_give_exit_code_3(run: Run, photos: Path
     assert begun == f"sdvae: encoding {source} into {tmp_path / 'store'}"
     assert described.startswith("sdvae: VAE: ") and "32x32 px, crop center" in described
     assert first.startswith("sdvae: 2 photos quarantined: ")
-    assert table[-1].startswith("sdvae: slowest step: ") and len(table) == 7
+    assert table[-1].startswith("sdvae: held up by: ") and len(table) == 7
     again = run("encode", source, tmp_path / "store", "--size", 32, "--json")
     assert again.exit_code == 3
-    assert sum(json.loads(again.stdout)["quarantined"].values()) == 2
+    values = json.loads(again.stdout)
+    assert sum(values["quarantined"].values()) == 2
+    assert [values[name] for name in ("seconds", "images_per_s", "steps_s", "slowest")] == [None] * 4
 
 
 @pytest.mark.skipif(choose_resizer("lanczos") != "torch", reason="this torch has no lanczos for bytes")
@@ -340,8 +386,8 @@ def test_progress_draws_a_bar_a_phase_on_a_terminal(monkeypatch: pytest.MonkeyPa
                 show(phase, done, 3)
                 time.sleep(0.11)
     drawn = terminal.getvalue()
-    assert re.search(r"scan 100%\|\S{30}\| 3 of 3, +[0-9.]+ images/s, 00:00 left", drawn)
-    assert re.search(r"encode  67%\|.{30}\| 2 of 3, +[0-9.]+ images/s, \d\d:\d\d left", drawn)
+    assert re.search(r"scan 100%\|\S{30}\| 3 of 3, +[0-9.]+ photos/s, 00:00 left", drawn)
+    assert re.search(r"encode  67%\|.{30}\| 2 of 3, +[0-9.]+ photos/s, \d\d:\d\d left", drawn)
 
 
 @pytest.mark.parametrize(("stream", "is_quiet"), [(io.StringIO(), False), (Terminal(), True)])
@@ -363,7 +409,7 @@ def test_what_an_earlier_run_did_is_no_speed_of_this_one(monkeypatch: pytest.Mon
         show("encode", 1_000_000, 1_000_010)
         time.sleep(0.11)
         show("encode", 1_000_001, 1_000_010)
-    (speed,) = re.findall(r"1000001 of 1000010, +([0-9.]+) images/s", terminal.getvalue())[-1:]
+    (speed,) = re.findall(r"1000001 of 1000010, +([0-9.]+) photos/s", terminal.getvalue())[-1:]
     assert float(speed) < 10
 
 

@@ -68,9 +68,11 @@ class Place:
 
 
 def without_announcement(stderr: str) -> str:
-    """Without the lines by which `encode` says what it is about to do."""
+    """Without the lines by which `encode` and `decode` say what they are about to do."""
     lines = stderr.splitlines(keepends=True)
-    return "".join(line for line in lines if not line.startswith(("sdvae: encoding ", "sdvae: VAE: ")))
+    return "".join(
+        line for line in lines if not line.startswith(("sdvae: encoding ", "sdvae: decoding ", "sdvae: VAE: "))
+    )
 
 
 WRITING = ["encode", "decode", "decode store", "roundtrip", "sample", "interpolate"]

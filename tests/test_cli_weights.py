@@ -84,6 +84,19 @@ def test_convert_extract_and_swap(run: Run, tmp_path: Path, monkeypatch: pytest.
     assert_equal(load_file(tmp_path / "back.safetensors"), new)
 
 
+def test_what_is_there_stays_and_what_is_left_out_is_said(run: Run, tmp_path: Path) -> None:
+    source, out = tmp_path / "trained.safetensors", tmp_path / "out.safetensors"
+    save_file(ldm_state_dict(TINY) | {f"loss.{number}": torch.zeros(2) for number in range(3)}, source)
+    arguments = ("convert", source, "-o", out, "--layout", "ldm")
+    first = run(*arguments)
+    assert first.exit_code == 0, first.stderr
+    assert "sdvae: left out 3 tensors that are no part of the VAE: 3 loss.*\n" in first.stderr
+    refused = run(*arguments)
+    assert refused.exit_code == 1
+    assert refused.stderr == f"sdvae: {out} is there already; give -o another name, or --force to write over it\n"
+    assert json.loads(run(*arguments, "--force", "--json").stdout)["left_out"] == {"loss.*": 3}
+
+
 def test_a_dry_run_writes_nothing_and_an_input_is_not_overwritten(run: Run, folder: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     done = run("convert", folder, "-o", tmp_path / "out.safetensors", "--dtype", "fp16", "--dry-run")

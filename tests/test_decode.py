@@ -1,8 +1,10 @@
 import logging
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from sdvae import VAE, atomic
 from sdvae.config import VAEConfig
 from sdvae.encoding.encode import EncodeSettings, encode_dataset
 from sdvae.errors import LatentsError, OutputError, StoreError, UnsafeFileError
+from sdvae.latents import unscale
 from sdvae.pixels import to_images
 from sdvae.reading.dataset import LatentDataset
 from sdvae.reading.decode import DecodeSettings, decode_dataset
@@ -291,3 +294,86 @@ def test_a_store_opened_by_a_relative_path_survives_a_change_of_the_folder(
     encode_dataset("photos", "again", small_vae, EncodeSettings(Preprocess(size_px=32)), progress=leave)
     assert Store.open(store.parent / "again").is_finished
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_messages_name_paths_as_they_were_given(
+    small_vae: VAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in/a.npy", np.zeros((1, 4, 2, 2), np.float32))
+    np.save(tmp_path / "in/bad.npy", np.zeros((1, 5, 2, 2), np.float32))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match=r"^out holds thesis\.tex, which"):
+        decode_dataset("in", "out", small_vae, RAW)
+    (skipped,) = decode_dataset("in", "images", small_vae, RAW).skipped
+    assert skipped.startswith("in/bad.npy has 5 channels")
+    with pytest.raises(LatentsError, match=r"^in/bad\.npy has 5 channels"):
+        decode_dataset("in/bad.npy", "one", small_vae, RAW)
+
+
+# --- Raw or scaled ---
+
+
+def save_photos(path: Path, family: str, seed: int, *, scaled: bool, metadata: dict[str, str] | None = None) -> None:
+    """Latents with the spread that photos' have in a family: scaled, 0.7."""
+    config = VAEConfig.from_family(family)
+    drawn = 0.7 * torch.randn(2, config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(seed))
+    save_file({"latents": drawn if scaled else unscale(drawn, config)}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("family", "is_scaled", "told", "says"),
+    [
+        ("sd1", False, "scaled", "these look raw, but --latents scaled was given"),
+        ("sd1", True, "raw", "these look scaled, but --latents raw was given"),
+        ("sdxl", False, "scaled", "these look raw, but --latents scaled was given"),
+        ("flux1", False, "scaled", "these look raw, but --latents scaled was given"),
+        ("flux1", True, "raw", "these look scaled, but --latents raw was given"),
+        ("sd1", True, "scaled", None),
+        ("sd1", False, "raw", None),
+        ("flux1", True, "scaled", None),
+        ("flux1", False, "raw", None),
+        ("sd3", False, "scaled", None),  # too near to each other: no word rather than a wrong one
+        ("sd3", True, "raw", None),
+    ],
+)
+def test_a_wrong_word_for_the_scaling_is_doubted_once_and_decoded(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    family: str,
+    is_scaled: bool,
+    told: Literal["raw", "scaled"],
+    says: str | None,
+) -> None:
+    (tmp_path / "in").mkdir()
+    for seed in range(3):
+        save_photos(tmp_path / f"in/{seed}.safetensors", family, seed, scaled=is_scaled)
+    narrow = replace(VAEConfig.from_family(family), block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+    vae = VAE(random_model(replace(narrow, layers_per_block=1)), torch.device("cpu"), torch.float32, family)
+    with caplog.at_level(logging.WARNING, "sdvae"):
+        report = decode_dataset(tmp_path / "in", tmp_path / "out", vae, DecodeSettings(latents=told))
+    assert report.num_written == 6
+    if says is None:
+        assert report.remarks == () and caplog.messages == []
+    else:
+        (remark,) = report.remarks
+        assert says in remark and re.match(r"std \d", remark)
+        assert caplog.messages == [f"{tmp_path / 'in'}: {remark}"]
+
+
+def test_a_wrong_declaration_is_doubted_and_one_flat_image_is_not(small_vae: VAE, tmp_path: Path) -> None:
+    for seed in range(3):
+        save_photos(tmp_path / f"{seed}.safetensors", "sd1", seed, scaled=False, metadata={"latents": "scaled"})
+    report = decode_dataset(tmp_path, tmp_path / "doubted", small_vae)
+    (remark,) = report.remarks
+    assert (
+        remark == "std 3.9: these look raw, but their files say scaled; raw latents of this VAE have about 4.1, "
+        "scaled ones about 0.75"
+    )
+    for seed in range(3):
+        save_photos(tmp_path / f"{seed}.safetensors", "sd1", seed, scaled=False, metadata={"latents": "raw"})
+    save_file({"latents": torch.full((1, 4, 8, 8), 0.5)}, tmp_path / "flat.safetensors", {"latents": "raw"})
+    shutil.rmtree(tmp_path / "doubted")
+    assert decode_dataset(tmp_path, tmp_path / "trusted", small_vae).remarks == ()

@@ -1,6 +1,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def test_layout_and_dtype_stay_where_they_are_not_given(tmp_path: Path) -> None:
     tensors = vae_file(source)
     convert(source, output, family="sd1")
     assert raw(load_file(output)) == raw(tensors)
-    convert(source, output, dtype=torch.float16, family="sd1")
+    convert(source, output, dtype=torch.float16, family="sd1", force=True)
     assert raw(load_file(output)) == raw({key: value.half() for key, value in tensors.items()})
 
 
@@ -209,7 +210,7 @@ def test_swap_keeps_names_shapes_and_dtypes_of_the_checkpoint(tmp_path: Path) ->
     assert_equal(
         load_weights(tmp_path / "out.safetensors").tensors, {k: v.half() for k, v in to_diffusers(new).items()}
     )
-    swap(source, tmp_path / "vae.safetensors", tmp_path / "out.safetensors", dtype=torch.float32)
+    swap(source, tmp_path / "vae.safetensors", tmp_path / "out.safetensors", dtype=torch.float32, force=True)
     assert_equal(load_weights(tmp_path / "out.safetensors").tensors, to_diffusers(new))
 
 
@@ -217,7 +218,7 @@ def test_swap_refuses_what_would_not_work(tmp_path: Path, caplog: pytest.LogCapt
     source = checkpoint(tmp_path / "model.safetensors", ldm_state_dict(NARROW))
     vae, output = tmp_path / "vae.safetensors", tmp_path / "out.safetensors"
     vae_file(vae, config=FAMILIES["sd3"])
-    with pytest.raises(WeightsError, match=r"another structure .* decoder\.conv_in\.weight"):
+    with pytest.raises(WeightsError, match=r"another structure .*: latent_channels 16 instead of 4, "):
         swap(source, vae, output)
     vae_file(vae, family="sdxl")
     with pytest.raises(WeightsError, match=r"has sd1 latents and .* has sdxl latents"):
@@ -229,7 +230,7 @@ def test_swap_refuses_what_would_not_work(tmp_path: Path, caplog: pytest.LogCapt
     swap(source, vae, output)
     assert "--family sd1" in caplog.text
     caplog.clear()
-    swap(source, vae, output, family="sd1")
+    swap(source, vae, output, family="sd1", force=True)
     assert caplog.text == ""
 
 
@@ -275,6 +276,37 @@ def test_an_output_that_is_an_input_is_refused_under_any_name(tmp_path: Path) ->
     with pytest.raises(WeightsError, match="is the input, too"):
         convert(tmp_path / "folder" / "diffusion_pytorch_model.safetensors", tmp_path / "folder")
     assert sha256(source) == before
+
+
+@pytest.mark.parametrize("is_dry_run", [False, True])
+def test_an_output_that_is_there_is_written_over_only_by_force(tmp_path: Path, is_dry_run: bool) -> None:
+    source = checkpoint(tmp_path / "model.safetensors", ldm_state_dict(NARROW))
+    vae = tmp_path / "vae.safetensors"
+    vae_file(vae, family="sd1")
+    (tmp_path / "folder").mkdir()  # an empty folder is no output yet
+    (tmp_path / "configured").mkdir()
+    (tmp_path / "configured/config.json").write_text("mine")
+    (tmp_path / "out.safetensors").write_text("mine")
+    for write in (convert, extract, partial(swap, vae=vae)):
+        given = vae if write is convert else source
+        with pytest.raises(OutputError, match=r"out\.safetensors is there already; give -o another name, or --force"):
+            write(given, output=tmp_path / "out.safetensors", is_dry_run=is_dry_run)
+    with pytest.raises(OutputError, match=r"configured/config\.json is there already"):
+        extract(source, tmp_path / "configured", is_dry_run=is_dry_run)
+    extract(source, tmp_path / "folder", is_dry_run=is_dry_run)
+    assert (tmp_path / "out.safetensors").read_text() == (tmp_path / "configured/config.json").read_text() == "mine"
+    extract(source, tmp_path / "configured", force=True)
+    assert load_weights(tmp_path / "configured").config == FAMILIES["sd1"]
+
+
+def test_what_convert_leaves_out_is_counted_by_its_names(tmp_path: Path) -> None:
+    """As CompVis' trainer saves a VAE: with LPIPS, the discriminator, averages."""
+    training = {f"loss.perceptual.{number}": torch.zeros(2) for number in range(5)} | {"model_ema.decay": torch.ones(1)}
+    save_file(ldm_state_dict(NARROW) | training, tmp_path / "trained.safetensors")
+    written = convert(tmp_path / "trained.safetensors", tmp_path / "out.safetensors", family="sd1")
+    assert written.left_out == {"loss.*": 5, "model_ema.*": 1}
+    assert (written.num_tensors, written.num_vae) == (248, 248)
+    assert convert(tmp_path / "out.safetensors", tmp_path / "again.safetensors", family="sd1").left_out == {}
 
 
 def test_outputs_that_cannot_be_are_refused(tmp_path: Path) -> None:
@@ -330,7 +362,7 @@ def test_a_failing_disk_leaves_the_old_output(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(atomic, "hook", hook)
     with pytest.raises(OutputError, match=r"cannot write .*b\.safetensors.*free some space"):
-        convert(tmp_path / "a.safetensors", output)
+        convert(tmp_path / "a.safetensors", output, force=True)
     assert output.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 

@@ -4,12 +4,14 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sdvae.config import VAEConfig
+from sdvae.encoding.tasks import Work
 from sdvae.engine import run as running
 from sdvae.engine.calibrate import calibrate, calibration_images
 from sdvae.engine.execute import Peaks, execute
@@ -20,6 +22,7 @@ from sdvae.engine.run import Engine
 from sdvae.engine.stages import Direction
 from sdvae.errors import BudgetError, DeviceError
 from sdvae.model import AutoencoderKL
+from sdvae.reading.decode import DecodeSettings
 from sdvae.vae import VAE
 from tests.conftest import SMALL, random_model
 
@@ -107,6 +110,31 @@ def test_weights_are_compared_where_they_lie(dtype: torch.dtype, memory_format: 
         assert bits.data_ptr() == values.data_ptr() and bits.nbytes == values.nbytes, f"{name} was copied"
 
 
+def test_weights_that_nobody_else_holds_are_not_looked_at(
+    model: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = VAE(model, CPU, torch.bfloat16, "private", is_private=True)
+    exact = vae.in_float32()
+    before = exact.decode(latents()), vae.decode(latents())
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "_bit_sums", lambda weights: pytest.fail("the weights were summed"))
+        patch.setattr(Engine, "_layers_obstacle", lambda self: pytest.fail("the layers were looked at"))
+        assert exact.decode(latents()).equal(before[0]) and vae.decode(latents()).equal(before[1])
+    assert vae.model is model
+    for change in (_merge_as_lora_does, _replace_a_layer):
+        change(model)
+        after = exact.decode(latents())
+        assert is_close(after, model.decode(latents())) and not is_close(after, before[0])
+        assert float((vae.decode(latents()) - after).norm() / after.norm()) < 0.1
+
+
+def test_a_vae_that_was_loaded_is_private_until_its_model_is_asked_for() -> None:
+    vae = VAE.load(device="cpu", dtype="fp32")
+    assert isinstance(vae.engine, Engine) and not vae.engine._is_watched
+    twin = Engine(vae.model, vae.config, CPU, torch.float32)
+    assert vae.engine._is_watched and twin._is_watched
+
+
 # --- Who runs ---
 
 
@@ -155,7 +183,7 @@ def test_hooks_on_a_layer_run(model: AutoencoderKL, engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     ("amount", "num_bytes"),
-    [("6GiB", 6 << 30), ("800MiB", 800 << 20), ("1.5 GB", 1_500_000_000), (4096, 4096), ("7", 7)],
+    [("6GiB", 6 << 30), ("800MiB", 800 << 20), ("1.5 GB", 1_500_000_000), (2**20, 2**20), ("2.15GB", 2_150_000_000)],
 )
 def test_an_amount_of_memory_is_read(amount: str | int, num_bytes: int) -> None:
     assert parse_bytes(amount) == num_bytes
@@ -167,6 +195,28 @@ def test_what_is_no_amount_is_refused(amount: str | int) -> None:
         parse_bytes(amount)
 
 
+@pytest.mark.parametrize(
+    ("amount", "says"),
+    [
+        (8, "8 bytes: did you mean 8GiB?"),
+        ("12", "12 bytes: did you mean 12GiB?"),
+        (24564, "24564 bytes: did you mean 24564MiB?"),  # as nvidia-smi says it
+        ("10kB", "10kB is too little memory; write 6GiB, or 800MiB"),
+        (0, "0 is too little memory; write 6GiB, or 800MiB"),
+    ],
+)
+def test_a_forgotten_unit_is_asked_for(amount: str | int, says: str, small_vae: VAE) -> None:
+    with pytest.raises(BudgetError) as caught:
+        small_vae.decode(torch.zeros(1, 4, 8, 8), budget=amount)
+    assert str(caught.value) == says
+
+
+@pytest.mark.parametrize("settings", [DecodeSettings, partial(Work, 0)])
+def test_settings_ask_for_a_forgotten_unit_before_any_work(settings: Callable[..., object]) -> None:
+    with pytest.raises(BudgetError, match=r"^8 bytes: did you mean 8GiB\?$"):
+        settings(budget_bytes=8)
+
+
 def test_there_is_free_memory() -> None:
     free = free_bytes(CPU)
     assert free is None or free > 1 << 20
@@ -176,8 +226,9 @@ def test_the_smallest_budget_that_is_named_is_kept_and_changes_no_bit(small_vae:
     many = torch.randn(2, 4, 40, 32)
     whole = small_vae.decode(many)
     with pytest.raises(BudgetError) as caught:
-        small_vae.decode(many, budget=1000)
-    smallest = int("".join(filter(str.isdigit, str(caught.value).partition("need")[2].partition("bytes")[0])))
+        small_vae.decode(many, budget="1MiB")
+    smallest = caught.value.least_bytes
+    assert smallest is not None
     assert float((small_vae.decode(many, budget=smallest) - whole).norm() / whole.norm()) < 1e-5
     assert small_vae.encode(torch.zeros(1, 3, 320, 256), budget="64MiB").mean.shape == (1, 4, 40, 32)
     with pytest.raises(BudgetError):
@@ -192,8 +243,9 @@ def test_deterministic_results_do_not_follow_the_memory_that_is_free(
         whole = small_vae.decode(many)
         assert small_vae.decode(many[1:]).equal(whole[1:])
         with pytest.raises(BudgetError) as caught:
-            small_vae.decode(many, budget=1000)
-        smallest = int("".join(filter(str.isdigit, str(caught.value).partition("need")[2].partition("bytes")[0])))
+            small_vae.decode(many, budget="1MiB")
+        smallest = caught.value.least_bytes
+        assert smallest is not None
         assert small_vae.decode(many, budget=smallest).equal(whole)
     with monkeypatch.context() as patch:  # outside, less memory means lower strips
         patch.setattr("sdvae.engine.run.free_bytes", lambda device: smallest - 1)

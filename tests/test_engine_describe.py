@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sdvae import VAE
+from sdvae.amounts import memory_text
 from sdvae.config import VAEConfig
-from sdvae.engine.describe import as_bytes, describe_plan, plan_values
+from sdvae.engine.describe import describe_plan, plan_values
 from sdvae.engine.plan import make_plan
 from sdvae.engine.program import compile_program
 from sdvae.engine.stages import Direction, build_network
@@ -31,7 +32,7 @@ def test_every_stage_has_a_row_with_its_size_and_strips(direction: Direction) ->
         found = re.search(rf"{stage.kind} +{channels} +(\d+)x(\d+) +(\d+) ", rows[stage.name])
         assert found is not None, rows[stage.name]
         assert found.groups() == (str(width), str(height), str(plan.num_strips(stage)))
-    assert text.splitlines()[-1].endswith(f"= {as_bytes(plan.predict_bytes())}")
+    assert text.splitlines()[-1].endswith(f"= {memory_text(plan.predict_bytes())}")
 
 
 def test_the_parts_of_the_memory_add_up() -> None:
@@ -51,7 +52,7 @@ def test_a_program_names_the_kernel_of_each_stage() -> None:
     assert len(rows) == len(kernels) + 1
     assert [row.endswith("torch's scaled_dot_product_attention") for row in rows].count(True) == 1
     assert all(f"{kernels[0]}, torch" in row for row in rows if "attention" not in row) and len(set(kernels)) == 1
-    assert f"weights: {as_bytes(program.num_bytes)}, packed" in describe_plan(plan, program)
+    assert f"weights: {memory_text(program.num_bytes)}, packed" in describe_plan(plan, program)
 
 
 def test_the_engine_describes_both_directions(small_vae: VAE) -> None:
@@ -62,21 +63,6 @@ def test_the_engine_describes_both_directions(small_vae: VAE) -> None:
         "decode: 64x64x4 to 512x512x3",
     ]
     assert sum(line.startswith("memory beside the weights") for line in lines) == 2
-
-
-@pytest.mark.parametrize(
-    ("amount", "text"),
-    [
-        (0, "0 bytes"),
-        (999, "999 bytes"),
-        (1000, "1 kB"),
-        (1_073_741_824, "1.07 GB"),
-        (999_900, "1000 kB"),
-        (12_345_678, "12.3 MB"),
-    ],
-)
-def test_amounts_have_three_digits(amount: int, text: str) -> None:
-    assert as_bytes(amount) == text
 
 
 def test_plans_are_described_without_torch() -> None:

@@ -36,6 +36,15 @@ def test_the_peak_is_the_predicted_one(direction: Direction) -> None:
     assert abs(peak - expected) < 0.10 * expected + 1 * MB
 
 
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_the_peak_of_a_whole_image_is_the_predicted_one(direction: Direction) -> None:
+    side = 176 if direction == "encode" else 22
+    assert make_plan(build_network(QUARTER, direction), side, side, 4, max_group=1).group == 1
+    peak, expected = predicted(measure_fresh(Task(QUARTER, direction, 176, 176, "fp32"), GIVES_BACK))
+    assert expected > 8 * MB
+    assert 0.75 * expected - 1 * MB < peak < 1.10 * expected + 1 * MB, "never much more; glibc may keep some of it"
+
+
 def test_a_budget_is_kept_under_a_hard_limit() -> None:
     """With the budget's bytes and no more than libraries' few beside them; diffusers fails in the same space."""
     network = build_network(QUARTER, "decode")

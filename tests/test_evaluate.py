@@ -1,7 +1,9 @@
 """An evaluation from photos to results.json."""
 
+import io
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,28 +13,49 @@ import pytest
 import torch
 from PIL import Image
 
+from sdvae.bench.peak import resident
+from sdvae.config import VAEConfig
 from sdvae.encoding.runners import Ranks
 from sdvae.errors import ReportError, SourceError
-from sdvae.evaluate import run
+from sdvae.evaluate import finish, pictures, probes, run
 from sdvae.evaluate.candidates import VAECandidate
 from sdvae.evaluate.codecs import CodecCandidate
 from sdvae.evaluate.recipes import RECIPES, Recipe
 from sdvae.evaluate.results import SCORES_NAME, Results, read_results, to_json
 from sdvae.evaluate.run import evaluate
+from sdvae.perceptual.distances import FeatureStatistics, frechet_distance, kernel_distance
+from sdvae.perceptual.files import Loaded
+from sdvae.perceptual.inception import Inception
+from sdvae.sources.entries import Entry
 from sdvae.sources.open import open_source
 from sdvae.vae import VAE
-from tests.conftest import SMALL, random_model
+from tests.conftest import random_model
 
 RECIPE = replace(RECIPES["native"], metrics=("psnr", "ssim"))
+TINY = VAEConfig(
+    block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False,
+    use_quant_conv=False, use_post_quant_conv=False,
+)  # fmt: skip
 TIMES = {"encode_s", "decode_s", "peak_bytes"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few() -> Iterator[None]:
+    """Less of what takes time: two round trips of one image, five pictured; chunks of three."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "NUM_PROBED", 1)
+        patch.setattr(probes, "TRIPS", (1, 2))
+        patch.setattr(pictures, "NUM_PICTURED", 5)
+        patch.setattr(run, "CHUNK", 3)
+        yield
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nineteen small photos of three sizes, one of no whole number of latents: three chunks."""
+    """Seven small photos of three sizes, one of no whole number of latents: three chunks."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
-    for number in range(19):
+    for number in range(7):
         height, width = ((48, 64), (64, 48), (45, 52))[number % 3]
         rows, columns = np.mgrid[:height, :width]
         waves = [np.sin(rows / rng.uniform(3, 9) + columns / rng.uniform(3, 9) + c) for c in range(3)]
@@ -44,7 +67,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def vaes() -> list[VAECandidate]:
     cpu = torch.device("cpu")
-    return [VAECandidate(VAE(random_model(SMALL, seed), cpu, torch.float32, name=f"vae {seed}")) for seed in (0, 1)]
+    return [VAECandidate(VAE(random_model(TINY, seed), cpu, torch.float32, name=f"vae {seed}")) for seed in (0, 1)]
 
 
 def judge(photos: Path, report: Path, candidates: list[Any], recipe: Recipe = RECIPE, **options: Any) -> Results | None:
@@ -87,17 +110,17 @@ def judged(photos: Path, vaes: list[VAECandidate], tmp_path_factory: pytest.Temp
 def test_the_results_are_written_and_every_picture_is_there(judged: tuple[Path, Results]) -> None:
     report, results = judged
     assert read_results(report) == results
-    assert results.num_images == 19
+    assert results.num_images == 7
     assert [candidate.label for candidate in results.candidates] == ["vae 0", "vae 1"]
     psnr = results.candidates[0].summaries["psnr"]
     assert psnr.low is not None
     assert psnr.high is not None
     assert psnr.low < psnr.mean < psnr.high
-    assert psnr.num_images == sum(psnr.histogram_counts) == 19
+    assert psnr.num_images == sum(psnr.histogram_counts) == 7
     lines = [json.loads(line) for line in (report / SCORES_NAME).read_text().splitlines()]
-    assert [line["index"] for line in lines] == list(range(19))
+    assert [line["index"] for line in lines] == list(range(7))
     assert np.mean([line["scores"]["vae 0"]["psnr"] for line in lines]) == pytest.approx(psnr.mean, abs=1e-9)
-    assert 8 <= len(results.images) <= 12
+    assert len(results.images) == 5
     assert results.images[0].reasons[0] == "worst"
     for view in (view for image in results.images for view in image.views):
         for picture in (
@@ -164,7 +187,7 @@ def test_a_kill_in_the_middle_costs_a_chunk_and_no_digit(
     real = run.judge_chunk
 
     def dying(candidate: Any, items: Any, *rest: Any) -> Any:
-        if items[0].index >= 8:
+        if items[0].index >= 3:
             raise KeyboardInterrupt
         return real(candidate, items, *rest)
 
@@ -180,7 +203,7 @@ def test_a_kill_in_the_middle_costs_a_chunk_and_no_digit(
     monkeypatch.setattr(run, "judge_chunk", counting)
     again = judge(photos, report, vaes)
     assert again is not None
-    assert set(judged_chunks) == {8, 16}
+    assert set(judged_chunks) == {3, 6}
     assert without_times(again) == without_times(judged[1])
 
 
@@ -231,7 +254,7 @@ def test_photos_that_cannot_be_read_are_left_out_and_counted(
     (folder / "00.png").write_bytes((folder / "00.png").read_bytes()[:200])
     results = judge(folder, tmp_path / "report", vaes[:1])
     assert results is not None
-    assert results.num_images == 18
+    assert results.num_images == 6
     assert sum(results.left_out.values()) == 1
 
 
@@ -288,3 +311,69 @@ def test_missing_networks_are_remarks_or_refused(
     assert any("alexnet-owt-7be5be79.pth" in remark and "7be5be79" in remark for remark in results.remarks)
     with pytest.raises(MissingNetwork, match="https://"):
         judge(photos, tmp_path / "strict", vaes[:1], recipe, must_have_all=True)
+
+
+class Features(Inception):
+    """A stand-in for the network: eight numbers that depend on the image."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+
+    def forward(self, levels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(levels, (2, 4)).mean(1).flatten(1)
+
+
+def test_distances_between_sets_are_those_of_the_features(
+    photos: Path, vaes: list[VAECandidate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Loaded({}, "features.pth", "ab" * 32)
+    monkeypatch.setattr(Inception, "load", classmethod(lambda cls: (Features(), file)))
+    recipe = replace(RECIPE, metrics=("psnr", "rfid", "rkid"))
+    results = judge(photos, tmp_path / "report", vaes, recipe, batch_size=3)
+    assert results is not None
+    network = Features()
+    images = [np.asarray(Image.open(path)) for path in sorted(photos.glob("*.png"))]
+    after = [np.asarray(image) for image in vaes[0].vae.roundtrip(images)]
+    sets = [
+        torch.cat([network(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()) for image in group]).numpy()
+        for group in (after, images)
+    ]
+    statistics = [FeatureStatistics(), FeatureStatistics()]
+    for one, features in zip(statistics, sets, strict=True):
+        one.add(features)
+    found = results.candidates[0].summaries
+    assert found["rfid"].mean == pytest.approx(frechet_distance(*statistics), rel=1e-4)
+    assert found["rkid"].mean == pytest.approx(kernel_distance(*sets), rel=1e-4)
+    assert found["rfid"].low is None
+    assert results.columns[1].networks[0].sha256 == "ab" * 32
+    assert results.ranked_by == "psnr"
+
+
+class Drawn:
+    """Ten thousand photos that are drawn when they are read."""
+
+    name, root, remarks = "drawn", None, ()
+
+    def entries(self) -> list[Entry]:
+        return [Entry(f"{number:05}") for number in range(10_000)]
+
+    def read(self, key: str) -> bytes:
+        file = io.BytesIO()
+        noise = np.random.default_rng(int(key)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file, "png")
+        return file.getvalue()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_photos(vaes: list[VAECandidate], tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watch(phase: str, done: int, total: int) -> None:
+        if phase == "judge" and done % 1000 == 0 and done < total:
+            seen.append((done, resident("VmRSS")))
+
+    results = evaluate(Drawn(), tmp_path / "report", vaes[:1], replace(RECIPE, metrics=("psnr",)), progress=watch)
+    assert results is not None
+    assert results.num_images == 10_000
+    memory = dict(seen)
+    assert memory[9000] - memory[1000] < 30_000_000

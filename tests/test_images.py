@@ -4,6 +4,7 @@ import base64
 import io
 import logging
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -536,25 +537,6 @@ def test_a_truncated_file_is_refused(format: str) -> None:
     assert num_refused >= 55
 
 
-@pytest.mark.parametrize("format", ALL_FORMATS)
-def test_mutated_files_are_read_or_refused(format: str) -> None:
-    rng = np.random.default_rng(7)
-    data = photo_like(format)
-    num_refused = 0
-    for _ in range(60):
-        mutated = np.frombuffer(data, np.uint8).copy()
-        within = len(data) if rng.random() < 0.5 else 64  # half of them hit the header
-        for position in rng.integers(0, within, rng.integers(1, 6)):
-            mutated[position] = rng.integers(0, 256)
-        try:
-            image = read_image(mutated.tobytes(), max_pixels=2**22)
-            assert image.ndim == 3
-            assert image.dtype == np.uint8
-        except ImageError:
-            num_refused += 1
-    assert num_refused > 0
-
-
 # --- Warnings ---
 
 
@@ -669,3 +651,25 @@ def test_a_draft_has_at_least_the_size_asked_for(decoder: str, orientation: int)
 def test_only_jpeg_has_drafts() -> None:
     data = encode_image(np.zeros((64, 64, 3), np.uint8), "png")
     assert read_image(data, at_least_px=(8, 8)).shape == (64, 64, 3)
+
+
+def test_a_pillow_without_littlecms_reads_as_srgb_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise ImportError("The _imagingcms C module is not installed")
+
+    monkeypatch.setitem(sys.modules, "PIL._imagingcms", None)
+    monkeypatch.setattr(ImageCms, "ImageCmsProfile", refuse)
+    monkeypatch.setattr(ImageCms, "createProfile", refuse)
+    sdvae.images.colour._warn_of_no_littlecms.cache_clear()
+    sdvae.images.colour._srgb_transform.cache_clear()
+    for number in range(2):
+        assert sdvae.images.colour._srgb_transform("RGB", b"a profile %d" % number) is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "colour profiles are ignored, and images that have one read as sRGB: this Pillow"
+    )
+    with pytest.raises(ImageError, match="a Lab image, which needs LittleCMS; this Pillow was built without"):
+        sdvae.images.colour._srgb_transform("LAB", None)
+    sdvae.images.colour._srgb_transform.cache_clear()

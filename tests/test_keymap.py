@@ -274,7 +274,32 @@ def test_leftovers_are_listed_by_name() -> None:
     "keys", [[], ["conv_in.weight", "down_blocks.0.resnets.0.norm1.weight"], ["0.weight", "1.bias"]]
 )
 def test_a_file_without_a_vae_is_told(keys: list[str]) -> None:
-    with pytest.raises(WeightsError, match="no KL-VAE among its"):
+    with pytest.raises(WeightsError, match=r"no KL-VAE among its .*; is it another model\?$"):
+        find_vae(keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "network"),
+    [
+        (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "lora_te_x.alpha"], "a LoRA"),
+        (["unet.mid_block.attentions.0.proj_in.lora_A.weight"], "a LoRA"),
+        (["transformer.transformer_blocks.0.attn.to_q.lora_B.weight"], "a LoRA"),
+        (["lora_unet_mid_block_attentions_0_proj_in.hada_w1_a"], "a LoRA"),
+        (["controlnet_cond_embedding.conv_in.weight", "time_embedding.linear_1.weight"], "a ControlNet"),
+        (["model.diffusion_model.time_embed.0.weight", "cond_stage_model.transformer.text_model.encoder.x"], "a UNet"),
+        (["time_embedding.linear_1.weight", "mid_block.attentions.0.transformer_blocks.0.norm1.weight"], "a UNet"),
+        (["double_blocks.0.img_attn.qkv.weight"], "a diffusion transformer"),
+        (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "a diffusion transformer"),
+        (["text_model.encoder.layers.0.mlp.fc1.weight"], "a text encoder"),
+        (["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"], "a text encoder"),
+        (["model.layers.0.self_attn.q_proj.weight"], "a language model"),
+        (["emb_params"], "a textual inversion"),
+        (["encoder.conv_in.weight", "decoder.conv_in.weight", "quantize.embedding.weight"], "a VQ-VAE"),
+        (["encoder.conv_in.conv.weight", "decoder.conv_in.conv.weight"], "a video VAE"),
+    ],
+)
+def test_another_network_is_named(keys: list[str], network: str) -> None:
+    with pytest.raises(WeightsError, match=rf"; it is {network}, give a VAE or a checkpoint with one in it$"):
         find_vae(keys)
 
 

@@ -12,10 +12,15 @@ from safetensors.torch import save_file
 
 from sdvae.config import VAEConfig
 from sdvae.errors import LatentsError, SdvaeError, UnsafeFileError
-from sdvae.reading.latent_files import list_latent_files, read_latents
+from sdvae.reading import latent_files
+from sdvae.reading.latent_files import list_latent_files
 
 SD1 = VAEConfig()
 FLUX = VAEConfig.from_family("flux1")
+
+
+def read_latents(path: Path, config: VAEConfig, told: latent_files.Scaling | None = None) -> torch.Tensor:
+    return latent_files.read_latents(path, config, told).raw
 
 
 def latents(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

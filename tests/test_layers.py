@@ -93,7 +93,7 @@ def layout() -> tuple[list[str], set[str]]:
 
 def test_the_layout_is_read_from_the_document(layout: tuple[list[str], set[str]]) -> None:
     order, open_packages = layout
-    assert order[:4] == ["sdvae.errors", "sdvae.progress", "sdvae.atomic", "sdvae.sealed"]
+    assert order[:4] == ["sdvae.errors", "sdvae.amounts", "sdvae.progress", "sdvae.atomic"]
     assert (
         order.index("sdvae.store")
         < order.index("sdvae.weights.load")

@@ -2,22 +2,42 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdvae.engine import precision
 from sdvae.engine.precision import choose_dtype, full_precision, served_dtypes
 
 
+def seen() -> list[object]:
+    backends = torch.backends
+    return [
+        *(part.fp32_precision for part in (backends.cudnn.conv, backends.cuda.matmul)),
+        *(part.fp32_precision for part in (backends.mkldnn.conv, backends.mkldnn.matmul)),
+        backends.mkldnn.enabled, torch.is_autocast_enabled("cpu"), backends.cuda.flash_sdp_enabled(),
+    ]  # fmt: skip
+
+
 def test_fp32_means_fp32_inside_whatever_is_allowed_outside() -> None:
-    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = convolutions.fp32_precision, products.fp32_precision
+    backends = torch.backends
+    before = seen()[:4]
+    parts = backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul
+    allowed = ["tf32", "tf32", "bf16", "bf16", False, True, False]
     try:
-        convolutions.fp32_precision = products.fp32_precision = "tf32"
-        with full_precision():
-            assert convolutions.fp32_precision == products.fp32_precision == "ieee"
-            assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
-        assert convolutions.fp32_precision == products.fp32_precision == "tf32"
+        for part, precision_allowed in zip(parts, allowed[:4], strict=True):
+            part.fp32_precision = precision_allowed
+        with (
+            backends.mkldnn.flags(enabled=False, allow_tf32=None, fp32_precision=None),
+            torch.autocast("cpu", torch.bfloat16),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
+            assert seen() == allowed
+            with full_precision():
+                assert seen() == ["ieee"] * 4 + [True, False, True]
+                assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+            assert seen() == allowed
     finally:
-        convolutions.fp32_precision, products.fp32_precision = before
+        for part, value in zip(parts, before, strict=True):
+            part.fp32_precision = value
 
 
 @pytest.mark.parametrize(("flags", "expected"), [

@@ -18,7 +18,7 @@ from sdvae.errors import SdvaeError
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
-PAGES += [f"docs/{name}.md" for name in ("cli", "python", "sources", "formats", "weights", "gpu", "report")]
+PAGES += [f"docs/{name}.md" for name in ("cli", "python", "sources", "formats", "weights", "gpu", "report", "training")]
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 README = TEXT["README.md"]
 
@@ -99,7 +99,9 @@ def test_every_verb_is_in_the_docs() -> None:
     assert {verb for verb, *_ in sdvae_commands(TEXT["docs/cli.md"])} == set(cli.commands)
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/design.md", "docs/store.md", "docs/theory.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "page", [*PAGES, "docs/design.md", "docs/store.md", "docs/theory.md", "docs/evaluation.md", "CHANGELOG.md"]
+)
 def test_every_link_leads_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

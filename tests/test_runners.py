@@ -177,7 +177,7 @@ def test_ranks_one_after_the_other_finish_each_others_store(
 
 
 def test_ranks_cannot_restart(photos: Path, small_vae: VAE, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="2 processes cannot all throw away"):
+    with pytest.raises(StoreError, match="2 processes cannot all delete"):
         encode_dataset(photos, tmp_path / "out", small_vae, SETTINGS, ranks=Ranks(0, 2), restart=True)
     assert not (tmp_path / "out").exists()
 

@@ -69,7 +69,7 @@ def test_a_small_spread_far_from_zero_keeps_its_digits(tmp_path: Path) -> None:
 def test_sizes_and_quarantine_are_counted(store: Store) -> None:
     found = measure(store)
     assert (found.num_written, found.num_quarantined) == (11, 2)
-    assert found.buckets == {"32x64": 6, "64x64": 5}
+    assert found.buckets == {"64x32": 6, "64x64": 5}
     assert found.quarantined == {"the file is truncated": 2}
 
 
@@ -98,7 +98,7 @@ def test_the_verb_prints_what_was_measured(store: Store) -> None:
     text = CliRunner().invoke(cli, ["stats", root], catch_exceptions=False).stdout
     for value in (*found.mean, *found.std, *found.posterior_std, found.scaling_factor):
         assert f"{value:.5f}" in text
-    assert "6 of 32x64 px" in text and "2 quarantined: the file is truncated" in text
+    assert "6 of 64x32 px" in text and "2 quarantined: the file is truncated" in text
     assert f"the VAE's own, 0.18215, gives a std of {found.overall_std * 0.18215:.3f}" in text
 
 

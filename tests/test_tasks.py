@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sdvae.amounts import memory_text
 from sdvae.encoding import tasks
 from sdvae.encoding.encode import EncodeReport, encode_dataset
 from sdvae.encoding.manifest import EncodeSettings, require_same_vae
@@ -88,7 +89,7 @@ def test_short_memory_stops_and_names_what_fits(
     with pytest.raises(DeviceError) as caught:
         run(photos, tmp_path / "out", Narrow(small_vae, 3, error))
     message = str(caught.value)
-    assert message.startswith("out of memory on cpu: 8 photos of 32x32 at once are too many, 2 fit (1 MiB")
+    assert message.startswith("out of memory on cpu: 8 photos of 32x32 px at once are too many, 2 fit (145 KiB")
     assert "--batch-size 2 --restart" in message and "--on-oom degrade" in message
     assert Store.open(tmp_path / "out").shards() == []
     small_batches = replace(SETTINGS, batch_rows=2)  # what the message says works
@@ -96,7 +97,7 @@ def test_short_memory_stops_and_names_what_fits(
 
 
 def test_one_photo_that_is_too_much_is_said_so(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
-    with pytest.raises(DeviceError, match=r"and one is, too \(1 MiB beside the weights\); use a smaller --size"):
+    with pytest.raises(DeviceError, match=r"and one is, too \(132 KiB beside the weights\); use a smaller --size"):
         run(photos, tmp_path / "out", Narrow(small_vae, 0), Work(0, on_oom="degrade"))
 
 
@@ -123,13 +124,13 @@ def test_a_budget_decides_how_many_photos_go_at_once(photos: Path, tmp_path: Pat
         plan = small_vae.engine.plan("encode", 32, 32)  # type: ignore[union-attr]
     of_five = plan.predict_bytes(5)
     with pytest.raises(
-        DeviceError, match=r"8 photos of 32x32 at once are too many, 4 fit \(\d MiB beside the weights\)"
+        DeviceError, match=r"8 photos of 32x32 px at once are too many, 4 fit \([\d.]+ [KM]iB beside the weights\)"
     ):
         run(photos, tmp_path / "out", small_vae, Work(0, budget_bytes=of_five))
     run(photos, tmp_path / "out", small_vae, Work(0, "degrade", budget_bytes=of_five))
     assert [shard.degraded for shard in Store.open(tmp_path / "out").shards()] == [4, 4, 4]
     with pytest.raises(
-        BudgetError, match=rf"encodes of 1 x 32x32 pixels need {plan.predict_bytes(1):,} bytes at least"
+        BudgetError, match=rf"encoding 32x32 px needs at least {memory_text(plan.predict_bytes(1))} beside the weights"
     ):
         run(photos, tmp_path / "none", small_vae, Work(0, "degrade", budget_bytes=plan.predict_bytes(1) - 1))
 
@@ -200,6 +201,8 @@ def test_times_add_up_and_name_the_slowest() -> None:
     assert times.slowest() == "decode"
     assert replace(times, decode=16.0).slowest() == "encode"
     assert replace(times, read=30.0, decode=5.0).slowest() == "read"
+    few = Times(num_workers=1, decode=0.2, encode=0.7, write=0.1, waiting=3.1, all=4.0)
+    assert few.slowest() == "start", "an encoder that waits for 80% of the time holds up nothing"
     times += Times(num_images=3, num_workers=1, encode=4.0, all=1.0, psnr_db={"a": 30.0})
     assert (times.num_images, times.num_workers, times.encode, times.all) == (3, 4, 10.0, 11.0)
     assert times.psnr_db == {"a": 30.0}

@@ -1,10 +1,9 @@
 """docs/theory.md quotes lines that exist, and its formulas hold in numbers."""
 
-import importlib.util
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,6 +14,9 @@ from sdvae.config import FAMILIES
 from sdvae.latents import lerp, scale, slerp, unscale
 from sdvae.metrics import psnr
 from sdvae.posterior import DiagonalGaussian
+from sdvae.train.config import load_config
+from sdvae.train.losses import kl_term
+from sdvae.train.terms import pixel_error
 from sdvae.vae import VAE
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +60,7 @@ def test_a_quote_that_differs_by_a_sign_is_caught() -> None:
 def test_every_section_with_a_formula_quotes_the_code() -> None:
     sections = re.split(r"^## ", THEORY, flags=re.MULTILINE)[1:]
     with_formulas = [section for section in sections if "$$" in section]
-    assert len(with_formulas) == 8
+    assert len(with_formulas) == 9
     assert [section.splitlines()[0] for section in with_formulas if not quotes(section)] == []
 
 
@@ -147,34 +149,24 @@ def test_section_5_one_grey_level_is_48_decibels() -> None:
     assert abs(psnr(image, image + 1) - 48.13) <= 0.005
 
 
-@pytest.fixture(scope="module")
-def train_default() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_default", ROOT / "scripts" / "train_default.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_section_6_the_weight_of_the_kl_is_a_decoder_right_to_one_grey_level(train_default: ModuleType) -> None:
-    generator = torch.Generator().manual_seed(0)
-    pixels, decoded = 0.1 * torch.randn(2, 1, 3, 96, 96, generator=generator)
-    posterior = DiagonalGaussian.from_moments(torch.randn(1, 8, 12, 12, generator=generator))
-    num_pixels, num_latents = pixels.numel(), posterior.mean.numel()
-    assert num_pixels == 48 * num_latents
-    weight = train_default.KL_WEIGHT
-    variance = weight / 8.0 * num_pixels / num_latents
+def test_section_6_the_weight_of_the_kl_is_a_decoder_right_to_one_grey_level() -> None:
+    config = load_config("small", ["teacher.start=TAESD"])
+    assert (config.loss.squared, config.loss.absolute) == (4.0, 0.25)
+    assert config.loss.kl == pytest.approx(48 * 1e-5, rel=1e-12)
+    variance = config.loss.kl / (2.0 * config.loss.squared)
     assert variance == pytest.approx(6e-5, rel=1e-12)
     assert abs(127.5 * math.sqrt(variance) - 1.0) <= 0.02  # [-1, 1] holds 255 grey levels
 
-    squares = train_default.pixel_loss(decoded, pixels) - 0.25 * (decoded - pixels).abs().mean()
-    ours = squares + weight * posterior.kl().mean() / num_latents
+    generator = torch.Generator().manual_seed(0)
+    pixels, decoded = 0.1 * torch.randn(2, 1, 3, 96, 96, generator=generator)
+    posterior = DiagonalGaussian.from_moments(torch.randn(1, 8, 12, 12, generator=generator))
+    squares = replace(config, loss=replace(config.loss, absolute=0.0))
+    ours = pixel_error(squares, decoded, pixels) + config.loss.kl * kl_term(posterior)
     log_likelihood = -DiagonalGaussian(decoded, torch.full_like(decoded, math.log(variance))).nll(pixels)
-    constant = 0.5 * num_pixels * math.log(2.0 * math.pi * variance)
+    constant = 0.5 * pixels.numel() * math.log(2.0 * math.pi * variance)
     negative_elbo = -log_likelihood - constant + posterior.kl()
     # fp32; the constant takes a digit
-    torch.testing.assert_close(ours, (weight / num_latents * negative_elbo)[0], rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(ours, config.loss.kl * negative_elbo, rtol=1e-5, atol=0.0)
 
 
 def test_section_7_the_prior_is_standard_over_scaled_latents(small_vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:

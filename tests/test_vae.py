@@ -186,5 +186,5 @@ def test_a_wrong_argument_is_told_the_right_call(call: Callable[[VAE], object], 
 def test_what_is_printed_of_them_is_short(small_vae: VAE) -> None:
     assert repr(small_vae).endswith("float32 on cpu)")
     encoded = small_vae.encode_images([Image.new("RGB", (24, 16))])
-    assert repr(encoded) == "Encoded(1 images: 24x16)"
+    assert repr(encoded) == "Encoded(1 image: 24x16)"
     assert repr(small_vae.encode(torch.zeros(1, 3, 8, 8))).startswith("DiagonalGaussian((1, 4, 1, 1)")

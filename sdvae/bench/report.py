@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sdvae.amounts import count, size_text
 from sdvae.bench.machine import machine_card
 from sdvae.bench.throughput import Measurement, Row, measure_roofline
 from sdvae.vae import VAE
@@ -45,7 +46,8 @@ def table(result: dict[str, Any]) -> Iterator[str]:
         yield f"roofline: {tflops:.3g} TFLOP/s, a large matrix product in {dtype}"
     for one in result["measurements"]:
         yield ""
-        yield f"{one['direction']} {one['width']}x{one['height']}, {one['batch_size']} image(s), {one['rounds']} rounds"
+        size, batch = size_text(one["height"], one["width"]), count(one["batch_size"], "image")
+        yield f"{one['direction']} {size} px, {batch}, {count(one['rounds'], 'round')}"
         yield (
             f"  {'':<44}{'median s':>10}{'spread':>9}{'error':>10}{'images/s':>10}{'TFLOP/s':>9}{'roofline':>10}"
             f"{'times ours':>12}{'peak MB':>9}"

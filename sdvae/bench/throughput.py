@@ -76,10 +76,10 @@ def seeded_batch(config: VAEConfig, settings: Settings) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     if settings.direction == "encode":
         shape = (settings.batch_size, config.in_channels, settings.height, settings.width)
-        return torch.rand(shape, generator=generator) * 2 - 1
+        return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
     scale = config.downscale
     shape = (settings.batch_size, config.latent_channels, settings.height // scale, settings.width // scale)
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def measure(vae: VAE, model: AutoencoderKL, settings: Settings, rivals: Sequence[Contender] = ()) -> Measurement:
@@ -100,7 +100,7 @@ def measure(vae: VAE, model: AutoencoderKL, settings: Settings, rivals: Sequence
 def measure_roofline(device: torch.device, dtype: str, rounds: int = 5) -> float:
     """TFLOP/s of a large square matrix product, which no convolution of the same dtype is expected to beat."""
     side = _MATMUL_SIDE.get(device.type, _CPU_MATMUL_SIDE)
-    left, right = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
+    left, right = (torch.randn((side, side), dtype=torch.float32, device=device).to(DTYPES[dtype]) for _ in range(2))
     return 2 * side**3 / median_seconds(lambda: left @ right, device, rounds) / 1e12
 
 

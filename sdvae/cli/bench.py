@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from sdvae.amounts import size_text
+from sdvae.cli.grouped import Grouped
 from sdvae.cli.shared import FAMILY, PATH, SIZES, Console, with_console
 from sdvae.errors import BenchError, ShapeError
 
@@ -14,7 +16,15 @@ if TYPE_CHECKING:
     from sdvae.model import AutoencoderKL
 
 
-@click.command(short_help="Measure speed and memory beside diffusers.")
+@click.command(
+    cls=Grouped,
+    short_help="Measure speed and memory beside diffusers.",
+    groups={"What is measured": ("sizes", "direction", "rounds", "alone")},
+    examples=(
+        "sdvae bench --size 512 --size 1024",
+        "sdvae bench --direction decode --alone --output bench.json",
+    ),
+)
 @SIZES
 @click.option("--direction", type=click.Choice(["encode", "decode", "both"]), default="both", show_default=True)
 @click.option(
@@ -62,7 +72,7 @@ def bench(
     model, name = _model(vae, family)
     downscale = model.config.downscale
     if odd := next((size for size in sizes if size[0] % downscale or size[1] % downscale), None):
-        raise ShapeError(f"{odd[1]}x{odd[0]} px: both sides must be multiples of {downscale}")
+        raise ShapeError(f"{size_text(*odd)} px: both sides must be multiples of {downscale}")
     directions: tuple[Direction, ...] = ("encode", "decode") if direction == "both" else (direction,)
     ours = VAE(model, place, choice.dtype, name)
     measurements = []

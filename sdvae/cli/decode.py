@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, count, with_console, with_vae
+from sdvae.amounts import count
+from sdvae.cli.grouped import Grouped
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, describe_vae, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE
@@ -14,7 +16,16 @@ if TYPE_CHECKING:
 _MOST_NAMED = 10
 
 
-@click.command(short_help="Decode a latent store or latent files to images.")
+@click.command(
+    cls=Grouped,
+    short_help="Decode a latent store or latent files to images.",
+    groups={"What is decoded": ("latents",)},
+    examples=(
+        "sdvae decode latents images                            # a store",
+        "sdvae decode samples.npy images --latents scaled       # of a diffusion model",
+        "sdvae decode huge.latent huge.png --budget 2GiB        # one image",
+    ),
+)
 @click.argument("source", metavar="SRC", type=PATH)
 @click.argument("out", type=PATH)
 @click.option(
@@ -49,10 +60,12 @@ def decode(
     .npz, .pt, ComfyUI's .latent), or one such file. Files of a folder that cannot be decoded are left out and named;
     the exit code is then 3. For one image, OUT may be the name of a picture: out.png.
     """
+    console.note(f"decoding {source} into {out}")  # before the seconds that imports and weights take
     from sdvae.reading.decode import DecodeSettings, decode_dataset
     from sdvae.store.remote import local_copy
 
     vae = load_vae()
+    console.note(describe_vae(vae))
     settings = DecodeSettings(format, latents, batch_size, budget)
     with console.progress() as show:
         report = decode_dataset(local_copy(source), out, vae, settings, show)
@@ -68,6 +81,7 @@ def decode(
         images_per_s=report.images_per_s,
         vae=vae.name,
         skipped=list(report.skipped),
+        remarks=list(report.remarks),
     )
     if report.skipped:
         click.get_current_context().exit(3)

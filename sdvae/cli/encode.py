@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, count, take_own_gpu, with_console, with_vae
+from sdvae.amounts import count, size_text
+from sdvae.cli.grouped import Grouped
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, describe_vae, take_own_gpu, with_console, with_vae
 from sdvae.errors import StoreError
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 _STEPS = {
     "read": "read files", "decode": "decode, resize", "copy": "copy to the device", "encode": "encode",
-    "write": "copy back, write", "waiting": "encoder idle",
+    "write": "copy back, write", "waiting": "encoder waits", "start": "the start of the processes",
 }  # fmt: skip
 
 
@@ -117,7 +119,31 @@ def _with_preprocess(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-@click.command(short_help="Encode photos to a latent store.")
+@click.command(
+    cls=Grouped,
+    short_help="Encode photos to a latent store.",
+    groups={
+        "What is encoded": ("caption", "limit"),
+        "How photos are prepared": (
+            "size",
+            "crop",
+            "seed",
+            "buckets",
+            "flip",
+            "max_upscale",
+            "min_size",
+            "resample",
+            "decoder",
+            "resizer",
+            "jpeg_draft",
+        ),
+    },
+    examples=(
+        "sdvae encode photos latents --dry-run                  # what would be encoded",
+        "sdvae encode photos latents --vae stabilityai/sd-vae-ft-mse --buckets sd1",
+        "srun --ntasks 16 sdvae encode photos.tar s3://bucket/latents --size 1024",
+    ),
+)
 @click.argument("source", metavar="SRC")
 @click.argument("out", type=PATH)
 @click.option(
@@ -207,6 +233,13 @@ def encode(
     read is quarantined with a reason, and the exit code is then 3. Under accelerate launch, torchrun or srun, each
     process encodes its share.
     """
+    from sdvae.store.remote import local_copy, url_of
+
+    if not resume and not yes and not dry_run:
+        _ask_before_restart(out)
+    place = url_of(out) or str(out)
+    console.note(f"encoding {source} into {place}")  # before the seconds that imports and weights take
+
     from sdvae.encoding.encode import encode_dataset, survey
     from sdvae.encoding.manifest import EncodeSettings, recorded_settings
     from sdvae.encoding.resize import choose_resizer
@@ -214,11 +247,8 @@ def encode(
     from sdvae.encoding.tasks import Work, encode_tasks
     from sdvae.sources.open import open_source
     from sdvae.store.geometry import Preprocess
-    from sdvae.store.remote import local_copy, url_of
     from sdvae.store.store import Store
 
-    if not resume and not yes and not dry_run:
-        _ask_before_restart(out)
     has_own_size = preprocess["crop"] == "none" or preprocess["buckets"] is not None
     size_px = size or (None if has_own_size else 512)
     settings = EncodeSettings(
@@ -226,8 +256,10 @@ def encode(
     )
     ranks = Ranks.of_environment()
     take_own_gpu(ranks)
-    place = url_of(out) or str(out)
-    console.note(f"encoding {source} into {place}")  # before the seconds that imports and weights take
+    if ranks.world_size > 1:
+        console.note(
+            f"this is process {ranks.rank + 1} of {ranks.world_size}, as its launcher says; it takes its share"
+        )
     begun = Store.find(local_copy(out)) if resume else None
     with console.progress() as show:
         if resizer == "auto":
@@ -256,21 +288,20 @@ def encode(
 
 
 def _describe_run(vae: "VAE", preprocess: "Preprocess") -> str:
-    dtype = str(vae.dtype).removeprefix("torch.")
     buckets = preprocess.buckets if isinstance(preprocess.buckets, str) else "the given"
-    size = f"{preprocess.size_px}x{preprocess.size_px} px" if preprocess.size_px else "the photos' own sizes"
+    size = f"{size_text(preprocess.size_px, preprocess.size_px)} px" if preprocess.size_px else "the photos' own sizes"
     what = f"{buckets} buckets" if preprocess.buckets else size
     hint = (
         "; to train a diffusion model, give its VAE with --vae"
         if click.get_current_context().params["vae"] is None
         else ""
     )
-    return f"VAE: {vae.name}, {dtype} on {vae.device}; {what}, crop {preprocess.crop}{hint}"
+    return f"{describe_vae(vae)}; {what}, crop {preprocess.crop}{hint}"
 
 
 def _tell_survey(console: Console, found: "Survey", place: str) -> None:
-    for (height, width), number in found.sizes.items():
-        console.note(f"{number:>9} of {width}x{height} px")
+    for size, number in found.sizes.items():
+        console.note(f"{number:>9} of {size_text(*size)} px")
     for reason, number in found.quarantined.items():
         console.note(f"{count(number, 'photo')} would be quarantined: {reason}")
     num_new = sum(found.sizes.values())
@@ -323,8 +354,9 @@ def _tell(console: Console, report: "EncodeReport", place: str, vae_name: str) -
         )
     num_quarantined = sum(report.quarantined.values())
     quarantined = f", {num_quarantined} quarantined in {place}/quarantine.jsonl" if num_quarantined else ""
-    others = f", {count(report.num_shards_left, 'shard')} left to other processes" if report.num_shards_left else ""
-    speed = f"{report.images_per_s:.2f} images/s" if report.images_per_s else "nothing left to do"
+    others = f", {count(report.num_shards_left, 'shard')} left to others" if report.num_shards_left else ""
+    nothing = "nothing left to do for this process" if report.num_shards_left else "nothing left to do"
+    speed = f"{report.images_per_s:.2f} photos/s" if times.num_images else nothing
     console.result(
         f"{report.num_written} of {count(report.num_seen, 'photo')} stored in {place}{quarantined}{others}; {speed}",
         output=place,
@@ -333,9 +365,9 @@ def _tell(console: Console, report: "EncodeReport", place: str, vae_name: str) -
         quarantined=report.quarantined,
         num_shards_left=report.num_shards_left,
         num_degraded=report.num_degraded,
-        seconds=report.seconds,
-        images_per_s=report.images_per_s,
-        steps_s=times.steps(),
+        seconds=report.seconds if times.num_images else None,  # of a run that had nothing to do, time says nothing
+        images_per_s=report.images_per_s if times.num_images else None,
+        steps_s=times.steps() if times.num_images else None,
         slowest=times.slowest() if times.num_images else None,
         psnr_db=times.psnr_db,
         remarks=list(report.remarks),
@@ -348,4 +380,4 @@ def _table(times: "Times") -> list[str]:
     shares = times.shares()
     rows = [f"{_STEPS[step]:>18} {seconds:8.1f} s {shares[step]:5.0%}" for step, seconds in times.steps().items()]
     who = f"{times.num_workers} processes" if times.num_workers > 1 else "one process"
-    return [*rows, f"slowest step: {_STEPS[times.slowest()]} ({who} decoded)"]
+    return [*rows, f"held up by: {_STEPS[times.slowest()]} ({who} decoded)"]

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdvae.cli.shared import BUDGET, FAMILY, PATH, Console, count, take_own_gpu, with_console
+from sdvae.amounts import count
+from sdvae.cli.shared import BUDGET, FAMILY, PATH, Console, take_own_gpu, with_console
 
 if TYPE_CHECKING:
     from sdvae.evaluate.candidates import VAECandidate
@@ -144,28 +145,35 @@ def _candidates(
     from sdvae.vae import VAE
 
     if vary is None:
-        loaded = [(VAE.load(spec, device, dtype, family), spec) for spec in specs]
-        names = [vae.name for vae, _ in loaded]
+        loaded = [VAE.load(spec, device, dtype, family) for spec in specs]
+        labels = [_label(vae.name) for vae in loaded]
         return [
-            VAECandidate(vae, f"{vae.name} ({spec})" if names.count(vae.name) > 1 else None, budget=budget)
-            for vae, spec in loaded
+            VAECandidate(vae, label if labels.count(label) == 1 else vae.name, budget=budget)
+            for vae, label in zip(loaded, labels, strict=True)
         ]
     first = VAE.load(specs[0], device, "fp32" if vary == "dtype" else dtype, family)
     return _varied(first, vary, budget)
 
 
 def _varied(vae: "VAE", vary: str, budget: int | None) -> "list[VAECandidate]":
-    from sdvae.engine.precision import DTYPES, served_dtypes
+    from sdvae.engine.precision import DTYPES
     from sdvae.evaluate.candidates import VAECandidate
     from sdvae.vae import VAE
 
+    name = _label(vae.name)
     if vary == "size":
-        return [VAECandidate(vae, f"{vae.name} {size} px", size_px=size, budget=budget) for size in _SIZES]
+        return [VAECandidate(vae, f"{name} {size} px", size_px=size, budget=budget) for size in _SIZES]
     if vary == "tiling":
-        tiled = [VAECandidate(vae, f"{vae.name}, diffusers' {tile} px tiles", tile_px=tile) for tile in _TILES]
-        return [VAECandidate(vae, f"{vae.name} whole", budget=budget), *tiled]
-    each = [VAE(vae.model, vae.device, DTYPES[name], vae.name) for name in served_dtypes(vae.device)]
+        tiled = [VAECandidate(vae, f"{name}, diffusers' {tile} px tiles", tile_px=tile) for tile in _TILES]
+        return [VAECandidate(vae, f"{name} whole", budget=budget), *tiled]
+    dtypes = ("fp32", "bf16") if vae.device.type == "cpu" else ("fp32", "bf16", "fp16")  # fp16 takes minutes on CPUs
     return [
-        VAECandidate(one, f"{vae.name} {name}", budget=budget)
-        for one, name in zip(each, served_dtypes(vae.device), strict=True)
+        VAECandidate(VAE(vae.model, vae.device, DTYPES[dtype], vae.name), f"{name} {dtype}", budget=budget)
+        for dtype in dtypes
     ]
+
+
+def _label(name: str) -> str:
+    """A short name: of a path, the last part without its ending."""
+    path = Path(name)
+    return path.stem if path.is_file() else path.name if path.is_dir() else name

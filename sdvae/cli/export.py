@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from sdvae.cli.shared import PATH, Console, count, with_console
+from sdvae.amounts import count
+from sdvae.cli.shared import PATH, Console, with_console
 
 
 @click.command(short_help="Write a store in another trainer's format.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from sdvae.cli.grouped import Grouped
 from sdvae.cli.pictures import check_output, grid, write_gif, write_picture
 from sdvae.cli.shared import BUDGET, OUTPUT, PATH, Console, with_console, with_vae
 
@@ -15,7 +16,15 @@ if TYPE_CHECKING:
     from sdvae.vae import VAE
 
 
-@click.command(short_help="Interpolate between two photos in latent space.")
+@click.command(
+    cls=Grouped,
+    short_help="Interpolate between two photos in latent space.",
+    groups={"What is interpolated": ("steps", "mode", "size")},
+    examples=(
+        "sdvae interpolate a.jpg b.jpg -o strip.png",
+        "sdvae interpolate a.jpg b.jpg -o film.gif --steps 24",
+    ),
+)
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
 @OUTPUT

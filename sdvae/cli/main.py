@@ -13,6 +13,7 @@ import click
 from sdvae import __version__
 from sdvae.cli.app import app
 from sdvae.cli.bench import bench
+from sdvae.cli.compare import compare
 from sdvae.cli.convert import convert
 from sdvae.cli.decode import decode
 from sdvae.cli.doctor import doctor
@@ -29,6 +30,7 @@ from sdvae.cli.roundtrip import roundtrip
 from sdvae.cli.sample import sample
 from sdvae.cli.stats import stats
 from sdvae.cli.swap import swap
+from sdvae.cli.train import train
 from sdvae.cli.verify import verify
 from sdvae.errors import SdvaeError
 
@@ -67,7 +69,7 @@ class _Sdvae(click.Group):
     },
     epilog="Every option can also be set in the environment, for example SDVAE_DEVICE=cpu. "
     "Exit codes: 0 done, 1 error, 2 usage, 3 some photos or files left out, 4 an unsafe file refused, "
-    "5 verify mismatch.",
+    "5 mismatch.",
 )
 @click.version_option(__version__, prog_name="sdvae", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -75,9 +77,10 @@ def cli() -> None:
 
 
 _PICTURES = (encode, decode, verify, stats, export, roundtrip, sample, interpolate, evaluate, report, app)
-_WEIGHTS = (inspect, identify, convert, extract, swap)
+_WEIGHTS = (inspect, identify, compare, convert, extract, swap)
+_TRAINING = (train,)
 _ENGINE = (plan, bench)
-for _verb in (*_PICTURES, *_WEIGHTS, *_ENGINE, doctor):
+for _verb in (*_PICTURES, *_WEIGHTS, *_TRAINING, *_ENGINE, doctor):
     _verb.context_settings["auto_envvar_prefix"] = "SDVAE"  # one name for an option, whatever the verb
     cli.add_command(_verb)
 

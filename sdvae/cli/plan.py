@@ -1,21 +1,35 @@
-"""`sdvae plan`: how large images would run on any machine, and what memory they would take."""
+"""`sdvae plan`: whether images of a size fit a memory on any machine, and how they would run."""
 
 from typing import Literal
 
 import click
 
-from sdvae.cli.shared import BUDGET, FAMILY, SIZES, Console, with_console
+from sdvae.amounts import size_text
+from sdvae.cli.grouped import Grouped
+from sdvae.cli.shared import FAMILY, SIZES, Console, parse_budget, with_console
 from sdvae.config import VAEConfig
+from sdvae.engine.verdict import ELEMENT_BYTES, Dtype
 from sdvae.errors import ShapeError
 
-_HOST_BYTES = 2**40  # a plan for any machine supposes that its host has enough
-_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-
-@click.command(short_help="Show how images of a size would run, and their memory.")
+@click.command(
+    cls=Grouped,
+    short_help="Tell whether images of a size fit a memory, and how they would run.",
+    groups={"What is planned": ("sizes",)},
+    examples=(
+        "sdvae plan --size 4096 --family sd1 --budget 12GiB",
+        "sdvae plan --size 8192x4096 --device cuda --dtype fp16 --budget 16GiB",
+        "sdvae plan --family sdxl --size 1024 -v                # every stage",
+    ),
+)
 @SIZES
-@BUDGET
-@click.option("--dtype", type=click.Choice(list(_ELEMENT_BYTES)), default="bf16", show_default=True)
+@click.option(
+    "--budget",
+    metavar="BYTES",
+    callback=parse_budget,
+    help="Memory of the device, weights included: 8GiB, 800MiB.  [default: enough]",
+)
+@click.option("--dtype", type=click.Choice(list(ELEMENT_BYTES)), default="bf16", show_default=True)
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
@@ -29,45 +43,56 @@ _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 def plan(
     sizes: tuple[tuple[int, int], ...],
     budget: int | None,
-    dtype: Literal["fp32", "bf16", "fp16"],
+    dtype: Dtype,
     device: Literal["cpu", "cuda"],
     vae: str | None,
     family: str | None,
     console: Console,
 ) -> None:
-    """Show how images of a size would be encoded and decoded: stages, strips, memory. Nothing is run.
+    """Tell whether images of a size can be encoded and decoded within --budget: yes or no, and how much it takes.
 
-    Without --vae or --family, the plan is that of the embedded VAE. Decoding within --budget gives the pixels that
-    decoding without one gives; a budget that no plan can keep is an error that names the smallest.
+    Nothing is run. With -v, also every stage with its strips and memory. Without --vae or --family, the plan is that of
+    the embedded VAE. Decoding within a budget gives the pixels that decoding without one gives, to rounding. The exit
+    code is 1 where the answer is no.
     """
+    from functools import partial
+
     from sdvae.engine.describe import describe_plan, plan_values
-    from sdvae.engine.plan import make_plan, max_images
-    from sdvae.engine.stages import Direction, build_network
+    from sdvae.engine.plan import max_images
+    from sdvae.engine.verdict import find_need, verdict
 
     config = _config(vae, family)
-    scales: dict[Direction, int] = {"encode": 1, "decode": config.downscale}
-    lines, values = [], []
-    for height, width in sizes:
-        if height % config.downscale or width % config.downscale:
-            raise ShapeError(f"{width}x{height} px: both sides must be multiples of {config.downscale}")
-        for direction, scale in scales.items():
-            network = build_network(config, direction)
-            found = make_plan(
-                network,
-                height // scale,
-                width // scale,
-                _ELEMENT_BYTES[dtype],
-                budget_bytes=budget,
-                is_gpu=device == "cuda",
-                host_bytes=_HOST_BYTES if device == "cuda" else 0,
+    verdicts, tables, values = [], [], []
+    for size in sizes:
+        if size[0] % config.downscale or size[1] % config.downscale:
+            raise ShapeError(f"{size_text(*size)} px: both sides must be multiples of {config.downscale}")
+        find = partial(find_need, config, size_px=size, is_gpu=device == "cuda", memory_bytes=budget)
+        needs = [find(direction, dtype=dtype) for direction in ("encode", "decode")]
+        narrower: Dtype = "fp16" if device == "cuda" else "bf16"  # a CPU has no use for fp16
+        is_mended = dtype == "fp32" and all(find(way, dtype=narrower).fits for way in ("encode", "decode"))
+        verdicts.append(verdict(needs, dtype, budget, [narrower] if is_mended else []))
+        for need in needs:
+            tables.append(describe_plan(need.plan))
+            values.append(
+                {"height": size[0], "width": size[1], "fits": None if budget is None else need.fits}
+                | {"needed_bytes": need.num_bytes, "least_bytes": need.least_bytes, "weights_bytes": need.weights_bytes}
+                | plan_values(need.plan)
+                | {"max_images": None if budget is None else max_images(need.plan, budget - need.weights_bytes)}
             )
-            num_images = None if budget is None else max_images(found, budget)
-            within = [] if num_images is None else [f"within the budget: {num_images} image(s) in one call"]
-            lines.append("\n".join([describe_plan(found), *within]))
-            values.append({"height": height, "width": width} | plan_values(found) | {"max_images": num_images})
+    fits = None if budget is None else all(value["fits"] for value in values)
     console.result(
-        "\n\n".join(lines), vae=vae, family=family, dtype=dtype, device=device, budget_bytes=budget, plans=values
+        "\n\n".join(["\n".join(verdicts), *(tables if console.is_verbose else [])]),
+        verdicts=verdicts,
+        fits=fits,
+        vae=vae,
+        family=family,
+        dtype=dtype,
+        device=device,
+        budget_bytes=budget,
+        plans=values,
     )
+    if fits is False:
+        click.get_current_context().exit(1)
 
 
 def _config(vae: str | None, family: str | None) -> VAEConfig:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sdvae.amounts import size_text
+from sdvae.cli.grouped import Grouped
 from sdvae.cli.pictures import check_output, grid, write_picture
 from sdvae.cli.shared import BUDGET, OUTPUT, PATH, Console, with_console, with_vae
 
@@ -15,7 +17,16 @@ if TYPE_CHECKING:
     from sdvae.vae import VAE
 
 
-@click.command(short_help="Encode and decode a photo; show both side by side.")
+@click.command(
+    cls=Grouped,
+    short_help="Encode and decode a photo; show both side by side.",
+    groups={"How the photo is prepared": ("size",)},
+    examples=(
+        "sdvae roundtrip photo.jpg -o compare.png",
+        "sdvae roundtrip photo.jpg -o compare.png --size 0      # the photo as it is",
+        "sdvae roundtrip photo.jpg -o compare.png --vae stabilityai/sd-vae-ft-mse",
+    ),
+)
 @click.argument("image", type=PATH)
 @OUTPUT
 @click.option(
@@ -56,7 +67,7 @@ def roundtrip(
     quality = "no difference" if psnr_db is None else f"{psnr_db:.2f} dB"
     write_picture(output, grid([photo, after], 2, [f"before: {image.name}", f"after {vae.name}: {quality}"]))
     console.result(
-        f"{image} at {width}x{height}: {quality} PSNR in {seconds:.2f} s; both are in {output}",
+        f"{image} at {size_text(height, width)} px: {quality} PSNR in {seconds:.2f} s; both are in {output}",
         image=str(image),
         output=str(output),
         width=width,

@@ -7,14 +7,24 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sdvae.amounts import count
+from sdvae.cli.grouped import Grouped
 from sdvae.cli.pictures import check_output, grid, write_picture
-from sdvae.cli.shared import BUDGET, OUTPUT, Console, count, with_console, with_vae
+from sdvae.cli.shared import BUDGET, OUTPUT, Console, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE
 
 
-@click.command(short_help="Decode latents drawn from the prior.")
+@click.command(
+    cls=Grouped,
+    short_help="Decode latents drawn from the prior.",
+    groups={"What is drawn": ("num", "size", "seed")},
+    examples=(
+        "sdvae sample -o sheet.png",
+        "sdvae sample -n 4 --size 512 --seed 7 -o sheet.png",
+    ),
+)
 @click.option(
     "-n", "--num", type=click.IntRange(min=1), metavar="N", default=16, show_default=True, help="How many images."
 )

@@ -28,15 +28,19 @@ OUTPUT = click.option("-o", "--output", type=PATH, required=True, metavar="FILE"
 
 _LOG = logging.getLogger("sdvae")
 _LINE_EACH_S = 30.0  # of progress, where there is no terminal
+_COUNTED = {  # phase -> what it counts
+    "scan": "photos", "encode": "photos", "judge": "photos", "verify": "records", "export": "records", "train": "steps",
+}  # fmt: skip
 
 
 class Console:
     """Where a verb prints: results on stdout, everything else on stderr."""
 
-    def __init__(self, command: str, is_json: bool, is_quiet: bool) -> None:
+    def __init__(self, command: str, is_json: bool, is_quiet: bool, is_verbose: bool = False) -> None:
         self.command = command
         self.is_json = is_json
         self.is_quiet = is_quiet
+        self.is_verbose = is_verbose
 
     def result(self, line: str, **values: Any) -> None:
         """The outcome: one line for a person, or `values` as one JSON object."""
@@ -49,7 +53,7 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A function of (phase, done, total) that shows images per second and time left.
+        """A function of (phase, done, total) that shows photos per second and time left.
 
         On a terminal it draws one bar a phase; elsewhere, in a log, it writes a line each 30 s.
         """
@@ -81,7 +85,7 @@ class Console:
                 told_s = now
                 per_s = (done - done_before) / (now - start_s)
                 left = tqdm.format_interval((total - done) / per_s)
-                self.note(f"{phase}: {done} of {total}, {per_s:.1f} images/s, {left} left")
+                self.note(f"{phase}: {done} of {total}, {per_s:.1f} {_counted(phase)}/s, {left} left")
 
         return show
 
@@ -93,11 +97,15 @@ class Console:
             initial=done,  # what an earlier run did says nothing about the speed of this one
             total=total,
             file=sys.stderr,
-            unit=" images",
+            unit=f" {_counted(phase)}",
             dynamic_ncols=True,
             delay=0.1,
             bar_format="{desc} {percentage:3.0f}%|{bar:30}| {n_fmt} of {total_fmt}, {rate_noinv_fmt}, {remaining} left",
         )
+
+
+def _counted(phase: str) -> str:
+    return _COUNTED.get(phase, "images")
 
 
 class _StderrHandler(logging.Handler):
@@ -133,7 +141,8 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: str) ->
     return int(value)
 
 
-def _parse_budget(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+def parse_budget(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """The bytes of an option such as 6GiB."""
     if value is None:
         return None
     from sdvae.engine.memory import parse_bytes
@@ -141,7 +150,7 @@ def _parse_budget(ctx: click.Context, param: click.Parameter, value: str | None)
     try:
         return parse_bytes(value)
     except BudgetError as error:
-        raise click.BadParameter(f"{error}.") from error
+        raise click.BadParameter(f"{error}." if not str(error).endswith("?") else str(error)) from error
 
 
 def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
@@ -167,6 +176,7 @@ STORED_DTYPE = click.option(
 DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Check everything and report what would be written, but write nothing."
 )
+FORCE = click.option("--force", is_flag=True, help="Write over what OUT holds already.")
 _VAE_OPTIONS = (
     click.option(
         "--vae", metavar="VAE", help="A folder, a VAE or checkpoint file, or a hub id.  [default: the embedded VAE]"
@@ -192,7 +202,7 @@ BATCH_SIZE = click.option(
 BUDGET = click.option(
     "--budget",
     metavar="BYTES",
-    callback=_parse_budget,
+    callback=parse_budget,
     help="Memory limit, weights not included: 6GiB, 800MiB.  [default: free memory]",
 )
 SIZES = click.option(
@@ -219,7 +229,7 @@ def with_console(function: Callable[..., None]) -> Callable[..., None]:
     def run(*, json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
         command = click.get_current_context().info_name or ""
         with _log_on_stderr(logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING):
-            function(console=Console(command, json, quiet), **arguments)
+            function(console=Console(command, json, quiet, verbose), **arguments)
 
     return _add(_CONSOLE_OPTIONS, run)
 
@@ -244,9 +254,9 @@ def with_vae(function: Callable[..., None]) -> Callable[..., None]:
     return _add(_VAE_OPTIONS, run)
 
 
-def count(number: int, what: str) -> str:
-    """A number and its noun: 1 image, 2 images."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
+def describe_vae(vae: "VAE") -> str:
+    """What a run computes with, for its first lines."""
+    return f"VAE: {vae.name}, {str(vae.dtype).removeprefix('torch.')} on {vae.device}"
 
 
 def take_own_gpu(ranks: "Ranks") -> None:

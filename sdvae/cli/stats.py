@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdvae.cli.shared import PATH, Console, count, with_console
+from sdvae.amounts import count
+from sdvae.cli.shared import PATH, Console, with_console
 
 if TYPE_CHECKING:
     from sdvae.reading.stats import StoreStats

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdvae.cli.shared import PATH, Console, count, with_console, with_vae
+from sdvae.amounts import count
+from sdvae.cli.grouped import Grouped
+from sdvae.cli.shared import PATH, Console, with_console, with_vae
 from sdvae.errors import StoreError, VerifyError
 
 if TYPE_CHECKING:
@@ -18,7 +20,16 @@ if TYPE_CHECKING:
 _NUM_NAMES = 20  # of lost records that a person is shown; --json has them all
 
 
-@click.command(short_help="Check every byte of a store; restore what is lost.")
+@click.command(
+    cls=Grouped,
+    short_help="Check every byte of a store; restore what is lost.",
+    groups={"What is restored": ("repair", "source")},
+    examples=(
+        "sdvae verify latents",
+        "sdvae verify latents --repair                  # from the rest of the store",
+        "sdvae verify latents --repair --source photos  # encode what is lost again",
+    ),
+)
 @click.argument("store", type=PATH)
 @click.option("--repair", is_flag=True, help="Restore damaged files from the rest of the store where possible.")
 @click.option("--source", metavar="SRC", help="With --repair: the photos, to encode lost latents again.")

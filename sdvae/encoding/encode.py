@@ -108,7 +108,7 @@ def encode_dataset(
 
     The bytes of the store are a function of the photos, the VAE, the settings and the compute block that the first
     run recorded, whatever happened in between, and however many `ranks` and workers there are. Photos that came to
-    the source since become a generation of their own. `restart` throws away what is there; `limit` takes the first
+    the source since become a generation of their own. `restart` deletes what is there; `limit` takes the first
     photos only.
 
     Raises StoreError where `out` holds anything else, was begun with other settings (all are listed), where photos
@@ -129,7 +129,7 @@ def encode_dataset(
         require_apart(source.root.resolve(), paths.root)
     if restart and ranks.world_size > 1:
         raise StoreError(
-            f"{ranks.world_size} processes cannot all throw away what is in {paths.root}, each would take the work "
+            f"{ranks.world_size} processes cannot all delete what is in {paths.root}, each would delete the work "
             "of the others; remove the folder, then run them without --restart"
         )
     store = find_store(paths, restart)

@@ -13,6 +13,7 @@ import torch
 
 from sdvae import atomic, sealed
 from sdvae.encoding.resize import choose_resizer
+from sdvae.engine.plan import MAX_GROUP
 from sdvae.engine.precision import DTYPES
 from sdvae.errors import ConfigError, StoreError
 from sdvae.store import store as stores
@@ -85,17 +86,26 @@ def identify_run(
         "decoder": decoder_identity(settings.preprocess),
         "store_dtype": settings.store_dtype,
         "shard_rows": settings.shard_rows,
-        "compute": {
-            "device": _device_model(vae.device),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "torch": torch.__version__,
-            "dtype": next(name for name, dtype in DTYPES.items() if dtype == vae.dtype),
-            "batch_rows": settings.batch_rows
-            or recorded.get("batch_rows")
-            or _BATCH_ROWS.get(vae.device.type, _GPU_BATCH_ROWS),
-            "num_threads": settings.num_threads or recorded.get("num_threads") or max(1, num_cores() // num_neighbours),
-        },
+        "compute": _identify_compute(vae, settings, recorded, num_neighbours),
     }
+
+
+def _identify_compute(
+    vae: VAE, settings: EncodeSettings, recorded: Mapping[str, Any], num_neighbours: int
+) -> dict[str, Any]:
+    kind = vae.device.type
+    batch_rows = settings.batch_rows or recorded.get("batch_rows") or _BATCH_ROWS.get(kind, _GPU_BATCH_ROWS)
+    compute = {
+        "device": _device_model(vae.device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "dtype": next(name for name, dtype in DTYPES.items() if dtype == vae.dtype),
+        "batch_rows": batch_rows,
+        "num_threads": settings.num_threads or recorded.get("num_threads") or max(1, num_cores() // num_neighbours),
+    }
+    if not recorded:
+        return compute | {"max_group": min(MAX_GROUP, batch_rows) if kind == "cpu" else 0}
+    return compute | ({"max_group": recorded["max_group"]} if "max_group" in recorded else {})  # older stores had none
 
 
 def require_same_vae(store: Store, vae: VAE) -> None:

@@ -54,7 +54,7 @@ def identify(store: Store | None, vae: VAE, settings: EncodeSettings, ranks: Ran
 
 
 def find_store(paths: StorePaths, restart: bool) -> Store | None:
-    """The store to continue (or to throw away), None for a new one; StoreError for a folder that is something else."""
+    """The store to continue (or to delete), None for a new one; StoreError for a folder that is something else."""
     root = paths.root
     if root.exists() and not root.is_dir():
         raise StoreError(f"{root} is not a folder; give the store a folder of its own")

@@ -4,7 +4,6 @@ While a batch is in the network, the next ones are decoded and the last ones wri
 """
 
 import hashlib
-import math
 import sys
 import time
 from collections import deque
@@ -20,10 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sdvae.amounts import memory_text, size_text
 from sdvae.encoding.load_photo import Failure
 from sdvae.encoding.manifest import fixed_threads, num_cores
 from sdvae.encoding.pipeline import Decoders
 from sdvae.encoding.times import Times
+from sdvae.engine.memory import parse_bytes
 from sdvae.engine.run import Engine
 from sdvae.errors import BudgetError, DeviceError
 from sdvae.journal import Journal
@@ -59,6 +60,10 @@ class Work:
     audit: float = 0.0
     budget_bytes: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.budget_bytes is not None:
+            parse_bytes(self.budget_bytes)
+
 
 def encode_tasks(
     store: Store,
@@ -77,7 +82,8 @@ def encode_tasks(
     run = _Encoder(store, source, vae, work or Work(), count)
     left = deque(numbers)
     begun = time.monotonic()
-    with fixed_threads(store.manifest["compute"]["num_threads"]), vae.deterministic():
+    compute = store.manifest["compute"]
+    with fixed_threads(compute["num_threads"]), vae.deterministic(compute.get("max_group", 0)):
         while left:
             try:
                 run.encode(left)
@@ -244,7 +250,9 @@ def _halves(num_rows: int) -> Iterator[int]:
 def _explain(vae: VAE, pixels: Tensor, num_rows: int, fitting: int, batch_rows: int) -> str:
     height, width = pixels.shape[2:]
     free = f" with {torch.cuda.mem_get_info(vae.device)[0] / 2**30:.1f} GiB free" if vae.device.type == "cuda" else ""
-    found = f"out of memory on {vae.device}{free}: {num_rows} photos of {width}x{height} at once are too many"
+    found = (
+        f"out of memory on {vae.device}{free}: {num_rows} photos of {size_text(height, width)} px at once are too many"
+    )
     needed = _predict_memory(vae, pixels, fitting or 1)
     if not fitting:
         return f"{found}, and one is, too{needed}; use a smaller --size or another --device"
@@ -261,7 +269,7 @@ def _predict_memory(vae: VAE, pixels: Tensor, num_rows: int) -> str:
         return ""
     height, width = pixels.shape[2:]
     needed = vae.engine.plan("encode", height, width, budget=sys.maxsize).predict_bytes(num_rows)
-    return f" ({math.ceil(needed / 2**20)} MiB beside the weights)"
+    return f" ({memory_text(needed)} beside the weights)"
 
 
 # --- Writing ---

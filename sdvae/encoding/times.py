@@ -34,12 +34,16 @@ class Times:
         }
 
     def slowest(self) -> str:
-        """The step that held up the others: the one that was at work for the largest share of the time."""
+        """The step that held up the others: the one that was at work for the largest share of the time.
+
+        "start" where most of the time nothing was at work: processes began, and imported what they need.
+        """
         shares = self.shares()
         of_input = max("read", "decode", key=shares.__getitem__)
         # The same processes read and decode.
         shares |= {of_input: shares["read"] + shares["decode"], "waiting": 0.0}
-        return max(shares, key=shares.__getitem__)
+        busiest = max(shares, key=shares.__getitem__)
+        return busiest if shares[busiest] >= 0.5 else "start"
 
     def __iadd__(self, other: "Times") -> "Times":
         for name in (one.name for one in fields(self) if one.name not in ("psnr_db", "num_workers")):

@@ -38,7 +38,7 @@ def allocate(plan: Plan, dtype: torch.dtype, device: torch.device) -> Iterator[M
 @contextmanager
 def _pinned(num_elements: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """Memory of the host that kernels reach; torch would round such blocks up to a power of two."""
-    memory = torch.empty(num_elements, dtype=dtype)
+    memory = torch.empty(num_elements, dtype=dtype, device="cpu")
     cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     torch.cuda.check_error(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     try:

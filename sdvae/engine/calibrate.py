@@ -1,5 +1,7 @@
 """Chooses the exponents of a network's range scaling for fp16, from one run in fp32 on fixed inputs."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,11 +35,15 @@ def calibration_images(config: VAEConfig, direction: Direction) -> Tensor:  # (2
     """A smooth and a rough input, always the same."""
     generator = torch.Generator().manual_seed(0)
     if direction == "decode":
-        rough = torch.randn(1, config.latent_channels, _SIZE, _SIZE, generator=generator)
+        rough = _noise((1, config.latent_channels, _SIZE, _SIZE), generator)
         return unscale(torch.cat([_smooth(rough[..., ::4, ::4], 4), rough]), config)
-    rough = torch.randn(1, config.in_channels, _SIZE, _SIZE, generator=generator)
+    rough = _noise((1, config.in_channels, _SIZE, _SIZE), generator)
     smooth = _smooth(rough, config.downscale)
-    return torch.cat([smooth, torch.randn(smooth.shape, generator=generator)]).clamp(-1, 1)
+    return torch.cat([smooth, _noise(smooth.shape, generator)]).clamp(-1, 1)
+
+
+def _noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _smooth(noise: Tensor, factor: int) -> Tensor:

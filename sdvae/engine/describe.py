@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from sdvae.amounts import count, memory_text, size_text
 from sdvae.engine.plan import Plan
 from sdvae.engine.stages import Stage
 
 if TYPE_CHECKING:
     from sdvae.engine.program import PackedStage, Program
-
-_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
 def describe_plan(plan: Plan, program: "Program | None" = None, num_images: int = 1) -> str:
@@ -19,12 +18,14 @@ def describe_plan(plan: Plan, program: "Program | None" = None, num_images: int 
 
 def plan_values(plan: Plan, num_images: int = 1) -> dict[str, object]:
     """The same as plain values: sizes are (height, width), `predicted_bytes` is the peak beside the weights."""
-    height, width = _input_px(plan)
+    height, width = _input_size(plan)
     return {
         "direction": plan.network.direction,
         "gflop": plan.network.flops(height, width) / 1e9,
         "arena_bytes": plan.arena_bytes,
         "is_arena_on_host": plan.is_on_host,
+        "traffic_bytes": plan.traffic_bytes,
+        "group": plan.group,
         "strip_bytes": plan.strip_bytes,
         "images_bytes": num_images * plan.image_bytes,
         "predicted_bytes": plan.predict_bytes(num_images),
@@ -43,17 +44,11 @@ def plan_values(plan: Plan, num_images: int = 1) -> dict[str, object]:
     }
 
 
-def as_bytes(amount: int) -> str:
-    """An amount of memory with three digits: 1.07 GB."""
-    size, unit = next(((size, unit) for size, unit in _UNITS if amount >= size), (1, "bytes"))
-    return f"{amount / size:.3g} {unit}" if amount < 999.5 * size else f"{amount / size:.0f} {unit}"
-
-
 def _lines(plan: Plan, program: "Program | None", num_images: int) -> Iterator[str]:
     network = plan.network
-    height, width = _input_px(plan)
+    height, width = _input_size(plan)
     yield (
-        f"{network.direction}: {width}x{height}x{network.in_channels} to "
+        f"{network.direction}: {size_text(height, width)}x{network.in_channels} to "
         f"{_by(plan, network.stages[-1])}x{network.out_channels}, {plan.element_bytes} bytes an element"
     )
     name_width = max(len(stage.name) for stage in network.stages)
@@ -66,15 +61,20 @@ def _lines(plan: Plan, program: "Program | None", num_images: int) -> Iterator[s
         strips, gflop = str(plan.num_strips(stage)), f"{_gflop(plan, stage):.2f}"
         yield _row(stage.name, name_width, stage.kind, channels, _by(plan, stage), strips, gflop, kernel)
     yield f"{network.flops(height, width) / 1e9:.1f} GFLOP an image"
-    place = "" if plan.is_on_host else f"arena {as_bytes(plan.arena_bytes)} + "
+    place = "" if plan.is_on_host else f"arena {memory_text(plan.arena_bytes)} + "
+    place = f"{count(plan.group, 'whole image')} together" if plan.group else f"{place}strips"
     yield (
-        f"memory beside the weights: {place}strips {as_bytes(plan.strip_bytes)} + {num_images} "
-        f"image(s) in and out {as_bytes(num_images * plan.image_bytes)} = {as_bytes(plan.predict_bytes(num_images))}"
+        f"memory beside the weights: {place} {memory_text(plan.strip_bytes)} + "
+        f"{count(num_images, 'image')} in and out {memory_text(num_images * plan.image_bytes)} = "
+        f"{memory_text(plan.predict_bytes(num_images))}"
     )
     if plan.is_on_host:
-        yield f"and in the host's memory: arena {as_bytes(plan.arena_bytes)}"
+        yield (
+            f"and in the host's memory: arena {memory_text(plan.arena_bytes)}; an image moves "
+            f"{memory_text(plan.traffic_bytes)} to and from it"
+        )
     if program is not None:
-        yield f"weights: {as_bytes(program.num_bytes)}, packed"
+        yield f"weights: {memory_text(program.num_bytes)}, packed"
 
 
 def _row(name: str, name_width: int, kind: str, channels: str, size: str, strips: str, gflop: str, kernel: str) -> str:
@@ -90,7 +90,7 @@ def _kernel(packed: "PackedStage", program: "Program") -> str:
     )
 
 
-def _input_px(plan: Plan) -> tuple[int, int]:
+def _input_size(plan: Plan) -> tuple[int, int]:
     level = plan.levels[-1 if plan.network.direction == "decode" else 0]
     return level.height, level.width
 
@@ -101,8 +101,7 @@ def _size(plan: Plan, stage: Stage) -> tuple[int, int]:
 
 
 def _by(plan: Plan, stage: Stage) -> str:
-    height, width = _size(plan, stage)
-    return f"{width}x{height}"
+    return size_text(*_size(plan, stage))
 
 
 def _gflop(plan: Plan, stage: Stage) -> float:

@@ -29,7 +29,8 @@ def execute(program: Program, plan: Plan, images: Tensor, peaks: Peaks | None = 
 def empty_output(program: Program, plan: Plan, num_images: int) -> Tensor:
     """Memory for the output of images: (N, C', H', W') fp32."""
     last = plan.levels[program.stages[-1].stage.level]
-    return torch.empty(num_images, program.network.out_channels, last.height, last.width, device=program.device)
+    shape = num_images, program.network.out_channels, last.height, last.width
+    return torch.empty(shape, dtype=torch.float32, device=program.device)
 
 
 def execute_image(

@@ -9,6 +9,7 @@ from torch import Tensor
 from sdvae.engine import ops
 from sdvae.engine.arena import allocate
 from sdvae.engine.execute import empty_output, execute, execute_image
+from sdvae.engine.groups import execute_groups
 from sdvae.engine.plan import Plan
 from sdvae.engine.program import Program
 
@@ -40,6 +41,8 @@ class Executor:
 
     def run(self, program: Program, plan: Plan, images: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', H', W') fp32
         """All images through the network, on the device of the program."""
+        if plan.group:
+            return execute_groups(program, plan, images)
         with torch.cuda.device(program.device) if program.device.type == "cuda" else nullcontext():
             if not _is_repeatable(program, plan):
                 return execute(program, plan, images)
@@ -67,8 +70,9 @@ class _Graph:
     """The run of one image, from and to memory of its own."""
 
     def __init__(self, program: Program, plan: Plan, image: Tensor) -> None:
-        self._image = torch.empty(image.shape, device=program.device)
-        self._out = empty_output(program, plan, 1)[0]
+        with torch.inference_mode(False):  # else no later run, outside of that mode, could write to them
+            self._image = torch.empty(image.shape, dtype=torch.float32, device=program.device)
+            self._out = empty_output(program, plan, 1)[0]
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # of the run before, whose memory a graph cannot use
         with allocate(plan, program.dtype, program.device) as self._memory, torch.cuda.graph(self._graph):

@@ -1,6 +1,7 @@
 """Amounts of memory: as people write them, and as a device has them free."""
 
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,14 +12,22 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _CGROUP = Path("/sys/fs/cgroup")
+_LEAST_BYTES = 10**5  # less is a number whose unit was forgotten: no network runs in it
 
 
 def parse_bytes(amount: int | str) -> int:
-    """The bytes in "6GiB", "800 MB" or a number of them; BudgetError for anything else."""
+    """The bytes in "6GiB", "800 MB" or a number of them; BudgetError for anything else, and for less than 100 kB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(amount).strip().lower())
     if match is None or match[2] not in _UNITS:
         raise BudgetError(f"{amount!r} is no amount of memory; write 6GiB, 800MiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2]])
+    number, unit = match.groups()
+    num_bytes = int(Decimal(number) * _UNITS[unit])
+    if num_bytes >= _LEAST_BYTES:
+        return num_bytes
+    if unit or not num_bytes:
+        raise BudgetError(f"{amount} is too little memory; write 6GiB, or 800MiB")
+    meant = f"{number}{'GiB' if num_bytes < 100 else 'MiB'}"  # cards have up to a hundred GiB, or thousands of MiB
+    raise BudgetError(f"{number} bytes: did you mean {meant}?")
 
 
 def free_bytes(device: "torch.device") -> int | None:

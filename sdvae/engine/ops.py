@@ -29,8 +29,9 @@ class Statistics:
 
     def add(self, rows: Tensor) -> None:  # (1, C, rows, W)
         """Add a strip."""
+        history = torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device)
         for block in torch.split(rows, self._row_block, 2):
-            mean, variance = _mean_and_variance(block)
+            mean, variance = mean_and_variance(block, history)
             self._counts.append(block.shape[2] * block.shape[3])
             self._means.append(mean)
             self._variances.append(variance)
@@ -48,9 +49,9 @@ class Statistics:
         return mean.flatten().float().repeat_interleave(num_channels), variance.float().repeat_interleave(num_channels)
 
 
-def _mean_and_variance(rows: Tensor) -> tuple[Tensor, Tensor]:  # of each channel, fp32
+def mean_and_variance(rows: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:  # of each channel, fp32
+    """Over all rows (N, C, rows, W); `history` is C zeros, of running means that are not kept."""
     if rows.device.type == "cpu" and not is_emulated(rows):  # two passes in one call, without a copy in fp32
-        history = torch.zeros(rows.shape[1])  # of a running mean, which is not kept
         return torch.batch_norm_update_stats(rows, history, history, 0.0)
     variance, mean = torch.var_mean(rows.float(), (0, 2, 3), correction=0)
     return mean, variance

@@ -4,6 +4,8 @@ Each level of the network has a region of the arena, cut into blocks of rows, on
 keeps x, and behind it h. A resnet that changes the width puts its shortcut and h over the x they are made of: its own
 block is read to the end before it is written. The regions of neighbouring levels overlap where rows are always read
 before they are written over; how far, integers decide.
+
+Small images need no strips: they run whole, in groups of one size, in memory of their own for each stage.
 """
 
 import math
@@ -13,7 +15,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, pairwise, takewhile
 
-from sdvae.engine.stages import Network, Stage
+from sdvae.amounts import memory_text, size_text
+from sdvae.engine.stages import Direction, Network, Stage
 from sdvae.errors import BudgetError, ShapeError
 
 # Of one strip's input: it should stay in the last-level cache from the norm to the convolution. On a GPU it is also to
@@ -23,7 +26,10 @@ GPU_STRIP_BYTES = 2**25
 ATTENTION_QUERIES = 1024  # at a time; fixed, so that no plan changes a sum
 GPU_ATTENTION_QUERIES = 2**14
 _SPLIT_TOKENS = 2**14
-_INPUT = {"encode": "pixels", "decode": "latents"}
+_WHOLE_BYTES = 2**24  # that a stage reads of an image, up to which strips are no faster than whole images
+MAX_GROUP = 8  # images that run together
+GROUP_FLOPS = 2**32  # of a group, beyond which more images made none faster; one alone pays for a deterministic group
+_BLOCK_PX = 2**12  # that the statistics of a whole image are summed over at a time
 PIXEL_BYTES = 4  # images and latents enter and leave in fp32
 
 
@@ -65,7 +71,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a network runs on one image after the other; all sizes are of one image."""
+    """How a network runs on one image after the other, or on groups of whole images; all sizes are of one image."""
 
     network: Network
     levels: tuple[Level, ...]
@@ -76,6 +82,8 @@ class Plan:
     scratch_bytes: int  # the most that one strip of a stage needs beside those
     num_queries: int  # of an attention at a time
     is_on_host: bool  # whether the arena lies in pinned memory of the host, which a GPU reads and writes as it goes
+    group: int = 0  # whole images that run together; 0: none, they run in strips
+    is_filled: bool = False  # whether the last group is filled up to that size
 
     @cached_property
     def image_bytes(self) -> int:
@@ -84,6 +92,11 @@ class Plan:
         first, last = (levels[-1], levels[0]) if network.direction == "decode" else (levels[0], levels[-1])
         num_in = first.height * first.width * network.in_channels
         return PIXEL_BYTES * (num_in + last.height * last.width * network.out_channels)
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Height and width of the image."""
+        return self.levels[0].height, self.levels[0].width
 
     @property
     def arena_bytes(self) -> int:
@@ -99,6 +112,24 @@ class Plan:
         """Peak memory of a run on its device, beside the weights."""
         arena = 0 if self.is_on_host else self.arena_bytes
         return arena + self.strip_bytes + num_images * self.image_bytes
+
+    @property
+    def traffic_bytes(self) -> int:
+        """What one image moves between a GPU and an arena in its host's memory; 0 where the arena is on the device."""
+        if not self.is_on_host:
+            return 0
+        return self.element_bytes * sum(self._moved_elements(stage) for stage in self.network.stages)
+
+    def _moved_elements(self, stage: Stage) -> int:
+        """What a stage reads of the arena, and writes to it."""
+        source, target = self.levels[stage.source_level], self.levels[stage.level]
+        read = 0 if stage.source == "input" else source.height * source.width * stage.in_channels
+        written = 0 if stage.target == "output" else target.height * target.width * stage.out_channels
+        if stage.kind == "attention":  # it adds, and then counts
+            return read + (3 if stage.has_statistics else 2) * written
+        if stage.adds:
+            return read + 2 * written
+        return 2 * (read + written) if stage.shortcut else read + written
 
     def num_strips(self, stage: Stage) -> int:
         """How many strips a stage runs in; the attention sees all rows at once."""
@@ -117,8 +148,14 @@ def make_plan(
     is_deterministic: bool = False,
     is_gpu: bool = False,
     host_bytes: int = 0,
+    max_group: int = 0,
 ) -> Plan:
     """Plan a network for inputs of `height` x `width`.
+
+    Up to `max_group` images run together and whole, on a CPU, if a stage reads little of each. Groups of
+    deterministic plans have one size for a size of images; others have no more than `num_images`, or than the budget
+    allows.
+
 
     Strips are as high as the cache allows, lower where a budget asks for it, or `num_strips` of them at every level (at
     most one for each row of latents). If the lowest strips are still too large, the arena lies in `host_bytes` of the
@@ -128,8 +165,17 @@ def make_plan(
     """
     sizes = network.sizes(height, width)
     if not all(sizes[-1]):
-        raise ShapeError(f"{width}x{height} is too small: it has less than one row or column of latents")
+        raise ShapeError(f"{size_text(height, width)} is too small: it has less than one row or column of latents")
     draft = _Draft(network, sizes, element_bytes, is_gpu)
+    if max_group and num_strips is None and draft.is_small():
+        group = draft.group(height, width, max_group if is_deterministic else min(num_images, max_group))
+        while group:
+            together = draft.plan_group(group, is_deterministic)
+            if budget_bytes is None or together.predict_bytes(num_images) <= budget_bytes:
+                return together
+            if is_deterministic:
+                raise _refusal(together, num_images, budget_bytes)
+            group //= 2
     liked = draft.strip_rows(0)
     if num_strips is not None:
         steps = liked if is_deterministic else [1] * len(sizes)
@@ -144,16 +190,41 @@ def make_plan(
             if budget_bytes is None or plan.predict_bytes(num_images) <= budget_bytes:
                 return plan
     assert plan is not None and budget_bytes is not None
-    raise BudgetError(
-        f"{network.direction}s of {num_images} x {width}x{height} {_INPUT[network.direction]} need "
-        f"{plan.predict_bytes(num_images):,} bytes at least, and the budget is {budget_bytes:,}; raise it or "
-        "give fewer or smaller images"
+    raise _refusal(plan, num_images, budget_bytes)
+
+
+def budget_refusal(
+    direction: Direction, num_images: int, size_px: tuple[int, int], least_bytes: int, budget_bytes: int
+) -> BudgetError:
+    """The error for images of (height, width) pixels that need more than the budget."""
+    images = size_text(*size_px) if num_images == 1 else f"{num_images} images of {size_text(*size_px)}"
+    needed = memory_text(least_bytes, like=budget_bytes)
+    return BudgetError(
+        f"{direction[:-1]}ing {images} px needs at least {needed} beside the weights, and the budget is "
+        f"{memory_text(budget_bytes, is_limit=True)}; give {needed.replace(' ', '')}, or "
+        f"{'smaller images' if num_images == 1 else 'fewer or smaller images'}",
+        least_bytes,
     )
+
+
+def _refusal(plan: Plan, num_images: int, budget_bytes: int) -> BudgetError:
+    least_bytes = plan.predict_bytes(num_images)
+    return budget_refusal(plan.network.direction, num_images, plan.size_px, least_bytes, budget_bytes)
+
+
+def fitting_group(flops: int, max_group: int) -> int:
+    """How many images of so many operations run together: a power of two, which divides most batches, or the most."""
+    return min(max_group, 1 << max(0, (GROUP_FLOPS // flops).bit_length() - 1))
 
 
 def max_images(plan: Plan, budget_bytes: int) -> int:
     """How many images of a plan's size can be asked for at once within a budget."""
     return max(0, (budget_bytes - plan.predict_bytes(0)) // plan.image_bytes)
+
+
+def _equal_blocks(num_rows: int, most: int) -> int:
+    """The rows of a block, at most so many (but one), where all blocks are equal."""
+    return next(rows for rows in range(max(1, min(num_rows, most)), 0, -1) if num_rows % rows == 0)
 
 
 def _split(num_rows: int, num_strips: int, step: int) -> list[int]:
@@ -172,15 +243,55 @@ class _Draft:
     element_bytes: int
     is_gpu: bool
 
+    def is_small(self) -> bool:
+        """Whether whole images may run: on a CPU, where strips of them would gain nothing."""
+        sides = zip(self.sizes, self._widest(), strict=True)
+        most = max(height * width * widest for (height, width), widest in sides)
+        return not self.is_gpu and most * self.element_bytes <= _WHOLE_BYTES
+
+    def group(self, height: int, width: int, max_group: int) -> int:
+        """How many images of the input's size are worth running together."""
+        return fitting_group(self.network.flops(height, width), max_group)
+
+    def plan_group(self, group: int, is_filled: bool) -> Plan:
+        """The plan for whole images, `group` at a time."""
+        levels = tuple(
+            Level(height, width, (0, height), 0, 0, _equal_blocks(height, _BLOCK_PX // width), height)
+            for height, width in self.sizes
+        )
+        most = max(
+            _whole_elements(stage, levels[stage.source_level], levels[stage.level]) for stage in self.network.stages
+        )
+        scratch_bytes = group * most * self.element_bytes
+        return Plan(
+            self.network,
+            levels,
+            self.element_bytes,
+            arena_elements=0,
+            window_elements=0,
+            keys_elements=0,
+            scratch_bytes=scratch_bytes,
+            num_queries=0,
+            is_on_host=False,
+            group=group,
+            is_filled=is_filled,
+        )
+
+    def _widest(self) -> list[int]:
+        """The most channels that a strip reads at each level."""
+        widest = [0] * len(self.sizes)
+        for stage in self.network.stages:
+            # A downsampler's input has four times the pixels of what it writes.
+            num_read = stage.in_channels * (4 if stage.kind == "down" else 1)
+            widest[stage.level] = max(widest[stage.level], num_read)
+        return widest
+
     def strip_rows(self, halvings: int) -> list[int]:
         """How many rows of latents a strip of each level covers, after `halvings` of the size that the cache allows."""
         strip_bytes = (GPU_STRIP_BYTES if self.is_gpu else STRIP_BYTES) >> halvings
         num_rows = self.sizes[-1][0]
         rows = []
-        for level, (height, width) in enumerate(self.sizes):
-            stages = [stage for stage in self.network.stages if stage.level == level]
-            # A downsampler's input has four times the pixels of what it writes.
-            widest = max(stage.in_channels * (4 if stage.kind == "down" else 1) for stage in stages)
+        for (height, width), widest in zip(self.sizes, self._widest(), strict=True):
             row_bytes = height // num_rows * width * widest * self.element_bytes
             rows.append(min(num_rows, max(1, strip_bytes // row_bytes)))
         return rows
@@ -292,3 +403,21 @@ def _made_elements(stage: Stage, source: Level, target: Level, num_queries: int,
     made = stage.out_channels if is_gpu or stage.shortcut or stage.target == "output" else 0  # oneDNN writes in place
     read = stage.in_channels if is_on_host and stage.shortcut else 0
     return rows * target.width * (made + read)
+
+
+def _whole_elements(stage: Stage, source: Level, target: Level) -> int:
+    """The most that a stage of whole images needs at once, for each image."""
+    read = source.height * source.width * stage.in_channels
+    num_px = target.height * target.width
+    written = num_px * stage.out_channels
+    if stage.kind == "attention":  # x, its norm; queries, means and packed keys and values
+        return 2 * read + 4 * written
+    if stage.kind == "down":  # a row and a column more
+        return read + (source.height + 1) * (source.width + 1) * stage.in_channels + written
+    if stage.kind == "up":  # even and odd rows, each with a row and a column to spare
+        return read + 4 * (source.height + 1) * (source.width + 1) * stage.out_channels + written
+    if stage.source == "input":
+        return read + num_px + written  # with a channel of ones
+    if stage.source == "h":  # normalised in place, added in place
+        return read + written
+    return 2 * read + written * (2 if stage.shortcut or stage.target == "output" else 1)  # x, its norm, what is made

@@ -1,16 +1,34 @@
 """Which device and dtype a VAE computes in, and why."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdvae.errors import DeviceError
 
 _SPELLINGS = {"float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}  # torch's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What a program may set for all of torch, and what it is while a VAE computes: torch's defaults, but
+# neither TF32 nor, on CPUs, sums of bf16 products for fp32 ones.
+_SETTINGS: tuple[tuple[Any, str, Any], ...] = (
+    (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+    (torch.backends.cuda.matmul, "allow_fp16_accumulation", False),
+    (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", True),
+    (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", True),
+    (torch.backends.mkldnn, "enabled", True),
+    (torch.backends.mkldnn, "deterministic", False),
+    (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
+    (torch.backends.mkldnn.conv, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
+)
+_ATTENTION_KERNELS = [
+    SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION,
+]  # fmt: skip
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,7 @@ def served_dtypes(device: torch.device) -> list[str]:
 
 @contextmanager
 def full_precision(*, is_deterministic: bool = True, is_tuned: bool = False) -> Iterator[None]:
-    """Inside, fp32 means fp32: no TF32, which rounds what is multiplied to 10 bits, whatever the program allows.
+    """Inside, fp32 means fp32, whatever the program allows: no autocast, no TF32, and torch's own choice of kernels.
 
     `is_tuned` lets cuDNN try algorithms and keep the fastest: it takes memory, and the clock decides on the last bits.
     """
@@ -74,14 +92,25 @@ def full_precision(*, is_deterministic: bool = True, is_tuned: bool = False) -> 
         allow_tf32=False,
         fp32_precision="ieee",
     )
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    with cudnn:
-        matmul.fp32_precision = "ieee"
+    before = [getattr(owner, name) for owner, name, _ in _SETTINGS]
+    with cudnn, sdpa_kernel(_ATTENTION_KERNELS), ExitStack() as stack:
+        for device_type in filter(torch.is_autocast_enabled, _AUTOCAST_DEVICES):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
         try:
+            for owner, name, value in _SETTINGS:
+                setattr(owner, name, value)
             yield
         finally:
-            matmul.fp32_precision = before
+            for (owner, name, _), value in zip(_SETTINGS, before, strict=True):
+                setattr(owner, name, value)
+
+
+@contextmanager
+def inference(*, is_deterministic: bool = True, is_tuned: bool = False) -> Iterator[None]:
+    """`full_precision` without gradients; what is made inside may be written to, and trained, outside of any mode."""
+    precision = full_precision(is_deterministic=is_deterministic, is_tuned=is_tuned)
+    with torch.inference_mode(False), torch.no_grad(), precision:
+        yield
 
 
 def _choose_for_cpu(capabilities: Mapping[str, Any]) -> DtypeChoice:

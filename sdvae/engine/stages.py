@@ -9,6 +9,7 @@ Level l of a network has 2^-l of the pixels' height and width. At each level two
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Literal
 
@@ -42,6 +43,19 @@ class Stage:
         """The level it reads from."""
         return self.level + {"up": 1, "down": -1}.get(self.kind, 0)
 
+    @property
+    def num_parameters(self) -> int:
+        """Of its convolutions in the model; biases, which are few, are not counted."""
+        if self.kind == "attention":
+            return 4 * self.out_channels**2
+        return self.in_channels * self.out_channels * (10 if self.shortcut else 9)
+
+    @property
+    def num_packed(self) -> int:
+        """What the rewrites make of them: two projections of an attention, four 2x2 kernels of an upsampling."""
+        folded = {"attention": self.num_parameters // 2, "up": 16 * self.in_channels * self.out_channels}
+        return folded.get(self.kind, self.num_parameters)
+
     def flops(self, height: int, width: int) -> int:  # size of the target
         """Multiplications and additions, of convolutions and matrix products only."""
         num_px = height * width
@@ -68,12 +82,23 @@ class Network:
             return tuple((height >> level, width >> level) for level in halvings)
         return tuple((height << level, width << level) for level in reversed(halvings))
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights in the model."""
+        return sum(stage.num_parameters for stage in self.stages)
+
+    @property
+    def num_packed(self) -> int:
+        """Weights that a program holds."""
+        return sum(stage.num_packed for stage in self.stages)
+
     def flops(self, height: int, width: int) -> int:  # of the input
         """Operations of one image."""
         sizes = self.sizes(height, width)
         return sum(stage.flops(*sizes[stage.level]) for stage in self.stages)
 
 
+@cache
 def build_network(config: VAEConfig, direction: Direction) -> Network:
     """The stages of a config, in the order of `model.Encoder` and `model.Decoder`."""
     num_levels = len(config.block_out_channels)

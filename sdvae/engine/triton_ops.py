@@ -49,7 +49,7 @@ class Statistics:
         """Mean and variance of the group that each channel belongs to."""
         parts = torch.cat(self._parts, 1)
         _, num_rows, num_channels = parts.shape
-        mean, variance = torch.empty((2, num_channels), device=parts.device)
+        mean, variance = torch.empty((2, num_channels), dtype=torch.float32, device=parts.device)
         group = num_channels // num_groups
         block_c = triton.next_power_of_2(group)
         _merge_rows[(num_groups,)](
@@ -61,7 +61,7 @@ class Statistics:
     def part_of(self, rows: Tensor, device: torch.device) -> Tensor:  # -> (2, rows, C)
         """Room for what a kernel finds in a strip."""
         _, num_channels, num_rows, self._width = rows.shape
-        part = torch.empty((2, num_rows, num_channels), device=device)
+        part = torch.empty((2, num_rows, num_channels), dtype=torch.float32, device=device)
         self._parts.append(part)
         return part
 
@@ -140,7 +140,7 @@ def attend(queries: Tensor, keys: Tensor) -> Tensor:  # (n, C), (m, C) -> (n, C)
     num_splits = triton.cdiv(len(keys), split_keys)
     dtype = queries.dtype if num_splits == 1 else torch.float32
     parts = torch.empty((num_splits, num_queries, num_channels), dtype=dtype, device=queries.device)
-    weights = torch.empty((num_splits, num_queries), device=queries.device)
+    weights = torch.empty((num_splits, num_queries), dtype=torch.float32, device=queries.device)
     _attend_block[(num_blocks, num_splits)](
         queries, keys, parts, weights, num_queries, len(keys), split_keys, num_channels, **tile, **_FUSED
     )

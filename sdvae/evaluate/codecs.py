@@ -44,7 +44,7 @@ def _shrunk(image: Image) -> Image:
     """A photo of an eighth of the size, Lanczos down and bicubic up: 3 numbers for each 8x8 pixels."""
     photo = Pillow.fromarray(image)
     size = (math.ceil(photo.width / 8), math.ceil(photo.height / 8))
-    return np.asarray(photo.resize(size, Pillow.Resampling.LANCZOS).resize(photo.size, Pillow.Resampling.BICUBIC))
+    return np.array(photo.resize(size, Pillow.Resampling.LANCZOS).resize(photo.size, Pillow.Resampling.BICUBIC))
 
 
 def _compressed(image: Image, codec: str, quality: int) -> bytes:
@@ -54,4 +54,4 @@ def _compressed(image: Image, codec: str, quality: int) -> bytes:
 
 
 def _decompressed(data: bytes) -> Image:
-    return np.asarray(Pillow.open(io.BytesIO(data)).convert("RGB"))
+    return np.array(Pillow.open(io.BytesIO(data)).convert("RGB"))

@@ -33,7 +33,7 @@ def _adm(photo: Image, size: int) -> Image:
     factor = size / min(image.size)
     image = image.resize((round(image.width * factor), round(image.height * factor)), Pillow.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 def _bilinear(photo: Image, size: tuple[int, int], is_antialiased: bool) -> Image:

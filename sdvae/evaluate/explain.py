@@ -35,8 +35,8 @@ def explain(
 
     A reconstruction is made once for all conventions that differ only in how it is compared.
     """
-    image_metrics = tuple(name for name in recipe.metrics if name in METRICS and METRICS[name].scope == "image")
-    recipe = replace(recipe, metrics=image_metrics)
+    named = tuple(name for name in recipe.metrics if name not in METRICS or METRICS[name].scope == "image")
+    recipe = replace(recipe, metrics=tuple(appoint(replace(recipe, metrics=named), device).scores))
     conventions = {"": recipe, **rivals(recipe)}
     judges = {name: appoint(convention, device) for name, convention in conventions.items()}
     entries = list_entries(source, recipe.max_images)

@@ -1,6 +1,5 @@
 """The end of an evaluation: the notes of all chunks become scores.jsonl, pictures and results.json."""
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -111,7 +110,7 @@ def _judged(
     probe: _Probe,
 ) -> results.Candidate:
     part = gathered.parts[place]
-    num = sum(1 for value in next(iter(gathered.values[place].values())) if not math.isnan(value))
+    num = part.num_images
     summaries = {column.name: summarise(column, place, gathered, notes, probe.recipe) for column in columns}
     present = {name: summary for name, summary in summaries.items() if summary is not None}
     if isinstance(candidate, CodecCandidate):

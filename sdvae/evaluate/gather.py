@@ -41,6 +41,7 @@ class Gathered:
             parts = [Part.from_json(values) for values in line["parts"]]
             for whole, part in zip(self.parts, parts, strict=True):
                 whole.sums.merge(part.sums)
+                whole.num_images += part.num_images
                 whole.num_failed += part.num_failed
                 whole.encode_s, whole.decode_s = whole.encode_s + part.encode_s, whole.decode_s + part.decode_s
                 whole.bits += part.bits

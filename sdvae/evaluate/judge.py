@@ -16,6 +16,7 @@ from sdvae.perceptual.inception import Inception
 from sdvae.perceptual.lpips import LPIPS, Net
 from sdvae.perceptual.ssim import ms_ssim, ssim
 
+CPU = torch.device("cpu")
 Score = Callable[[Tensor, Tensor], float]  # of levels (1, 3, H, W), 0..255 in fp64: reconstruction, original
 
 
@@ -27,10 +28,12 @@ class Judge:
     scores: dict[str, Score]
     inception: Inception | None
     remarks: tuple[str, ...]  # on metrics whose network is not on this machine
+    device: torch.device = CPU
 
     def score(self, levels: Tensor, original: Tensor) -> dict[str, float]:
         """Each metric of images that this image is large enough for."""
         side = min(levels.shape[2:])
+        levels, original = levels.to(self.device), original.to(self.device)
         large = {name: score for name, score in self.scores.items() if side >= METRICS[name].min_side_px}
         return {name: score(levels, original) for name, score in large.items()}
 
@@ -38,7 +41,7 @@ class Judge:
         """What set metrics compare."""
         assert self.inception is not None
         with torch.inference_mode():
-            features: Tensor = self.inception(levels.float())
+            features: Tensor = self.inception(levels.to(self.device).float())
         return features[0].cpu()
 
 
@@ -67,7 +70,8 @@ def appoint(recipe: Recipe, device: torch.device, *, must_have_all: bool = False
     if not scores:
         raise ReportError(f"no metric of images is left to judge by; there are {', '.join(METRICS)}")
     assert inception is None or isinstance(inception, Inception)
-    return Judge(tuple(columns), scores, inception.to(device) if inception else None, tuple(remarks))
+    placed = inception.to(device) if inception else None
+    return Judge(tuple(columns), scores, placed, tuple(remarks), device)
 
 
 def _find(name: str) -> Metric:

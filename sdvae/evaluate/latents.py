@@ -90,12 +90,13 @@ def report(
     std = np.sqrt(np.diag(covariance).clip(min=0.0))
     posterior = sums.variance / sums.num_latents
     bits = sums.kl_nats / sums.num_latents / math.log(2)
+    signal_to_noise = std**2 / posterior
     channels = tuple(
         Channel(
             mean=float(mean[c]),
             std=float(std[c]),
             posterior_std=float(np.sqrt(posterior[c])),
-            snr_db=_decibels(std[c] ** 2 / posterior[c]) if has_posterior else None,
+            snr_db=_decibels(signal_to_noise[c]) if has_posterior else None,
             kl_bits=float(bits[c]) if has_posterior else None,
             is_dead=bool(std[c] < DEAD_STD),
         )

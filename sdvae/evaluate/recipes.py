@@ -47,7 +47,7 @@ class Recipe:
 
     def caption(self) -> str:
         """The caption of a table: one paragraph that lets a stranger repeat the numbers."""
-        sizes = "whole photos in their own size" if self.size_px is None else f"{self.size_px}x{self.size_px} px"
+        sizes = "Whole photos in their own size" if self.size_px is None else f"{self.size_px}x{self.size_px} px"
         crops = {"none": "", "center": ", centre crop", "adm": ", ADM centre crop"}
         filters = "" if self.size_px is None or self.crop == "adm" else f", {self.resample} resize"
         edges = "" if self.is_antialiased else " without antialias"
@@ -124,7 +124,9 @@ def rivals(recipe: Recipe) -> dict[str, Recipe]:
     swap = {"mode": "sample", "sample": "mode"}
     changed[f"latents: {swap[recipe.latents]}"] = replace(recipe, latents=swap[recipe.latents])  # type: ignore[arg-type]
     changed["float, not 8-bit"] = replace(recipe, rounding="float")
-    changed["SSIM as scikit-image's default"] = replace(recipe, ssim_window="uniform")
-    changed["SSIM as torchmetrics"] = replace(recipe, ssim_window="reflected")
-    changed["LPIPS of 0..1"] = replace(recipe, lpips_range="0..1")
+    if "ssim" in recipe.metrics:
+        changed["SSIM as scikit-image's default"] = replace(recipe, ssim_window="uniform")
+        changed["SSIM as torchmetrics"] = replace(recipe, ssim_window="reflected")
+    if any(name.startswith("lpips") for name in recipe.metrics):
+        changed["LPIPS of 0..1"] = replace(recipe, lpips_range="0..1")
     return changed

@@ -14,7 +14,7 @@ from sdvae.errors import ImageError
 from sdvae.evaluate.candidates import VAECandidate, draw, padded_pixels, to_levels
 from sdvae.evaluate.codecs import CodecCandidate
 from sdvae.evaluate.crops import cut
-from sdvae.evaluate.judge import Judge
+from sdvae.evaluate.judge import CPU, Judge
 from sdvae.evaluate.latents import LatentSums
 from sdvae.evaluate.photos import Photo
 from sdvae.evaluate.recipes import Recipe
@@ -22,7 +22,6 @@ from sdvae.posterior import DiagonalGaussian
 
 Image = NDArray[np.uint8]  # (H, W, 3)
 Candidate = VAECandidate | CodecCandidate
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Part:
     """What a chunk of photos gave for one candidate; all of it is JSON."""
 
     scores: dict[int, dict[str, float]] = field(default_factory=dict)  # by index
+    num_images: int = 0
     sums: LatentSums = field(default_factory=LatentSums)
     num_failed: int = 0
     encode_s: float = 0.0
@@ -93,6 +93,7 @@ def judge_chunk(
         if not bool(one.levels.isfinite().all()):
             part.num_failed += 1
             continue
+        part.num_images += 1
         part.scores[index] = judge.score(one.levels, one.original)
         part.bits += one.bits_per_pixel or 0.0
         if judge.inception is not None:
@@ -132,7 +133,7 @@ def _run(candidate: VAECandidate, items: Sequence[Item], recipe: Recipe, part: P
     latents = draw(posterior, recipe.latents, recipe.seed, [item.key for item in items])
     decoded, part_s = _timed(lambda: candidate.decode(latents), device)
     part.decode_s += part_s
-    place = device if device.type == "cuda" else CPU  # of the scores: fp64 is not everywhere
+    place = device if device.type == "cuda" else CPU  # fp64 is not everywhere
     scaled = candidate.scaled(posterior)
     for row, item in enumerate(items):
         height, width = item.image.shape[:2]
@@ -148,4 +149,4 @@ def _timed(run: Any, device: torch.device) -> tuple[Any, float]:
 
 
 def _levels(image: Image, device: torch.device) -> Tensor:
-    return torch.from_numpy(image).to(device).permute(2, 0, 1)[None].double()
+    return torch.tensor(image, device=device).permute(2, 0, 1)[None].double()

@@ -18,13 +18,14 @@ from sdvae.encoding.runners import Ranks
 from sdvae.errors import ReportError
 from sdvae.evaluate.codecs import CodecCandidate
 from sdvae.evaluate.finish import finish
-from sdvae.evaluate.judge import Judge, appoint
+from sdvae.evaluate.judge import CPU, Judge, appoint
 from sdvae.evaluate.notes import Notes
 from sdvae.evaluate.photos import Photo, read_photos
 from sdvae.evaluate.recipes import Recipe, sized
 from sdvae.evaluate.results import SCHEMA, Results, to_json
-from sdvae.evaluate.round_trip import CPU, Candidate, Item, cut_all, judge_chunk
+from sdvae.evaluate.round_trip import Candidate, Item, cut_all, judge_chunk
 from sdvae.evaluate.summaries import original_name
+from sdvae.perceptual.inception import NUM_FEATURES
 from sdvae.progress import Progress, silent
 from sdvae.sources.entries import Entry, Source
 
@@ -133,11 +134,11 @@ class _Run:
         self.notes.append({"peak": label, "bytes": num_bytes})
 
     def _features(self, item: Item) -> torch.Tensor:
-        levels = torch.from_numpy(item.image).permute(2, 0, 1)[None].to(_place(self.candidates))
+        levels = torch.tensor(item.image).permute(2, 0, 1)[None]
         return self.judge.features(levels)
 
     def _note_features(self, chunk: int, name: str, features: Sequence[torch.Tensor]) -> None:
-        rows = torch.stack(list(features)) if features else torch.zeros(0, 2048)
+        rows = torch.stack(list(features)) if features else torch.zeros(0, NUM_FEATURES)
         self.notes.write_features(chunk, name, rows.numpy().astype(np.float32))
 
 

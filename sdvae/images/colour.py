@@ -3,15 +3,17 @@
 import io
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 from sdvae.errors import ImageError
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
+
+_NO_LITTLECMS = "this Pillow was built without LittleCMS, which its wheels have: pip install --upgrade pillow"
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +101,11 @@ def _scale_to_8_bits(band: Image.Image, black: float, white: float) -> Image.Ima
 @lru_cache(maxsize=8)
 def _srgb_transform(mode: str, profile: bytes | None) -> Callable[[Image.Image], Image.Image] | None:
     """What turns images of `mode` with this ICC profile into sRGB; None where they are to be read as they are."""
+    if (mode == "LAB" or profile) and not features.check_module("littlecms2"):
+        if mode == "LAB":
+            raise ImageError(f"a Lab image, which needs LittleCMS; {_NO_LITTLECMS}")
+        _warn_of_no_littlecms()
+        return None
     if mode == "LAB":
         return _colour_transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), mode)  # says all by itself
     if not profile:
@@ -123,6 +130,11 @@ def _srgb_transform(mode: str, profile: bytes | None) -> Callable[[Image.Image],
         if np.abs(change).max() <= 1:
             return None  # sRGB by another name
     return transform
+
+
+@cache
+def _warn_of_no_littlecms() -> None:  # once for a process, not for each profile
+    _log.warning("colour profiles are ignored, and images that have one read as sRGB: %s", _NO_LITTLECMS)
 
 
 def _colour_transform(source: ImageCms.ImageCmsProfile, mode: str) -> Callable[[Image.Image], Image.Image]:

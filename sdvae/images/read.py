@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from sdvae.amounts import size_text
 from sdvae.errors import ImageError
 from sdvae.images.colour import rgb_converter, transparent_samples
 from sdvae.images.failures import PillowFailures
@@ -137,7 +138,7 @@ def _identify(stream: BinaryIO, max_pixels: int) -> Image.Image:
         raise ImageError(f"too large: more than the limit of {min(own, max_pixels):,} pixels") from error
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError(f"too large: {width}x{height} is more than the limit of {max_pixels:,} pixels")
+        raise ImageError(f"too large: {size_text(height, width)} is more than the limit of {max_pixels:,} pixels")
     tags = getattr(image, "tag_v2", {})
     if tags.get(_NEW_SUBFILE_TYPE, 0) == 1 or _DNG_VERSION in tags:
         raise ImageError(

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sdvae.amounts import size_text
 from sdvae.errors import ImageError
 
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -25,5 +26,5 @@ def encode_image(image: NDArray[np.uint8], format: str) -> bytes:  # (H, W, 3) u
         Image.fromarray(image).save(file, format, **_SAVE_OPTIONS[format])
     except (OSError, ValueError) as error:
         height, width = image.shape[:2]
-        raise ImageError(f"{format} cannot hold an image of {width}x{height}; write it as png") from error
+        raise ImageError(f"{format} cannot hold an image of {size_text(height, width)}; write it as png") from error
     return file.getvalue()

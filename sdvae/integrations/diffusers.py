@@ -7,7 +7,7 @@ Everything around the network (files, tiling, slicing, offload, output types) is
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +15,6 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as TheirAutoencoderKL
-from diffusers.models.autoencoders.vae import Decoder, Encoder
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.unets import unet_2d_blocks as blocks
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from sdvae.config import VAEConfig
@@ -27,14 +22,6 @@ from sdvae.engine.run import Engine
 from sdvae.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-# What stands between the borrowed layers and means the same in our network.
-_BLOCKS = {
-    Encoder, Decoder, blocks.UNetMidBlock2D, ResnetBlock2D, Attention, Downsample2D, Upsample2D, nn.ModuleList,
-    blocks.DownEncoderBlock2D, blocks.UpDecoderBlock2D, blocks.AttnDownEncoderBlock2D, blocks.AttnUpDecoderBlock2D,
-}  # fmt: skip
-_NO_LAYERS = {nn.SiLU, nn.Dropout, nn.Identity}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class DropInEngine(Engine):
@@ -49,14 +36,17 @@ class DropInEngine(Engine):
         The blocks around them must be diffusers' own: a hook on one, a patched `forward`, a custom attention processor
         or another block would never run in our network.
         """
-        found = set()
-        for name, module in _inner(self.source, "", self.layer_names):
-            if name in self.layer_names:
-                found.add(name)
-            elif reason := _foreign(module):
-                return f"{name} {reason}"
-        absent = sorted(self.layer_names - found)
-        return f"{absent[0]} is not there" if absent else None
+        for name, module in self._source.named_modules():
+            if isinstance(module, nn.Dropout) and module.p and module.training:
+                return f"{name} drops activations"
+            if type(module) is Attention and type(module.processor) not in (AttnProcessor, AttnProcessor2_0):
+                return f"{name} has a {type(module.processor).__name__}"
+        return super().departure()
+
+    def _build(self) -> nn.Module:
+        source: Any = self._source
+        built: nn.Module = TheirAutoencoderKL.from_config(source._internal_dict)
+        return built
 
     def stands_in(self) -> bool:
         """Whether our network runs now; where diffusers' blocks must, the log says why, once for each reason."""
@@ -179,27 +169,3 @@ def uninstall(pipe: Any) -> None:
 def _sign(vae: AutoencoderKL) -> None:
     # diffusers writes this name into a pipeline's model_index.json: saved pipelines load where there is no sdvae.
     vars(vae)["__module__"] = TheirAutoencoderKL.__module__
-
-
-def _inner(module: nn.Module, prefix: str, layer_names: frozenset[str]) -> Iterator[tuple[str, nn.Module]]:
-    """All modules below `module`, but not those inside of layers."""
-    for child_name, child in module.named_children():
-        name = prefix + child_name
-        yield name, child
-        if name not in layer_names:
-            yield from _inner(child, f"{name}.", layer_names)
-
-
-def _foreign(module: nn.Module) -> str | None:
-    kind = type(module)
-    if kind not in _BLOCKS | _NO_LAYERS:
-        return f"is a {kind.__name__}"
-    if isinstance(module, nn.Dropout) and module.p and module.training:
-        return "drops activations"
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        return "has a hook"
-    if "forward" in vars(module):
-        return "has a forward of its own"
-    if isinstance(module, Attention) and type(module.processor) not in (AttnProcessor, AttnProcessor2_0):
-        return f"has a {type(module.processor).__name__}"
-    return None

@@ -85,6 +85,7 @@ def _backbone(net: Net) -> tuple[nn.Sequential, frozenset[int]]:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Each position's features over their length."""
-    length = features.square().sum(1, keepdim=True).sqrt()
-    return features / (length + 1e-10)
+    """Each position's features over their length, whose gradient is 0 where all of them are."""
+    length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    scaled: Tensor = features / (length + 1e-10)
+    return scaled

@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from sdvae.amounts import size_text
 from sdvae.errors import ConfigError, DeviceError, ShapeError, StoreError, VerifyError
 from sdvae.latents import scale
 from sdvae.posterior import DiagonalGaussian
@@ -78,7 +79,9 @@ class LatentDataset(Dataset[Example]):
         self._shards = _written_shards(self.store)
         self._starts = list(itertools.accumulate((shard.num_rows for shard in self._shards), initial=0))
         # In shared memory: `set_epoch` reaches workers that live on from epoch to epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False):  # else `set_epoch` could not write to it
+            epoch = torch.zeros((), dtype=torch.int64, device="cpu")
+            self._epoch = epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._open: dict[int, _MappedShard] = {}
         self._classes: dict[Any, int] | None = None
         if preload:
@@ -87,7 +90,7 @@ class LatentDataset(Dataset[Example]):
                 self._opened(position).preload(device, needed)
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{len(records)} of {width}x{height} px" for (height, width), records in self.buckets.items())
+        sizes = ", ".join(f"{len(records)} of {size_text(*size)} px" for size, records in self.buckets.items())
         return f"LatentDataset({str(self.store.paths.root)!r}: {sizes}, {'sampled' if self.sample else 'means'})"
 
     def __len__(self) -> int:
@@ -139,7 +142,8 @@ class LatentDataset(Dataset[Example]):
         shards = [self._opened(position) for position, _ in places]
         rows = [row for _, row in places]
         if len({shard.shape for shard in shards}) > 1:
-            found = sorted({f"{self._shards[position].bucket_px}" for position, _ in places})
+            buckets = {self._shards[position].bucket_px for position, _ in places}
+            found = sorted(size_text(*bucket) for bucket in buckets if bucket)
             raise ShapeError(f"a batch needs one size, this has {', '.join(found)}; draw with BucketBatchSampler")
         records = [shard.record(row) for shard, row in zip(shards, rows, strict=True)]
         streams = [
@@ -150,7 +154,7 @@ class LatentDataset(Dataset[Example]):
         batch = _conditions(records, flips)
         numbers = self._class_numbers() if any(record["label"] is not None for record in records) else {}
         labels = [-1 if record["label"] is None else numbers[record["label"]] for record in records]
-        return {"latents": self._latents(shards, rows, flips, streams), "label": torch.tensor(labels)} | batch
+        return {"latents": self._latents(shards, rows, flips, streams), "label": _numbers(labels)} | batch
 
     def _latents(
         self,
@@ -164,14 +168,15 @@ class LatentDataset(Dataset[Example]):
             return torch.stack([shard.tensors[name + "_flip" * flip][row] for shard, row, flip in places]).float()
 
         device = "cuda" if self.preload == "cuda" else "cpu"
-        batch = torch.empty(len(rows), *shards[0].shape, device=device)
-        for start in range(0, len(rows), _CHUNK_ROWS):
-            chunk = slice(start, start + _CHUNK_ROWS)
-            latents = stacked("mean", chunk)
-            if self.sample:
-                posterior = DiagonalGaussian(latents, stacked("logvar", chunk))
-                latents = posterior.mean + posterior.std * _noise(streams[chunk], shards[0].shape).to(device)
-            batch[chunk] = scale(latents, self.latent_scaling)
+        batch = torch.empty((len(rows), *shards[0].shape), dtype=torch.float32, device=device)
+        with torch.autocast(device, enabled=False):  # a CPU's in bf16 would round what is stacked in fp16
+            for start in range(0, len(rows), _CHUNK_ROWS):
+                chunk = slice(start, start + _CHUNK_ROWS)
+                latents = stacked("mean", chunk)
+                if self.sample:
+                    posterior = DiagonalGaussian(latents, stacked("logvar", chunk))
+                    latents = posterior.mean + posterior.std * _noise(streams[chunk], shards[0].shape).to(device)
+                batch[chunk] = scale(latents, self.latent_scaling)
         return batch
 
     def _find(self, record: int) -> tuple[int, int]:  # (position in self._shards, row)
@@ -263,14 +268,14 @@ def _conditions(records: list[dict[str, Any]], flips: list[bool]) -> Example:
     return {
         "key": [record["key"] for record in records],
         "caption": [record["caption"] or "" for record in records],
-        "original_size": _pairs([record["original_px"] for record in records]),
-        "crop_top_left": _pairs(corners),
-        "target_size": _pairs([record["bucket_px"] for record in records]),
-        "is_flipped": torch.tensor(flips),
+        "original_size": _numbers([record["original_px"] for record in records]),
+        "crop_top_left": _numbers(corners),
+        "target_size": _numbers([record["bucket_px"] for record in records]),
+        "is_flipped": torch.tensor(flips, dtype=torch.bool, device="cpu"),
     }
 
 
-def _pairs(values: Sequence[Sequence[int]]) -> Tensor:  # (N, 2) int64
+def _numbers(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:  # int64
     return torch.from_numpy(np.array(values, np.int64))  # torch.tensor takes three times as long
 
 
@@ -296,4 +301,22 @@ def _require_vae(store: Store, expected: "VAE | str") -> None:
         wanted = {"fingerprint": expected.fingerprint, "latent_space": expected.latent_space, "config": config}
     found = differences(stored, wanted)
     if found:
-        raise StoreError(f"{store.paths.root} holds latents of another VAE than the one expected: {'; '.join(found)}")
+        what = f"{store.paths.root} holds latents of another VAE than the one expected: {_in_short(stored, wanted)}"
+        error = StoreError(what)
+        for difference in found:
+            error.add_note(difference)
+        raise error
+
+
+def _in_short(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What differs between two VAEs: names and first digits; the exception's notes say all."""
+    told = [
+        f"{name} {stored[name][:12]}, not {wanted[name][:12]}"
+        for name in ("fingerprint", "latent_space")
+        if stored[name] != wanted[name]
+    ]
+    before, now = stored["config"], wanted["config"]
+    fields = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if fields:
+        told.append(f"{len(fields)} field(s) of the config ({', '.join(fields[:2])}{', ...' * (len(fields) > 2)})")
+    return "; ".join(told)

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdvae import atomic
+from sdvae.engine.memory import parse_bytes
 from sdvae.errors import LatentsError, OutputError, StoreError
 from sdvae.images.write import encode_image
 from sdvae.progress import Progress, silent
-from sdvae.reading.latent_files import Scaling, list_latent_files, read_latents
+from sdvae.reading.latent_files import FoundLatents, Scaling, list_latent_files, read_latents
 from sdvae.reading.names import plan_names
+from sdvae.reading.spread import Spread
 from sdvae.sources.kinds import is_junk
 from sdvae.staging import download
 from sdvae.store.buckets import Size
@@ -48,6 +50,10 @@ class DecodeSettings:
     batch_size: int | None = None  # None: chosen for the device
     budget_bytes: int | None = None  # None: what the device has free
 
+    def __post_init__(self) -> None:
+        if self.budget_bytes is not None:
+            parse_bytes(self.budget_bytes)
+
 
 @dataclass(frozen=True)
 class DecodeReport:
@@ -56,6 +62,7 @@ class DecodeReport:
     num_written: int
     seconds: float
     skipped: tuple[str, ...] = ()  # what is wrong with each file of a folder that was left out
+    remarks: tuple[str, ...] = ()  # what looks wrong, but was decoded
 
     @property
     def images_per_s(self) -> float:
@@ -89,7 +96,11 @@ def decode_dataset(
     """
     source, out, settings = Path(source), Path(out), settings or DecodeSettings()
     is_store = (source / "manifest.json").exists()
-    series, skipped = (_open_store(source, vae), ()) if is_store else _open_files(source, vae, settings.latents)
+    spread = Spread(vae.config)
+    series, skipped = (_open_store(source, vae), ()) if is_store else _open_files(source, vae, settings.latents, spread)
+    remarks = tuple(spread.doubts())
+    for remark in remarks:
+        _LOG.warning("%s: %s", source, remark)
     keys = [key for one in series for key in one.keys]
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
@@ -99,9 +110,10 @@ def decode_dataset(
             raise OutputError(f"{out} names one picture, but {source} holds {len(keys)} images; give a folder")
         format, out, names = _FORMATS[out.suffix.lower()], out.parent.absolute(), {keys[0]: out.name}
     else:
-        format, out = settings.format, out.absolute()
+        format = settings.format
         names = dict(zip(keys, plan_names(keys, SUFFIXES[format]), strict=True))
         _claim(out, set(names.values()))
+        out = out.absolute()
 
     def write(key: str, image: NDArray[np.uint8]) -> None:
         path = out / names[key]
@@ -119,7 +131,7 @@ def decode_dataset(
             progress("decode", num_written, len(keys))
         num_written += _finish(pending)
     progress("decode", num_written, len(keys))
-    return DecodeReport(num_written, time.perf_counter() - start, skipped)
+    return DecodeReport(num_written, time.perf_counter() - start, skipped, remarks)
 
 
 def _decode(
@@ -184,31 +196,36 @@ def _read_rows(mean: NDArray[np.floating[Any]], rows: slice) -> Tensor:
     return torch.from_numpy(mean[rows].astype(np.float32))
 
 
-def _open_files(source: Path, vae: VAE, told: Scaling | None) -> tuple[list[_Series], tuple[str, ...]]:
+def _open_files(source: Path, vae: VAE, told: Scaling | None, spread: Spread) -> tuple[list[_Series], tuple[str, ...]]:
     """The latents of each size, and what is wrong with the files of a folder that hold none for this VAE."""
+    held: dict[Path, FoundLatents] = {}  # the last file: one of many images is read once for all of its batches
 
-    @lru_cache(maxsize=1)  # a file of many images is read once for all of its batches
-    def load(path: Path) -> Tensor:
-        return read_latents(path, vae.config, told)
+    def load(path: Path) -> FoundLatents:
+        place = path.absolute()  # which holds when the program leaves its folder; messages name the path as given
+        if place not in held:
+            held.clear()
+            held[place] = read_latents(path, vae.config, told)
+        return held[place]
 
     def read(places: list[tuple[Path, int]], rows: slice) -> Tensor:
-        return torch.stack([load(path)[row] for path, row in places[rows]])
+        return torch.stack([load(path).raw[row] for path, row in places[rows]])
 
     keys: defaultdict[Size, list[str]] = defaultdict(list)
     places: defaultdict[Size, list[tuple[Path, int]]] = defaultdict(list)
-    source = source.absolute()
     skipped: list[str] = []
     for path in list_latent_files(source):
         try:
-            num_images, _, height, width = load(path).shape
+            found = load(path)
         except LatentsError as error:
             if path == source:
                 raise
             skipped.append(str(error))
             continue
+        spread.add(found)
+        num_images, _, height, width = found.raw.shape
         name = path.relative_to(source).as_posix() if path != source else path.name
         keys[height, width] += [name] if num_images == 1 else [_numbered(name, row) for row in range(num_images)]
-        places[height, width] += [(path, row) for row in range(num_images)]
+        places[height, width] += [(path.absolute(), row) for row in range(num_images)]
     if not keys:
         raise LatentsError(f"{source} holds no file that can be decoded; of {len(skipped)}, the first: {skipped[0]}")
     downscale = vae.config.downscale

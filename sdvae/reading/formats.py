@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdvae import sealed
+from sdvae.amounts import size_text
 from sdvae.errors import StoreError
 from sdvae.latents import scale
 from sdvae.posterior import DiagonalGaussian
@@ -153,7 +154,7 @@ def _class_settings(dataset: LatentDataset) -> Settings:
 def _repa_settings(dataset: LatentDataset) -> Settings:
     settings = _class_settings(dataset)
     px = settings["resolution"]
-    photos = f"put the {px}x{px} photos into images/ by the names in vae-sd/: REPA pairs sorted names"
+    photos = f"put the {size_text(px, px)} photos into images/ by the names in vae-sd/: REPA pairs sorted names"
     return settings | {"images": photos}
 
 
@@ -175,7 +176,7 @@ def _fast_dit_files(dataset: LatentDataset, rows: Iterator[Row]) -> Iterator[Fil
         name = f"{row.number:08d}.npy"
         scaled_latents = scale(row.samples()[""][None], dataset.latent_scaling)
         yield f"imagenet256_features/{name}", _npy(scaled_latents)
-        yield f"imagenet256_labels/{name}", _npy(torch.tensor([row.label]))
+        yield f"imagenet256_labels/{name}", _npy(torch.tensor([row.label], dtype=torch.int64, device="cpu"))
 
 
 # --- WebDataset ---
@@ -207,7 +208,7 @@ _WEBDATASET_RECORD = ("key", "caption", "label", "original_px", "resized_px", "c
 
 
 def _spelled(sizes: set[Size]) -> str:
-    return ", ".join(f"{height}x{width}" for height, width in sorted(sizes)[:5]) + (", ..." if len(sizes) > 5 else "")
+    return ", ".join(size_text(*size) for size in sorted(sizes)[:5]) + (", ..." if len(sizes) > 5 else "")
 
 
 def _npy(values: Tensor) -> bytes:

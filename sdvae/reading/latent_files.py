@@ -7,6 +7,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
 from typing import BinaryIO, Literal
@@ -46,7 +47,16 @@ def list_latent_files(source: Path) -> list[Path]:
     return [source]
 
 
-def read_latents(path: Path, config: VAEConfig, told: Scaling | None = None) -> Tensor:  # (N, C, h, w) raw, fp32
+@dataclass(frozen=True)
+class FoundLatents:
+    """The latents of a file."""
+
+    raw: Tensor  # (N, C, h, w), fp32
+    scaling: Scaling  # that they are stored in
+    is_told: bool  # whether the user says so, not the file
+
+
+def read_latents(path: Path, config: VAEConfig, told: Scaling | None = None) -> FoundLatents:
     """Read one file of latents for the VAE of `config`; one image may come as (C, h, w).
 
     `told` says whether the latents are raw or scaled where the file does not. Raises LatentsError where neither
@@ -62,9 +72,9 @@ def read_latents(path: Path, config: VAEConfig, told: Scaling | None = None) -> 
     latents = _check(path, found, config.latent_channels)
     match says or told:
         case "raw":
-            return latents
+            return FoundLatents(latents, "raw", is_told=says is None)
         case "scaled":
-            return unscale(latents, config)
+            return FoundLatents(unscale(latents, config), "scaled", is_told=says is None)
     raise LatentsError(
         f"{path} does not say whether its latents are raw or scaled; add --latents scaled for those of a diffusion "
         "model (diffusers' output_type='latent') or --latents raw for those of a VAE's encoder"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdvae.amounts import size_text
 from sdvae.errors import StoreError
 from sdvae.store.records import written
 from sdvae.store.store import Store
@@ -24,7 +25,7 @@ class StoreStats:
 
     num_written: int
     num_quarantined: int
-    buckets: dict[str, int]  # "512x768" (height x width) -> records
+    buckets: dict[str, int]  # "768x512" (width x height) -> records
     num_enlarged: int  # of those written: they have more pixels than the photo had
     quarantined: dict[str, int]  # reason -> records, the most frequent first
     mean: list[float]  # of each channel, as are
@@ -66,7 +67,7 @@ def measure(store: Store) -> StoreStats:
     num_enlarged = 0
     for shard in (shard for shard in shards if shard.bucket_px and shard.num_rows):
         assert shard.bucket_px is not None
-        buckets["x".join(map(str, shard.bucket_px))] += shard.num_rows
+        buckets[size_text(*shard.bucket_px)] += shard.num_rows
         num_enlarged += sum(map(_is_enlarged, written(shard.records())))
         tensors = shard.tensors()
         chunk_rows = max(1, _CHUNK_VALUES // tensors["mean"][0].size)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
+from sdvae.amounts import size_text
 from sdvae.errors import ConfigError
 
 Size = tuple[int, int]  # (height, width) in pixels
@@ -45,16 +46,17 @@ def bucket_sizes(buckets: str | tuple[Size, ...], downscale: int = 1) -> tuple[S
             raise ConfigError(f"unknown buckets {buckets!r}; did you mean {', '.join(close)}?")
         buckets = TABLES[buckets]
     if not buckets or not all(len(size) == 2 and min(size) >= 1 for size in buckets):
-        raise ConfigError(f"buckets {buckets} are no table of (height, width)")
+        raise ConfigError(f"buckets {buckets} are no table of sizes (height, width)")
     for height, width in buckets:
         if height % downscale or width % downscale:
-            raise ConfigError(f"a bucket of {height}x{width} is no multiple of {downscale}, which one latent covers")
-    sizes = sorted(buckets, key=lambda size: size[0] / size[1])
-    for (height, width), (other_height, other_width) in pairwise(sizes):
-        if height * other_width == other_height * width:
             raise ConfigError(
-                f"buckets {height}x{width} and {other_height}x{other_width} have one aspect ratio; keep one of them"
+                f"a bucket of {size_text(height, width)} is no multiple of {downscale}, which one latent covers"
             )
+    sizes = sorted(buckets, key=lambda size: size[0] / size[1])
+    for size, other in pairwise(sizes):
+        if size[0] * other[1] == other[0] * size[1]:
+            first, second = size_text(*size), size_text(*other)
+            raise ConfigError(f"buckets {first} and {second} have one aspect ratio; keep one of them")
     return tuple(sizes)
 
 

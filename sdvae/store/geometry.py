@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from sdvae.amounts import size_text
 from sdvae.errors import ConfigError, ImageError
 from sdvae.store.buckets import Size, bucket_sizes, nearest_bucket
 
@@ -129,7 +130,7 @@ def plan_geometry(height: int, width: int, preprocess: Preprocess, downscale: in
         resized = _size_to_cover(height, width, target)
     if resized[0] * resized[1] > preprocess.max_pixels:
         raise ImageError(
-            f"too long and thin: {width}x{height} resized to {resized[1]}x{resized[0]} is more than "
+            f"too long and thin: {size_text(height, width)} resized to {size_text(*resized)} is more than "
             f"the limit of {preprocess.max_pixels:,} pixels"
         )
     if target is None or preprocess.crop == "none":

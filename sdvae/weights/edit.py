@@ -7,20 +7,21 @@ safetensors whose metadata name their sources.
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sdvae import __version__, atomic
-from sdvae.errors import WeightsError
+from sdvae.errors import OutputError, WeightsError
 from sdvae.tiny import TinyConfig, named_as_taesd
 from sdvae.weights.files import DTYPES, Entry, TensorFile, as_bytes, dtype_name, opened
 from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES
 from sdvae.weights.keymap import Layout, fit_shape, ldm_names, some
-from sdvae.weights.load import FAMILY_KEY, VAEFile, config_json, open_vae
+from sdvae.weights.load import FAMILY_KEY, SHAPE_FIELDS, VAEFile, config_json, open_vae
 from sdvae.weights.taesd import SUFFIXES
 from sdvae.weights.write import OutputTensor, write_safetensors
 
@@ -32,7 +33,10 @@ _TAESD_NAMES = {"sd1": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "ta
 
 @dataclass(frozen=True)
 class Written:
-    """What was written, or would be: `num_vae` of the `num_tensors` belong to the VAE."""
+    """What was written, or would be: `num_vae` of the `num_tensors` belong to the VAE.
+
+    `left_out` counts what else the source holds, by the beginning of the names.
+    """
 
     output: Path
     num_tensors: int
@@ -40,6 +44,7 @@ class Written:
     num_bytes: int
     layout: Layout
     family: str | None
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def convert(
@@ -50,26 +55,30 @@ def convert(
     family: str | None = None,
     *,
     is_dry_run: bool = False,
+    force: bool = False,
 ) -> Written:
     """Write the VAE of `source` alone: as a folder that diffusers reads, or where `output` ends .safetensors, one file.
 
     Layout and dtype stay where they are not given; a folder has diffusers' layout. A TAESD's own layout is two files
-    in a folder, of which `output` of the result is the encoder.
+    in a folder, of which `output` of the result is the encoder. An output that is there already is refused, unless
+    `force` is given; so it is in `extract` and `swap`.
     """
     vae = open_vae(source, family, is_copied=output.suffix == _SUFFIX)  # only a folder's config tells scale and groups
     if isinstance(vae.config, TinyConfig):
-        return _write_tiny(vae, output, layout or "diffusers", dtype, is_dry_run)
+        return _write_tiny(vae, output, layout or "diffusers", dtype, is_dry_run, force)
     if layout == "taesd":
         raise WeightsError(f"{source} is a KL-VAE; it cannot be converted to a TAESD, which is another network")
-    return _write_vae("convert", vae, output, layout, dtype, is_dry_run)
+    return _write_vae("convert", vae, output, layout, dtype, is_dry_run, force)
 
 
-def extract(checkpoint: Path, output: Path, family: str | None = None, *, is_dry_run: bool = False) -> Written:
+def extract(
+    checkpoint: Path, output: Path, family: str | None = None, *, is_dry_run: bool = False, force: bool = False
+) -> Written:
     """Write the VAE in a checkpoint, as `convert` does; WeightsError where the file holds nothing else."""
     vae = open_vae(checkpoint, family, is_copied=output.suffix == _SUFFIX)
     if len(vae.keys.names) == len(vae.file.entries):
         raise WeightsError(f"{checkpoint} is a VAE already, so there is nothing to extract; use sdvae convert")
-    return _write_vae("extract", vae, output, None, None, is_dry_run)
+    return _write_vae("extract", vae, output, None, None, is_dry_run, force)
 
 
 def swap(
@@ -80,6 +89,7 @@ def swap(
     family: str | None = None,
     *,
     is_dry_run: bool = False,
+    force: bool = False,
 ) -> Written:
     """Write `checkpoint` with the VAE of another file in place of its own; all its other tensors stay as they are.
 
@@ -88,9 +98,9 @@ def swap(
     """
     old, new = open_vae(checkpoint, is_copied=True), open_vae(vae, family, is_copied=True)
     _check_swap(old, new)
-    _check_output(output, old.file, new.file)
     if output.suffix != _SUFFIX:
         raise WeightsError(f"{output} must be named .safetensors: sdvae writes no other kind of file")
+    _check_output(output, [], force, old.file, new.file)
     keys = {name: key for key, name in new.keys.names.items()}
     family = new.family or old.family
     planned: dict[str, OutputTensor] = {}
@@ -115,10 +125,16 @@ def sha256(file: TensorFile) -> str:
 
 
 def _write_vae(
-    verb: str, vae: VAEFile, output: Path, layout: Layout | None, dtype: torch.dtype | None, is_dry_run: bool
+    verb: str,
+    vae: VAEFile,
+    output: Path,
+    layout: Layout | None,
+    dtype: torch.dtype | None,
+    is_dry_run: bool,
+    force: bool,
 ) -> Written:
     is_folder = output.suffix != _SUFFIX
-    _check_output(output, vae.file)
+    _check_output(output, [WEIGHTS_NAMES[0], CONFIG_NAME] if is_folder else [], force, vae.file)
     if is_folder and (output.suffix in (".ckpt", ".pt", ".pth", ".bin") or output.is_file()):
         raise WeightsError(f"{output} must be a folder or a file named .safetensors: sdvae writes nothing else")
     if is_folder and layout == "ldm":
@@ -136,17 +152,26 @@ def _write_vae(
     if is_folder and not is_dry_run:
         atomic.make_folder(output)
         atomic.write_bytes(output / CONFIG_NAME, content)
-    return _write(verb, target, planned, metadata, vae, len(planned), layout, vae.family, is_dry_run)
+    written = _write(verb, target, planned, metadata, vae, len(planned), layout, vae.family, is_dry_run)
+    return replace(written, left_out=_left_out(vae))
 
 
-def _write_tiny(vae: VAEFile, output: Path, layout: Layout, dtype: torch.dtype | None, is_dry_run: bool) -> Written:
+def _left_out(vae: VAEFile) -> dict[str, int]:
+    """How many tensors of a file are no part of its VAE, by the first part of their names: {"loss.*": 130}."""
+    others = (key.partition(".") for key in vae.file.entries if key not in vae.keys.names)
+    return dict(Counter(f"{first}.*" if rest else first for first, _, rest in others).most_common())
+
+
+def _write_tiny(
+    vae: VAEFile, output: Path, layout: Layout, dtype: torch.dtype | None, is_dry_run: bool, force: bool
+) -> Written:
     if layout == "ldm":
         raise WeightsError(f"{vae.file.path} is a TAESD, another network than the KL-VAEs that have LDM's layout")
     if layout == "diffusers":
-        return _write_vae("convert", vae, output, layout, dtype, is_dry_run)
+        return _write_vae("convert", vae, output, layout, dtype, is_dry_run, force)
     stem = _TAESD_NAMES.get(vae.family or "", "taesd")
     names = [f"{stem}_{half}{_SUFFIX}" for half in ("encoder", "decoder")]
-    _check_output(output, vae.file, names=names)
+    _check_output(output, names, force, vae.file)
     if output.suffix in SUFFIXES or output.is_file():
         raise WeightsError(f"{output} must be a folder: TAESD's own layout is two files, the encoder and the decoder")
     if not is_dry_run:
@@ -165,13 +190,23 @@ def _write_tiny(vae: VAEFile, output: Path, layout: Layout, dtype: torch.dtype |
 
 
 def _check_swap(old: VAEFile, new: VAEFile) -> None:
+    kinds = [isinstance(vae.config, TinyConfig) for vae in (old, new)]
+    if kinds[0] != kinds[1]:
+        other, own = ("a TAESD", "a KL-VAE") if kinds[1] else ("a KL-VAE", "a TAESD")
+        raise WeightsError(
+            f"{new.file.path} is {other}, and the VAE of {old.file.path} is {own}, another network; give {own}"
+        )
     differing = sorted(
         name for name in old.shapes.keys() | new.shapes.keys() if old.shapes.get(name) != new.shapes.get(name)
     )
     if differing:
+        before, after = asdict(old.config), asdict(new.config)
+        told = [
+            f"{name} {after[name]} instead of {before[name]}" for name in SHAPE_FIELDS if after[name] != before[name]
+        ]
         raise WeightsError(
-            f"the VAE of {new.file.path} has another structure than that of {old.file.path}: {len(differing)} tensors "
-            f"differ, {some(differing, 3)}; a checkpoint takes only a VAE of its own kind"
+            f"the VAE of {new.file.path} has another structure than that of {old.file.path}: "
+            f"{', '.join(told) or some(differing, 3)}; a checkpoint takes only a VAE of its own kind"
         )
     if old.family and new.family and old.family != new.family:
         raise WeightsError(
@@ -185,16 +220,21 @@ def _check_swap(old: VAEFile, new: VAEFile) -> None:
         )  # fmt: skip
 
 
-def _check_output(output: Path, *inputs: TensorFile, names: Sequence[str] = WEIGHTS_NAMES[:1]) -> None:
-    """Refuse an output that is an input, by whatever name, or that has no folder to be in."""
+def _check_output(output: Path, names: Sequence[str], force: bool, *inputs: TensorFile) -> None:
+    """Refuse an output that is an input, by whatever name, that has no folder to be in, or that is there already.
+
+    `names` are the files it is to have, where it is a folder.
+    """
+    places = [output / name for name in names] or [output]
     for path in {entry.path for file in inputs for entry in file.entries.values()}:
-        places = [output, *(output / name for name in names)]
-        if any(place.exists() and place.samefile(path) for place in places):
+        if any(place.exists() and place.samefile(path) for place in [output, *places]):
             raise WeightsError(f"{output} is the input, too, and inputs are never overwritten; give -o another name")
     if not output.parent.is_dir():
         raise WeightsError(f"there is no folder {output.parent} for {output.name}; make it first")
     if output.suffix == _SUFFIX and output.is_dir():
         raise WeightsError(f"{output} is a folder; give the file another name")
+    if not force and (found := next((place for place in places if place.exists()), None)):
+        raise OutputError(f"{found} is there already; give -o another name, or --force to write over it")
 
 
 def _plan(entry: Entry, shape: tuple[int, ...], dtype: torch.dtype) -> OutputTensor:

@@ -56,7 +56,7 @@ class Entry:
         """The tensor, in the memory of this process; WeightsError where the file ends before it."""
         if self.dtype not in DTYPES:
             raise WeightsError(f"{self.path} holds a tensor of type {self.dtype}, which sdvae cannot read")
-        values = torch.empty(self.num_bytes, dtype=torch.uint8)
+        values = torch.empty(self.num_bytes, dtype=torch.uint8, device="cpu")
         with opened(self.path) as file:
             file.seek(self.offset)
             _fill(values.numpy().data, file, self.path)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdvae.config import FAMILIES, VAEConfig, read_config
+from sdvae.engine.precision import inference
 from sdvae.errors import WeightsError
 from sdvae.model import AutoencoderKL, Encoder
 from sdvae.pixels import to_pixels
@@ -232,7 +233,7 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _probe_evidence(encode: Callable[[Tensor], Tensor], factors: Mapping[str, float]) -> Evidence:
-    with torch.no_grad():
+    with inference():
         matches = match_references(encode(to_pixels(probe_image()[None]))[0])
     best = matches[0]
     told = ", ".join(f"{match.correlation:.2f} with {match.space}" for match in matches)

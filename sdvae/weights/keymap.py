@@ -8,7 +8,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from sdvae.amounts import count
 from sdvae.errors import WeightsError
+from sdvae.weights.networks import find_network
 
 Layout = Literal["ldm", "diffusers", "taesd"]  # the last is of a TAESD's own two files
 
@@ -46,7 +48,8 @@ def find_vae(keys: Collection[str]) -> VAEKeys:
     plain = {key: unwrapped(key) for key in keys}
     prefix = _find_prefix(set(plain.values()))
     if prefix is None:
-        raise WeightsError(f"no KL-VAE among its {len(keys)} tensors ({some(sorted(keys), 3)}); is it another model?")
+        told = f"{count(len(keys), 'tensor')} ({some(sorted(keys), 3)})"
+        raise WeightsError(f"no KL-VAE among its {told}; {_what_else(keys)}")
     inside = {key: name.removeprefix(prefix) for key, name in plain.items() if name.startswith(prefix)}
     inside = {key: name for key, name in inside.items() if not name.startswith(_TRAINING_STATE)}
     is_ldm = any(re.match(r"(encoder|decoder)\.mid\.", name) for name in inside.values())
@@ -61,7 +64,7 @@ def find_vae(keys: Collection[str]) -> VAEKeys:
             leftovers.append(key)
     if leftovers:
         raise WeightsError(
-            f"{len(leftovers)} keys that are no part of a KL-VAE: {some(leftovers)}; is it another model?"
+            f"{count(len(leftovers), 'key')} that are no part of a KL-VAE: {some(leftovers)}; {_what_else(keys)}"
         )
     if len(set(names.values())) < len(names):
         raise WeightsError("layers under old and new names at once; are these two files merged into one?")
@@ -99,6 +102,13 @@ def some(keys: list[str], most: int = _MOST_KEYS_LISTED) -> str:
     """The first of the keys, for an error message."""
     rest = len(keys) - most
     return ", ".join(keys[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _what_else(keys: Collection[str]) -> str:
+    network = find_network(keys)
+    if network is None:
+        return "is it another model?"
+    return f"it is {network}, give a VAE or a checkpoint with one in it"
 
 
 def _find_prefix(keys: Collection[str]) -> str | None:

@@ -32,10 +32,11 @@ AnyModel = AutoencoderKL | AutoencoderTiny
 EMBEDDED = "small"
 FAMILY_KEY = "sdvae.family"  # in the metadata of files that sdvae wrote
 
-_SHAPE_FIELDS = (
+SHAPE_FIELDS = (
     "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block", "attention_levels",
     "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv",
 )  # fmt: skip
+SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 # What lies beside the VAE in a checkpoint tells which diffusion model it was trained for; the first that is there.
 _NEIGHBOURS = {
     "cond_stage_model.": "sd1",
@@ -66,6 +67,7 @@ class VAEFile:
     shapes: dict[str, tuple[int, ...]]  # in diffusers' layout
     config: VAEConfig
     family: str | None
+    unsure: tuple[str, ...] = ()  # fields of the config that nothing tells, so that they are the most common ones
 
     def read(self) -> dict[str, Tensor]:
         """The VAE's tensors as stored, under diffusers' names and in their shapes."""
@@ -102,19 +104,22 @@ def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) 
     except WeightsError as error:
         raise WeightsError(f"{path} holds {error}") from None
     shapes = {name: fit_shape(name, file.entries[key].shape, "diffusers") for key, name in keys.names.items()}
+    if any(len(shape) == 5 for shape in shapes.values()):
+        raise WeightsError(f"{path} is a video VAE, its convolutions have three dimensions; give a VAE of images")
     if empty := [key for key, name in keys.names.items() if 0 in shapes[name]]:
         raise WeightsError(f"{path} holds empty tensors: {some(empty)}; find the whole file")
     beside = path.parent / CONFIG_NAME
+    unsure: tuple[str, ...] = ()
     if family is not None:
         config, source = VAEConfig.from_family(family), f"family {family}"
     elif keys.layout == "diffusers" and not keys.prefix and beside.is_file():
         config, source = read_config(beside), CONFIG_NAME
         family = _family_of(config)
     else:
-        config, family = _derive_config(path, shapes, _family_told(file), is_copied)
+        config, family, unsure = _derive_config(path, shapes, _family_told(file), is_copied)
         source = "shapes"
     _check(path, config, source, shapes)
-    return VAEFile(file, keys, shapes, config, family)
+    return VAEFile(file, keys, shapes, config, family, unsure)
 
 
 def build_model(weights: Weights) -> AnyModel:
@@ -156,15 +161,15 @@ def _read(vae: VAEFile) -> tuple[VAEConfig, dict[str, Tensor]]:
 
 def _derive_config(
     path: Path, shapes: Mapping[str, tuple[int, ...]], told: str | None, is_copied: bool
-) -> tuple[VAEConfig, str | None]:
-    """The config that these shapes have, and its family where shapes and `told` leave no doubt."""
+) -> tuple[VAEConfig, str | None, tuple[str, ...]]:
+    """The config that these shapes have, its family where shapes and `told` leave no doubt, and what is in doubt."""
     found = _shape_fields(path, shapes)
     same = [name for name, family in FAMILIES.items() if _fields(family) == found]
     latents = found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1)
     akin = same or [name for name, family in FAMILIES.items() if (family.latent_channels, family.downscale) == latents]
     num_groups = math.gcd(32, *found["block_out_channels"])
     if not akin and is_copied:
-        return replace(VAEConfig(), norm_num_groups=num_groups, **found), None
+        return replace(VAEConfig(), norm_num_groups=num_groups, **found), None, (*SCALE_FIELDS, "norm_num_groups")
     if not akin:
         raise ConfigError(
             f"{path} has {latents[0]} latent channels at 1/{latents[1]} of the size, which fits no family that sdvae "
@@ -179,7 +184,11 @@ def _derive_config(
     family = certain or next(name for name in (*_COMMON, *akin) if name in akin)
     if certain is None and not is_copied:
         _warn_of_others(path, akin, family)
-    return (FAMILIES[family] if same else replace(FAMILIES[family], norm_num_groups=num_groups, **found)), certain
+    unsure = SCALE_FIELDS if certain is None else ()
+    if same:
+        return FAMILIES[family], certain, unsure
+    config = replace(FAMILIES[family], norm_num_groups=num_groups, **found)
+    return config, certain, unsure if num_groups == 32 else (*unsure, "norm_num_groups")
 
 
 def _warn_of_others(path: Path, akin: list[str], family: str) -> None:
@@ -216,7 +225,8 @@ def _open_tiny(file: TensorFile, family: str | None, is_copied: bool) -> VAEFile
     config = config if family is None else TinyConfig.from_family(family)
     shapes = {name: entry.shape for name, entry in entries.items()}
     keys = VAEKeys("", layout, {name: name for name in entries})
-    return VAEFile(replace(file, entries=entries), keys, shapes, config, certain)
+    unsure = SCALE_FIELDS if akin and certain is None else ()
+    return VAEFile(replace(file, entries=entries), keys, shapes, config, certain, unsure)
 
 
 def _both_halves(file: TensorFile) -> dict[str, Entry]:
@@ -277,15 +287,14 @@ def _shape_fields(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
 
 
 def _fields(config: VAEConfig) -> dict[str, Any]:
-    return {field: getattr(config, field) for field in _SHAPE_FIELDS}
+    return {field: getattr(config, field) for field in SHAPE_FIELDS}
 
 
 def _family_of(config: VAEConfig) -> str | None:
-    scale = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     same = (
         name
         for name, family in FAMILIES.items()
-        if _fields(family) == _fields(config) and all(getattr(family, f) == getattr(config, f) for f in scale)
+        if _fields(family) == _fields(config) and all(getattr(family, f) == getattr(config, f) for f in SCALE_FIELDS)
     )
     return next(same, None)
 

@@ -61,12 +61,17 @@ def match_references(latents: Tensor) -> list[Match]:  # (C, 16, 16), of the pro
     matches = []
     for space, reference in references().items():
         if latents.shape == reference.shape:
-            ours, theirs = _centred(latents), _centred(reference)
-            product, norm = float((ours * theirs).sum()), float(ours.norm())
-            is_sound = np.isfinite(product) and 0.0 < norm < np.inf
-            correlation = product / (norm * float(theirs.norm())) if is_sound else 0.0
-            matches.append(Match(space, correlation, product / norm**2 if is_sound else 0.0))
+            matches.append(Match(space, *agreement(latents, reference)))
     return sorted(matches, key=lambda match: -match.correlation)
+
+
+def agreement(latents: Tensor, reference: Tensor) -> tuple[float, float]:  # (C, h, w) each
+    """Correlation, and the factor that brings the latents nearest to the reference; 0 for NaN, infinity, constants."""
+    ours, theirs = _centred(latents), _centred(reference)
+    product, norms = float((ours * theirs).sum()), (float(ours.norm()), float(theirs.norm()))
+    if not np.isfinite(product) or not all(0.0 < norm < np.inf for norm in norms):
+        return 0.0, 0.0
+    return product / (norms[0] * norms[1]), product / norms[0] ** 2
 
 
 def _centred(latents: Tensor) -> Tensor:

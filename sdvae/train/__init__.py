@@ -1,0 +1,1 @@
+"""Training: losses, the discriminator, typed configs, and the loop."""
