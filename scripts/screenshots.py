@@ -1,4 +1,4 @@
-"""The pictures of docs/report.md: a report's page and the playground, as chromium shows them.
+"""Pictures of a report's page and of the playground for docs/, as chromium shows them.
 
 scripts/screenshots.py REPORT PHOTO, where REPORT is a folder that `sdvae eval` wrote.
 """

@@ -16,7 +16,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from sdvae.app import server
-from sdvae.app.work import Choice, Playground
+from sdvae.app.work import Choice, Playground, _short
 from sdvae.errors import ConfigError
 from sdvae.vae import VAE
 from tests.browser import open_chromium, open_page, overflows, violations
@@ -175,6 +175,18 @@ def test_a_port_in_use_is_told() -> None:
     with server.bind(0) as taken, pytest.raises(ConfigError, match="give --port another"):
         taken.listen()
         server.bind(taken.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["/a/b/c.safetensors", "org/model"], ["c.safetensors", "model"]),
+        (["a/vae", "b/vae"], ["a/vae", "b/vae"]),
+        (["a/vae", "a/vae"], ["a/vae (1)", "a/vae (2)"]),
+    ],
+)
+def test_names_are_as_short_as_they_can_be(names: list[str], short: list[str]) -> None:
+    assert _short(names) == short
 
 
 def test_dtypes_share_the_weights(small_vae: VAE) -> None:

@@ -83,8 +83,7 @@ class Playground:
     def __init__(self, vaes: Sequence[VAE]) -> None:
         """The first VAE is chosen when the page opens."""
         self._vaes = list(vaes)
-        counts = [vae.name for vae in vaes]
-        self.names = [name if counts.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(counts)]
+        self.names = _short([vae.name for vae in vaes])
         self._candidates: dict[tuple[int, str, str], VAECandidate] = {}
 
     def judge(self, data: bytes, name: str, choice: Choice) -> Judged:
@@ -147,6 +146,15 @@ class Playground:
             tile_px = _TILE_PX if choice.tiling == "diffusers" else None
             self._candidates[key] = VAECandidate(chosen, tile_px=tile_px)
         return self._candidates[key]
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """The end of each path or hub id, as long as it takes to tell them apart; numbered where nothing does."""
+    for num_parts in (1, 2):
+        short = ["/".join(name.split("/")[-num_parts:]) for name in names]
+        if len(set(short)) == len(short):
+            return short
+    return [f"{name} ({place})" for place, name in enumerate(short, 1)]
 
 
 def _whole(text: str) -> int:
