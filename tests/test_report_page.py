@@ -155,7 +155,7 @@ def test_no_width_scrolls_sideways(browser: Browser, url: str, width: int) -> No
     with open_page(browser, url, width) as page:
         page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
         assert not overflows(page)
-        page.evaluate("document.querySelector('h1').style.width = '2000px'")
+        page.evaluate("document.querySelector('h1').style.minWidth = '3000px'")
         assert overflows(page)
 
 

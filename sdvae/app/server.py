@@ -115,6 +115,7 @@ def bind(port: int) -> socket.socket:
     except OSError as error:
         found.close()
         raise ConfigError(f"cannot use port {port}: {error.strerror}; give --port another one, or 0") from error
+    found.listen()  # a page that is asked for before the server answers waits, and is not refused
     return found
 
 
