@@ -136,6 +136,8 @@ def test_options_are_the_documented_ones() -> None:
         "sample": f"{shared} -n --num -o --output --size --seed --budget",
         "interpolate": f"{shared} -o --output --steps --mode --size --budget",
         "eval": f"{shared} -o --output --recipe --metrics --vary --explain-difference --limit --batch-size --budget",
+        "report": f"{shared} -o --output",
+        "app": f"{console} --vae --device --port --open",
         "inspect": f"{console} --family --tensors",
         "identify": console,
         "compare": console,

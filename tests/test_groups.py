@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sdvae.amounts import memory_text
 from sdvae.config import VAEConfig
 from sdvae.engine import groups as grouping
 from sdvae.engine import ops
@@ -46,7 +47,7 @@ def inputs(config: VAEConfig, direction: Direction, height: int, width: int, num
     return images * torch.linspace(0.3, 1.0, num_images)[:, None, None, None]
 
 
-def run(vae: VAE, direction: Direction, images: Tensor, budget: int | None = None) -> Tensor:
+def run(vae: VAE, direction: Direction, images: Tensor, budget: str | None = None) -> Tensor:
     return vae.decode(images, budget) if direction == "decode" else vae.encode(images, budget).mean
 
 
@@ -79,7 +80,7 @@ def test_any_batch_order_and_budget_gives_the_same_bits(
         assert plan.group == max_group and plan.is_filled
         expected = torch.cat([run(vae, direction, image[None]) for image in images])
         parts = torch.split(images[order], batch_rows)
-        budgets = [plan.predict_bytes(len(part)) if is_tight else None for part in parts]
+        budgets = [f"{plan.predict_bytes(len(part))}B" if is_tight else None for part in parts]
         found = [run(vae, direction, part, budget) for part, budget in zip(parts, budgets, strict=True)]
         assert torch.cat(found).equal(expected[order])
     together = run(vae, direction, images)
@@ -194,7 +195,7 @@ def test_a_budget_makes_groups_smaller_or_strips_of_them_but_never_deterministic
         network, **sizes, budget_bytes=make_plan(network, **sizes | {"max_group": 0}, num_strips=12).predict_bytes(8)
     )
     assert strips.group == 0
-    with pytest.raises(BudgetError, match=f"need {free.predict_bytes(8):,} bytes at least"):
+    with pytest.raises(BudgetError, match=f"needs at least {memory_text(free.predict_bytes(8))} beside"):
         make_plan(network, **sizes, is_deterministic=True, budget_bytes=free.predict_bytes(8) - 1)
 
 
@@ -249,6 +250,6 @@ def test_a_taesd_keeps_a_budget_or_refuses_it() -> None:
     assert isinstance(vae.engine, TinyEngine)
     smallest = vae.engine.predict_bytes("decode", 6, 5, num_images=4)
     assert error(vae.decode(latents, budget=smallest), vae.decode(latents)) <= 1e-6
-    with pytest.raises(BudgetError, match=f"need {smallest:,} bytes at least"):
+    with pytest.raises(BudgetError, match=f"needs at least {memory_text(smallest)} beside"):
         vae.decode(latents, budget=smallest - 1)
     assert MAX_GROUP > 1 and vae.engine.max_group == MAX_GROUP and ops.NAME == "torch"

@@ -89,7 +89,7 @@ def test_short_memory_stops_and_names_what_fits(
     with pytest.raises(DeviceError) as caught:
         run(photos, tmp_path / "out", Narrow(small_vae, 3, error))
     message = str(caught.value)
-    assert message.startswith("out of memory on cpu: 8 photos of 32x32 px at once are too many, 2 fit (145 KiB")
+    assert message.startswith("out of memory on cpu: 8 photos of 32x32 px at once are too many, 2 fit (793 KiB")
     assert "--batch-size 2 --restart" in message and "--on-oom degrade" in message
     assert Store.open(tmp_path / "out").shards() == []
     small_batches = replace(SETTINGS, batch_rows=2)  # what the message says works
@@ -97,7 +97,7 @@ def test_short_memory_stops_and_names_what_fits(
 
 
 def test_one_photo_that_is_too_much_is_said_so(photos: Path, tmp_path: Path, small_vae: VAE) -> None:
-    with pytest.raises(DeviceError, match=r"and one is, too \(132 KiB beside the weights\); use a smaller --size"):
+    with pytest.raises(DeviceError, match=r"and one is, too \(781 KiB beside the weights\); use a smaller --size"):
         run(photos, tmp_path / "out", Narrow(small_vae, 0), Work(0, on_oom="degrade"))
 
 

@@ -230,7 +230,7 @@ def test_missing_and_unexpected_keys_are_named(folder: Path) -> None:
     ):
         assert part in str(caught.value)
     save_file(tensors | {"decoder.extra": torch.zeros(1)}, path)
-    with pytest.raises(WeightsError, match=r"1 keys that are no part of a KL-VAE: decoder\.extra"):
+    with pytest.raises(WeightsError, match=r"1 key that a KL-VAE does not have: decoder\.extra"):
         load(folder)
 
 

@@ -16,16 +16,16 @@ _LEAST_BYTES = 10**5  # less is a number whose unit was forgotten: no network ru
 
 
 def parse_bytes(amount: int | str) -> int:
-    """The bytes in "6GiB", "800 MB" or a number of them; BudgetError for anything else, and for less than 100 kB."""
+    """The bytes in "6GiB", "800 MB" or a number of them; BudgetError for other words, and a bare number below 100,000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(amount).strip().lower())
     if match is None or match[2] not in _UNITS:
         raise BudgetError(f"{amount!r} is no amount of memory; write 6GiB, 800MiB or a number of bytes")
     number, unit = match.groups()
     num_bytes = int(Decimal(number) * _UNITS[unit])
-    if num_bytes >= _LEAST_BYTES:
-        return num_bytes
-    if unit or not num_bytes:
+    if not num_bytes:
         raise BudgetError(f"{amount} is too little memory; write 6GiB, or 800MiB")
+    if unit or num_bytes >= _LEAST_BYTES:
+        return num_bytes
     meant = f"{number}{'GiB' if num_bytes < 100 else 'MiB'}"  # cards have up to a hundred GiB, or thousands of MiB
     raise BudgetError(f"{number} bytes: did you mean {meant}?")
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from sdvae.amounts import size_text
 from sdvae.errors import ConfigError
 from sdvae.perceptual.ssim import Window
 
@@ -47,7 +48,8 @@ class Recipe:
 
     def caption(self) -> str:
         """The caption of a table: one paragraph that lets a stranger repeat the numbers."""
-        sizes = "Whole photos in their own size" if self.size_px is None else f"{self.size_px}x{self.size_px} px"
+        square = self.size_px and f"{size_text(self.size_px, self.size_px)} px"
+        sizes = square or "Whole photos in their own size"
         crops = {"none": "", "center": ", centre crop", "adm": ", ADM centre crop"}
         filters = "" if self.size_px is None or self.crop == "adm" else f", {self.resample} resize"
         edges = "" if self.is_antialiased else " without antialias"

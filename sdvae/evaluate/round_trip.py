@@ -149,4 +149,4 @@ def _timed(run: Any, device: torch.device) -> tuple[Any, float]:
 
 
 def _levels(image: Image, device: torch.device) -> Tensor:
-    return torch.tensor(image, device=device).permute(2, 0, 1)[None].double()
+    return torch.tensor(image, dtype=torch.float64, device=device).permute(2, 0, 1)[None]

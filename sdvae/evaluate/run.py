@@ -134,11 +134,13 @@ class _Run:
         self.notes.append({"peak": label, "bytes": num_bytes})
 
     def _features(self, item: Item) -> torch.Tensor:
-        levels = torch.tensor(item.image).permute(2, 0, 1)[None]
+        levels = torch.tensor(item.image, dtype=torch.uint8, device="cpu").permute(2, 0, 1)[None]
         return self.judge.features(levels)
 
     def _note_features(self, chunk: int, name: str, features: Sequence[torch.Tensor]) -> None:
-        rows = torch.stack(list(features)) if features else torch.zeros(0, NUM_FEATURES)
+        rows = (
+            torch.stack(list(features)) if features else torch.zeros(0, NUM_FEATURES, dtype=torch.float32, device="cpu")
+        )
         self.notes.write_features(chunk, name, rows.numpy().astype(np.float32))
 
 

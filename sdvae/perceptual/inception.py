@@ -135,7 +135,7 @@ class _Norm(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         for name in ("weight", "bias", "running_mean", "running_var"):
-            self.register_buffer(name, torch.ones(channels))
+            self.register_buffer(name, torch.ones(channels, dtype=torch.float32, device="cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-3)  # type: ignore[arg-type]
@@ -196,6 +196,8 @@ def resize_as_tensorflow1(levels: Tensor, side: int) -> Tensor:  # (N, 3, H, W) 
 
 def _between(size: int, side: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For each pixel of the result: the two it lies between, and how far from the first."""
-    place = torch.arange(side, device=like.device, dtype=torch.float32) * torch.tensor(size / side)
+    place = torch.arange(side, device=like.device, dtype=torch.float32) * torch.tensor(
+        size / side, dtype=torch.float32, device=like.device
+    )
     before = place.long()
     return before, (before + 1).clamp_max(size - 1), (place - before).to(like.dtype)

@@ -36,9 +36,11 @@ class LPIPS(nn.Module):
         super().__init__()
         self.features, self.ends = _backbone(net)
         widths = [layer for layer, end in zip(_LAYERS[net], _LAYERS[net][1:], strict=False) if end == "|"]
-        self.heads = nn.ParameterList(torch.zeros(1, int(width), 1, 1) for width in widths)
-        self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1), persistent=False)
+        self.heads = nn.ParameterList(
+            torch.zeros(1, int(width), 1, 1, dtype=torch.float32, device="cpu") for width in widths
+        )
+        self.register_buffer("shift", _constant(_SHIFT).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", _constant(_SCALE).view(1, 3, 1, 1), persistent=False)
 
     @classmethod
     def load(cls, net: Net) -> "tuple[LPIPS, tuple[files.Loaded, files.Loaded]]":
@@ -52,7 +54,7 @@ class LPIPS(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:  # both (N, 3, H, W) in [-1, 1] -> (N,)
         """How far each image of `first` is from the one of `second`."""
-        distance = torch.zeros(len(first), device=first.device)
+        distance = torch.zeros(len(first), dtype=first.dtype, device=first.device)
         for head, ours, theirs in zip(self.heads, self._maps(first), self._maps(second), strict=True):
             squares = (_unit(ours) - _unit(theirs)).square()
             distance = distance + F.conv2d(squares, head).mean((1, 2, 3))
@@ -89,3 +91,7 @@ def _unit(features: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     scaled: Tensor = features / (length + 1e-10)
     return scaled
+
+
+def _constant(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")

@@ -58,7 +58,7 @@ def _taps(window: Window) -> tuple[Tensor, float]:
     """One axis of the window, and what makes a variance under it the one that is meant."""
     if window == "uniform":
         num = UNIFORM_PX**2
-        return torch.full((UNIFORM_PX,), 1 / UNIFORM_PX, dtype=torch.float64), num / (num - 1)
-    place = torch.arange(GAUSSIAN_PX, dtype=torch.float64) - GAUSSIAN_PX // 2
+        return torch.full((UNIFORM_PX,), 1 / UNIFORM_PX, dtype=torch.float64, device="cpu"), num / (num - 1)
+    place = torch.arange(GAUSSIAN_PX, dtype=torch.float64, device="cpu") - GAUSSIAN_PX // 2
     bell = torch.exp(-place.square() / (2 * _STD**2))
     return bell / bell.sum(), 1.0

@@ -45,7 +45,7 @@ def build_state(config: TrainConfig, device: torch.device) -> State:
     model.enable_gradient_checkpointing(config.model.gradient_checkpointing)
     networks = Networks(
         _placed(model, device).train(),
-        nn.Parameter(torch.zeros((), device=device)),
+        nn.Parameter(torch.zeros((), dtype=torch.float32, device=device)),
         _teacher(config, model.config, device),
         None if discriminator is None else _placed(discriminator, device),
         LPIPS.load("vgg")[0].to(device) if config.loss.perceptual else None,

@@ -188,7 +188,9 @@ class _Run:
             shared = gradients(optimizer)
             mean_over_ranks(shared)
             norms.append(_clip(shared, config.optimizer.clip))
-        numbers = torch.stack([torch.as_tensor(value, device=self.device) for value in (*found.values(), *norms)])
+        numbers = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in (*found.values(), *norms)]
+        )
         numbers = torch.cat([numbers.float(), numbers.new_tensor([float(bool(stopped))])])
         mean_over_ranks([numbers])
         *values, stop = numbers.tolist()  # the one place where the host waits for the device

@@ -16,7 +16,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig, 
     optimizer = torch.optim.AdamW(trained, rate, config.betas, weight_decay=config.weight_decay, fused=is_fused)
     for parameter in trained:
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device if is_fused else "cpu"),
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device if is_fused else "cpu"),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

@@ -150,7 +150,7 @@ def image_noise(draws: list[int], what: str, like: Tensor) -> Tensor:
     noise = []
     for draw in draws:
         generator = torch.Generator().manual_seed(int(random_numbers(draw, what).integers(2**63)))
-        noise.append(torch.randn(like.shape[1:], generator=generator))
+        noise.append(torch.randn(like.shape[1:], generator=generator, dtype=torch.float32, device="cpu"))
     return torch.stack(noise).to(like)
 
 

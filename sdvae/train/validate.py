@@ -66,11 +66,11 @@ def validate(model: AutoencoderKL, images: list[Image], judge: Judge, rank: int,
     """The means of the metrics over all images, which have one size; each rank takes its share."""
     names = [name for name in judge.scores if min(images[0].shape[:2]) >= METRICS[name].min_side_px]
     device = next(model.parameters()).device
-    sums = torch.zeros(len(names) + 1, device=device)  # the last counts
+    sums = torch.zeros(len(names) + 1, dtype=torch.float32, device=device)  # the last counts
     share = images[rank::world_size]
     for decoded, image in zip(reconstruct(model, share), share, strict=True):
         scores = judge.score(_levels(decoded, device), _levels(image, device))
-        sums += torch.tensor([*(scores[name] for name in names), 1.0], device=device)
+        sums += torch.tensor([*(scores[name] for name in names), 1.0], dtype=torch.float32, device=device)
     mean_over_ranks([sums])
     return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))
 

@@ -64,7 +64,7 @@ def find_vae(keys: Collection[str]) -> VAEKeys:
             leftovers.append(key)
     if leftovers:
         raise WeightsError(
-            f"{count(len(leftovers), 'key')} that are no part of a KL-VAE: {some(leftovers)}; {_what_else(keys)}"
+            f"{count(len(leftovers), 'key')} that a KL-VAE does not have: {some(leftovers)}; {_what_else(keys)}"
         )
     if len(set(names.values())) < len(names):
         raise WeightsError("layers under old and new names at once; are these two files merged into one?")
