@@ -16,7 +16,7 @@ _LEAST_BYTES = 10**5  # less is a number whose unit was forgotten: no network ru
 
 
 def parse_bytes(amount: int | str) -> int:
-    """The bytes in "6GiB", "800 MB" or a number of them; BudgetError for other words, and a bare number below 100,000."""
+    """The bytes in "6GiB", "800 MB" or a number of them; BudgetError for other words or a bare number below 100,000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(amount).strip().lower())
     if match is None or match[2] not in _UNITS:
         raise BudgetError(f"{amount!r} is no amount of memory; write 6GiB, 800MiB or a number of bytes")
