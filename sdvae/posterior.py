@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from sdvae.notebook import card
+
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # CompVis' clamp; every SD VAE was trained and is used with it
 
 
@@ -17,6 +19,17 @@ class DiagonalGaussian:
 
     def __repr__(self) -> str:
         return f"DiagonalGaussian({tuple(self.mean.shape)}, mode() and sample() give latents)"
+
+    def _repr_html_(self) -> str:
+        channels = zip(self.mean.unbind(1), self.std.unbind(1), strict=True)
+        return card(
+            f"DiagonalGaussian {tuple(self.mean.shape)}",
+            {
+                f"channel {number}": f"mean {float(mean.mean()):.3f}, std {float(mean.std(correction=0)):.3f}, "
+                f"posterior std {float(std.mean()):.4f}"
+                for number, (mean, std) in enumerate(channels)
+            },
+        )
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> "DiagonalGaussian":  # (N, 2C, h, w), the encoder's output

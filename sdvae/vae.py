@@ -23,6 +23,7 @@ from sdvae.engine.run import Budget, Engine
 from sdvae.engine.tiny_run import TinyEngine
 from sdvae.errors import LatentsError, ShapeError
 from sdvae.images.read import from_pil
+from sdvae.notebook import card
 from sdvae.pixels import pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.tiny import AutoencoderTiny
@@ -236,6 +237,20 @@ class VAE:
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"VAE({self.name!r}, latent space {self.latent_space}, {dtype} on {self.device})"
+
+    def _repr_html_(self) -> str:
+        config = self.config
+        return card(
+            f"VAE {self.name}",
+            {
+                "latent space": self.latent_space,
+                "latents": f"{config.latent_channels} channels at 1/{config.downscale}",
+                "scaling factor": config.scaling_factor,
+                "parameters": f"{sum(values.numel() for values in self._model.parameters()):,}",
+                "computes in": f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
+                "fingerprint": self.fingerprint,
+            },
+        )
 
     def _check_pixels(self, pixels: Tensor) -> None:
         channels, downscale = self.config.in_channels, self.config.downscale

@@ -50,6 +50,7 @@ def values_of(batch: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_mean_is_scaled_and_paired_with_its_record(store: Store) -> None:
     dataset = LatentDataset(store.paths.root, sample=False)
+    assert '<td style="text-align: left">means</td>' in dataset._repr_html_()
     assert len(dataset) == 10
     for number, example in enumerate(dataset[i] for i in range(len(dataset))):
         mean, _ = moments_of(store, example["key"])

@@ -187,4 +187,10 @@ def test_what_is_printed_of_them_is_short(small_vae: VAE) -> None:
     assert repr(small_vae).endswith("float32 on cpu)")
     encoded = small_vae.encode_images([Image.new("RGB", (24, 16))])
     assert repr(encoded) == "Encoded(1 image: 24x16)"
+    shown = small_vae._repr_html_()
+    assert small_vae.fingerprint in shown and "4 channels at 1/8" in shown
+    assert "channel 3" in small_vae.encode(torch.zeros(1, 3, 8, 8))._repr_html_()
+    small_vae.name, name = "<b>", small_vae.name
+    assert "VAE &lt;b&gt;" in small_vae._repr_html_()
+    small_vae.name = name
     assert repr(small_vae.encode(torch.zeros(1, 3, 8, 8))).startswith("DiagonalGaussian((1, 4, 1, 1)")

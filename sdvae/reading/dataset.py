@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from sdvae.amounts import size_text
+from sdvae.amounts import count, size_text
 from sdvae.errors import ConfigError, DeviceError, ShapeError, StoreError, VerifyError
 from sdvae.latents import scale
+from sdvae.notebook import card
 from sdvae.posterior import DiagonalGaussian
 from sdvae.store.buckets import Size
 from sdvae.store.remote import local_copy
@@ -92,6 +93,11 @@ class LatentDataset(Dataset[Example]):
     def __repr__(self) -> str:
         sizes = ", ".join(f"{len(records)} of {size_text(*size)} px" for size, records in self.buckets.items())
         return f"LatentDataset({str(self.store.paths.root)!r}: {sizes}, {'sampled' if self.sample else 'means'})"
+
+    def _repr_html_(self) -> str:
+        sizes = {f"{size_text(*size)} px": count(len(records), "record") for size, records in self.buckets.items()}
+        drawn = "sampled anew in each epoch" if self.sample else "means"
+        return card(f"LatentDataset {self.store.paths.root}", {**sizes, "latents": drawn})
 
     def __len__(self) -> int:
         return self._starts[-1]
