@@ -728,3 +728,11 @@ def test_install_refuses_a_network_that_ours_is_not() -> None:
     with pytest.raises(ConfigError, match="relu"):
         sdvae.install(SimpleNamespace(vae=vae))
     assert type(vae) is diffusers.AutoencoderKL
+
+
+def test_a_compiled_decode_is_followed_from_its_first_call() -> None:
+    vae = make(AutoencoderKL)
+    expected = plain(vae).decode(latents()).sample
+    with torch.no_grad():  # the engine is made inside
+        found = torch.compile(vae.decode, backend="eager")(latents()).sample
+    assert is_close(found, expected)

@@ -195,12 +195,12 @@ class Engine:
             tensors = self._source.parameters() if batch is None else (batch, *self._source.parameters())
             if any(tensor.requires_grad for tensor in tensors):
                 return "gradients are wanted"
+        if torch.compiler.is_compiling():
+            return "torch.compile is at work"
         if self._is_watched or not self._is_checked:
             self._in_layers, self._is_checked = self._obstacle_within(), True
         if self._in_layers is not None:
             return self._in_layers
-        if torch.compiler.is_compiling():
-            return "torch.compile is at work"
         if self._dtype is None and torch.is_autocast_enabled(self._place()[0].type):  # a VAE computes in its own
             return "autocast is at work"
         return None

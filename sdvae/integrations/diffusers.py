@@ -48,6 +48,7 @@ class DropInEngine(Engine):
         built: nn.Module = TheirAutoencoderKL.from_config(source._internal_dict)
         return built
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile again for each block that is looked at
     def stands_in(self) -> bool:
         """Whether our network runs now; where diffusers' blocks must, the log says why, once for each reason."""
         reason = self.departure()
@@ -82,7 +83,7 @@ class AutoencoderKL(TheirAutoencoderKL):
         """What encodes and decodes; made when it is first asked for."""
         engine: DropInEngine | None = vars(self).get("_engine")
         if engine is None or engine.source is not self:  # a shallow copy (torch's replicate) needs its own
-            engine = vars(self)["_engine"] = DropInEngine(self, VAEConfig.from_diffusers(self._internal_dict))  # type: ignore[has-type]
+            engine = vars(self)["_engine"] = _make_engine(self)
         return engine
 
     @property
@@ -122,6 +123,11 @@ class AutoencoderKL(TheirAutoencoderKL):
 
     def _inside(self) -> Any:
         return _Inside(self) if self.engine.stands_in() else self
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it cannot follow how a network is built
+def _make_engine(vae: AutoencoderKL) -> DropInEngine:
+    return DropInEngine(vae, VAEConfig.from_diffusers(vae._internal_dict))  # type: ignore[has-type]
 
 
 class _Inside:
