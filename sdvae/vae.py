@@ -17,7 +17,7 @@ from torch import Tensor
 from sdvae import latents as latent_scaling
 from sdvae.amounts import count, size_text
 from sdvae.config import VAEConfig
-from sdvae.engine.plan import MAX_GROUP
+from sdvae.engine.plan import IMAGES_AT_ONCE
 from sdvae.engine.precision import choose_device, choose_dtype, inference
 from sdvae.engine.run import Budget, Engine
 from sdvae.engine.tiny_run import TinyEngine
@@ -136,22 +136,22 @@ class VAE:
             return self.engine.decode(latents, budget)
 
     @contextmanager
-    def deterministic(self, max_group: int = MAX_GROUP) -> Iterator[None]:
+    def deterministic(self, images_at_once: int = IMAGES_AT_ONCE) -> Iterator[None]:
         """Inside, results have the same bits whatever the batch and whatever memory is free.
 
         Stores are encoded with it. A budget that needs another plan is refused (BudgetError). With another number of
-        threads, another library or CPU, the last bits may differ; and with another `max_group`, the most small images
-        that a CPU runs together (0: each runs alone, in strips).
+        threads, another library or CPU, the last bits may differ; and with another `images_at_once`, the most small
+        images that a CPU runs together (0: each runs alone, in strips).
         """
         engines = self.engine, self.engine.in_float32()
-        before = self.engine.is_deterministic, self.engine.max_group
+        before = self.engine.is_deterministic, self.engine.images_at_once
         for engine in engines:
-            engine.is_deterministic, engine.max_group = True, max_group
+            engine.is_deterministic, engine.images_at_once = True, images_at_once
         try:
             yield
         finally:
             for engine in engines:
-                engine.is_deterministic, engine.max_group = before
+                engine.is_deterministic, engine.images_at_once = before
 
     def encode_images(self, images: Sequence[AnyImage], budget: Budget = None) -> Encoded:
         """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.

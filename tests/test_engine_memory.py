@@ -39,7 +39,7 @@ def test_the_peak_is_the_predicted_one(direction: Direction) -> None:
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_the_peak_of_a_whole_image_is_the_predicted_one(direction: Direction) -> None:
     side = 176 if direction == "encode" else 22
-    assert make_plan(build_network(QUARTER, direction), side, side, 4, max_group=1).group == 1
+    assert make_plan(build_network(QUARTER, direction), side, side, 4, images_at_once=1).group == 1
     peak, expected = predicted(measure_fresh(Task(QUARTER, direction, 176, 176, "fp32"), GIVES_BACK))
     assert expected > 8 * MB
     assert 0.75 * expected - 1 * MB < peak < 1.10 * expected + 1 * MB, "never much more; glibc may keep some of it"

@@ -83,7 +83,7 @@ def encode_tasks(
     left = deque(numbers)
     begun = time.monotonic()
     compute = store.manifest["compute"]
-    with fixed_threads(compute["num_threads"]), vae.deterministic(compute.get("max_group", 0)):
+    with fixed_threads(compute["num_threads"]), vae.deterministic(compute.get("images_at_once", 0)):
         while left:
             try:
                 run.encode(left)

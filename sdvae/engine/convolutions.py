@@ -4,6 +4,7 @@ On a CPU the weights are packed once for each order that oneDNN's kernels read t
 """
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -108,7 +109,8 @@ class OneDnnConvolution(Convolution):
         self.kernel = "oneDNN, packed"
         self._library_bias, self._kernels_bias = bias.to(weight.dtype), None
         self._packed: list[Tensor] = []  # one for each order
-        self._packed_for: dict[tuple[object, ...], Tensor] = {}  # by the size of the input, and its padding
+        self._packed_for: dict[tuple[object, ...], Tensor] = {}  # by the size of the input, its padding, and threads
+        self._packing = threading.Lock()
 
     def convolve(self, images: Tensor, target: Tensor | None) -> Tensor:
         """As `PackedConvolution.convolve`."""
@@ -143,10 +145,13 @@ class OneDnnConvolution(Convolution):
         It accepts them in another order, too, but then changes it in each call, which takes longer than a small
         convolution does.
         """
-        size = (images.shape, *padding)
+        size = (images.shape, *padding, torch.get_num_threads())
         known = self._packed_for.get(size)
         if known is None:
-            known = self._packed_for[size] = self._pack(images, padding)
+            with self._packing:
+                known = self._packed_for.get(size)
+                if known is None:
+                    known = self._packed_for[size] = self._pack(images, padding)
         return known
 
     def _pack(self, images: Tensor, padding: list[int]) -> Tensor:

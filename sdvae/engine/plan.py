@@ -5,7 +5,8 @@ keeps x, and behind it h. A resnet that changes the width puts its shortcut and 
 block is read to the end before it is written. The regions of neighbouring levels overlap where rows are always read
 before they are written over; how far, integers decide.
 
-Small images need no strips: they run whole, in groups of one size, in memory of their own for each stage.
+Small images need no strips: they run whole, in groups of one size beside each other, in memory of their own for each
+stage.
 """
 
 import math
@@ -27,7 +28,7 @@ ATTENTION_QUERIES = 1024  # at a time; fixed, so that no plan changes a sum
 GPU_ATTENTION_QUERIES = 2**14
 _SPLIT_TOKENS = 2**14
 _WHOLE_BYTES = 2**24  # that a stage reads of an image, up to which strips are no faster than whole images
-MAX_GROUP = 8  # images that run together
+IMAGES_AT_ONCE = 8  # images that run at once, on all threads
 GROUP_FLOPS = 2**32  # of a group, beyond which more images made none faster; one alone pays for a deterministic group
 _BLOCK_PX = 2**12  # that the statistics of a whole image are summed over at a time
 PIXEL_BYTES = 4  # images and latents enter and leave in fp32
@@ -82,8 +83,9 @@ class Plan:
     scratch_bytes: int  # the most that one strip of a stage needs beside those
     num_queries: int  # of an attention at a time
     is_on_host: bool  # whether the arena lies in pinned memory of the host, which a GPU reads and writes as it goes
-    group: int = 0  # whole images that run together; 0: none, they run in strips
+    group: int = 0  # whole images in each call of a library; 0: none, they run in strips
     is_filled: bool = False  # whether the last group is filled up to that size
+    most_workers: int = 1  # groups that run at a time, each on threads of its own
 
     @cached_property
     def image_bytes(self) -> int:
@@ -111,7 +113,11 @@ class Plan:
     def predict_bytes(self, num_images: int = 1) -> int:
         """Peak memory of a run on its device, beside the weights."""
         arena = 0 if self.is_on_host else self.arena_bytes
-        return arena + self.strip_bytes + num_images * self.image_bytes
+        return arena + self.num_workers(num_images) * self.strip_bytes + num_images * self.image_bytes
+
+    def num_workers(self, num_images: int) -> int:
+        """How many groups of so many images run at a time."""
+        return max(1, min(self.most_workers, -(-num_images // self.group))) if self.group else 1
 
     def num_strips(self, stage: Stage) -> int:
         """How many strips a stage runs in; the attention sees all rows at once."""
@@ -130,14 +136,14 @@ def make_plan(
     is_deterministic: bool = False,
     is_gpu: bool = False,
     host_bytes: int = 0,
-    max_group: int = 0,
+    images_at_once: int = 0,
+    num_threads: int = 1,
 ) -> Plan:
     """Plan a network for inputs of `height` x `width`.
 
-    Up to `max_group` images run together and whole, on a CPU, if a stage reads little of each. Groups of
-    deterministic plans have one size for a size of images; others have no more than `num_images`, or than the budget
-    allows.
-
+    Up to `images_at_once` images run at once and whole, on a CPU, if a stage reads little of each: in groups, on
+    `num_threads` threads. Groups of deterministic plans have one size for a size of images; others share `num_images`
+    out among the threads, and get smaller where the budget asks for it.
 
     Strips are as high as the cache allows, lower where a budget asks for it, or `num_strips` of them at every level (at
     most one for each row of latents). If the lowest strips are still too large, the arena lies in `host_bytes` of the
@@ -149,15 +155,15 @@ def make_plan(
     if not all(sizes[-1]):
         raise ShapeError(f"{size_text(height, width)} is too small: it has less than one row or column of latents")
     draft = _Draft(network, sizes, element_bytes, is_gpu)
-    if max_group and num_strips is None and draft.is_small():
-        group = draft.group(height, width, max_group if is_deterministic else min(num_images, max_group))
-        while group:
-            together = draft.plan_group(group, is_deterministic)
+    if images_at_once and num_strips is None and draft.is_small():
+        flops = network.flops(height, width)
+        for group, num_workers in group_sizes(flops, num_images, images_at_once, num_threads, is_deterministic):
+            together = draft.plan_group(group, is_deterministic, num_workers)
             if budget_bytes is None or together.predict_bytes(num_images) <= budget_bytes:
                 return together
-            if is_deterministic:
-                raise _refusal(together, num_images, budget_bytes)
-            group //= 2
+        if is_deterministic:
+            assert budget_bytes is not None
+            raise _refusal(together, num_images, budget_bytes)
     liked = draft.strip_rows(0)
     if num_strips is not None:
         steps = liked if is_deterministic else [1] * len(sizes)
@@ -194,9 +200,26 @@ def _refusal(plan: Plan, num_images: int, budget_bytes: int) -> BudgetError:
     return budget_refusal(plan.network.direction, num_images, plan.size_px, least_bytes, budget_bytes)
 
 
-def fitting_group(flops: int, max_group: int) -> int:
-    """How many images of so many operations run together: a power of two, which divides most batches, or the most."""
-    return min(max_group, 1 << max(0, (GROUP_FLOPS // flops).bit_length() - 1))
+def group_sizes(
+    flops: int, num_images: int, images_at_once: int, num_threads: int, is_deterministic: bool
+) -> Iterator[tuple[int, int]]:
+    """How many images run in a call, and how many calls at a time, from the fastest to those that need least memory.
+
+    An image has so many operations. Deterministic groups have one size, whatever the number of images and the memory: a
+    power of two, which divides most batches.
+    """
+    group = max(1, min(images_at_once // num_threads, 1 << max(0, (GROUP_FLOPS // flops).bit_length() - 1)))
+    if not is_deterministic:
+        group = min(group, max(1, -(-num_images // num_threads)))
+    for num_workers in _halvings(num_threads):
+        for size in [group] if is_deterministic else _halvings(group):
+            yield size, num_workers
+
+
+def _halvings(most: int) -> Iterator[int]:
+    while most:
+        yield most
+        most //= 2
 
 
 def max_images(plan: Plan, budget_bytes: int) -> int:
@@ -231,12 +254,8 @@ class _Draft:
         most = max(height * width * widest for (height, width), widest in sides)
         return not self.is_gpu and most * self.element_bytes <= _WHOLE_BYTES
 
-    def group(self, height: int, width: int, max_group: int) -> int:
-        """How many images of the input's size are worth running together."""
-        return fitting_group(self.network.flops(height, width), max_group)
-
-    def plan_group(self, group: int, is_filled: bool) -> Plan:
-        """The plan for whole images, `group` at a time."""
+    def plan_group(self, group: int, is_filled: bool, num_workers: int) -> Plan:
+        """The plan for whole images, `group` in a call and `num_workers` groups at a time."""
         levels = tuple(
             Level(height, width, (0, height), 0, 0, _equal_blocks(height, _BLOCK_PX // width), height)
             for height, width in self.sizes
@@ -257,6 +276,7 @@ class _Draft:
             is_on_host=False,
             group=group,
             is_filled=is_filled,
+            most_workers=num_workers,
         )
 
     def _widest(self) -> list[int]:

@@ -15,7 +15,7 @@ from sdvae.engine.calibrate import calibrate
 from sdvae.engine.describe import describe_plan
 from sdvae.engine.graphs import Executor
 from sdvae.engine.memory import free_bytes, parse_bytes
-from sdvae.engine.plan import MAX_GROUP, Plan, make_plan
+from sdvae.engine.plan import IMAGES_AT_ONCE, Plan, make_plan
 from sdvae.engine.precision import full_precision, inference
 from sdvae.engine.program import Program, choose_kernels, compile_program
 from sdvae.engine.stages import Direction, build_network
@@ -66,7 +66,7 @@ class Engine:
         self.calls = 0
         # Whether results have the same bits whatever memory is free; a budget that would change them is refused.
         self.is_deterministic = False
-        self.max_group = MAX_GROUP  # small images that may run together; 0: all run in strips
+        self.images_at_once = IMAGES_AT_ONCE  # small images that run at once; 0: all run in strips
         self._device, self._dtype = device, dtype
         with torch.device("meta"):
             self._model, blueprint = AutoencoderKL(config), self._build()
@@ -123,12 +123,13 @@ class Engine:
         if self._float32 is None:
             self._float32 = Engine(self._source, self.config, device, torch.float32)
             self._float32._original = self
-        self._float32.is_deterministic, self._float32.max_group = self.is_deterministic, self.max_group
+        self._float32.is_deterministic, self._float32.images_at_once = self.is_deterministic, self.images_at_once
         return self._float32
 
     def plan(self, direction: Direction, height: int, width: int, num_images: int = 1, budget: Budget = None) -> Plan:
         """The plan for inputs of this size; BudgetError where no plan keeps the budget."""
         device, dtype = self._place()
+        num_threads = torch.get_num_threads()
         make = partial(
             make_plan,
             build_network(self.config, direction),
@@ -138,10 +139,11 @@ class Engine:
             num_images=num_images,
             is_deterministic=self.is_deterministic,
             is_gpu=device.type != "cpu",
-            max_group=self.max_group,
+            images_at_once=self.images_at_once,
+            num_threads=num_threads,
         )
-        most_together = self.max_group if self.is_deterministic else min(num_images, self.max_group)
-        key = direction, height, width, device, dtype, self.is_deterministic, most_together
+        share = None if self.is_deterministic else min(-(-num_images // num_threads), self.images_at_once)
+        key = direction, height, width, device, dtype, self.images_at_once, num_threads, share
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) == _MOST_PLANS:
