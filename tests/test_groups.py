@@ -61,7 +61,7 @@ def compiled(name: str, direction: Direction, dtype: torch.dtype = torch.float32
     return compile_program(CONFIGS[name], direction, MODELS[name].state_dict(), dtype, CPU)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     name=st.sampled_from(list(CONFIGS)),
     direction=st.sampled_from(["encode", "decode"]),

@@ -154,11 +154,8 @@ def test_outputs_equal_diffusers(
     assert max(found.values()) <= FP32_TOLERANCE, found
 
 
-@pytest.mark.parametrize(
-    "full_size",
-    ["sd1", *(pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name != "sd1")],
-    indirect=True,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("full_size", ARCHITECTURES, indirect=True)
 def test_outputs_equal_diffusers_at_256_px(full_size: tuple[AutoencoderKL, diffusers.AutoencoderKL]) -> None:
     found = errors(*full_size, seeded_pixels(256, 256, batch=1))
     assert max(found.values()) <= FP32_TOLERANCE, found
