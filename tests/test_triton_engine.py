@@ -57,7 +57,9 @@ def test_the_network_is_the_reference_in_any_number_of_strips(name: str, directi
     assert parts.equal(whole)
 
 
-@pytest.mark.parametrize("padding", ["reflect", "circular", "circular-x"])
+@pytest.mark.parametrize(
+    "padding", ["circular", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("reflect", "circular-x"))]
+)
 def test_padding_is_the_references(padding: Padding) -> None:
     model = quiet_model(replace(CONFIGS["all parts"], padding=padding))
     latents = inputs("all parts", "decode", HEIGHT, WIDTH)

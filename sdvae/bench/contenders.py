@@ -62,7 +62,7 @@ def load_diffusers(model: AutoencoderKL, device: torch.device, dtype: str, memor
         from diffusers import AutoencoderKL as TheirAutoencoderKL
     except ImportError as error:
         raise BenchError(f"diffusers cannot be imported: {error}; install it, or measure with --alone") from error
-    padding = model.config.padding
+    padding: Any = model.config.padding
     if padding in ("circular-x", "circular-y"):
         raise BenchError(f"diffusers cannot pad by {padding}; compare with nobody, or with another padding")
     with torch.device("meta"):
