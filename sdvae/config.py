@@ -6,11 +6,15 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sdvae.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+# What lies beyond the borders of a picture: torch's `padding_mode`, and a torus that is open in one direction.
+Padding = Literal["zeros", "reflect", "circular", "circular-x", "circular-y"]
+PADDINGS: tuple[Padding, ...] = get_args(Padding)
 
 # What diffusers' AutoencoderKL assumes for a field its config.json leaves out (0.42). They differ
 # from the defaults of VAEConfig, which are Stable Diffusion's.
@@ -50,7 +54,8 @@ class VAEConfig:
     """One KL-VAE of the Stable Diffusion kind; the defaults are SD 1's.
 
     `attention_levels` is the one field diffusers spells otherwise: the levels (0 is full resolution)
-    whose blocks are `AttnDownEncoderBlock2D` and `AttnUpDecoderBlock2D` there.
+    whose blocks are `AttnDownEncoderBlock2D` and `AttnUpDecoderBlock2D` there. `padding`, that of all 3x3 convolutions
+    but the downsamplers', is a field that diffusers does not have: there users set `padding_mode` of each layer.
     """
 
     in_channels: int = 3
@@ -69,6 +74,7 @@ class VAEConfig:
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
     force_upcast: bool = True
+    padding: Padding = "zeros"
 
     def __post_init__(self) -> None:
         self._require_sound()
@@ -105,6 +111,8 @@ class VAEConfig:
         _require("shift_factor", shift, shift is None or _is_number(shift))
         for name in ("latents_mean", "latents_std"):
             _require(name, getattr(self, name), getattr(self, name) is None or _are_numbers(getattr(self, name)))
+        if self.padding not in PADDINGS:
+            raise ConfigError(f"padding is {self.padding!r:.60}; choose one of {', '.join(PADDINGS)}")
 
     @property
     def downscale(self) -> int:
@@ -163,7 +171,10 @@ class VAEConfig:
         return cls(**values, attention_levels=levels)
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The mapping that diffusers' `AutoencoderKL.from_config` reads, and that `config.json` holds."""
+        """The mapping that diffusers' `AutoencoderKL.from_config` reads, and that `config.json` holds.
+
+        `padding` is in it where it is not zeros: diffusers warns that it ignores the field, which is true.
+        """
         down: list[str] = []
         up: list[str] = []
         for level in range(len(self.block_out_channels)):
@@ -172,6 +183,8 @@ class VAEConfig:
             up.insert(0, up_type)
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "attention_levels"}
         values |= {"act_fn": "silu", "down_block_types": down, "up_block_types": up}
+        if self.padding == "zeros":
+            del values["padding"]
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         return {"_class_name": "AutoencoderKL"} | dict(sorted(plain.items()))
 

@@ -41,6 +41,8 @@ class TinyConfig(VAEConfig):
         super().__post_init__()
         if len(set(self.block_out_channels)) > 1:
             raise ConfigError(f"block_out_channels {self.block_out_channels} differ; a TAESD has one width throughout")
+        if self.padding != "zeros":
+            raise ConfigError(f"padding is {self.padding}; a TAESD is padded with zeros, so leave the padding out")
 
     @classmethod
     def from_family(cls, name: str) -> "TinyConfig":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdvae import latents as latent_scaling
 from sdvae.amounts import count, size_text
-from sdvae.config import VAEConfig
+from sdvae.config import Padding, VAEConfig
 from sdvae.engine.plan import IMAGES_AT_ONCE
 from sdvae.engine.precision import choose_device, choose_dtype, inference
 from sdvae.engine.run import Budget, Engine
@@ -65,8 +65,9 @@ class VAE:
         self.config: VAEConfig = model.config
         self.device = device
         self.dtype = dtype
-        self.fingerprint = identity.fingerprint(model.state_dict())
-        self.latent_space = identity.latent_space(model.config, self.fingerprint)
+        of_weights = identity.fingerprint(model.state_dict())
+        self.fingerprint = identity.padded_fingerprint(of_weights, model.config.padding)
+        self.latent_space = identity.latent_space(model.config, of_weights)
         self._model = model
         self.engine: Engine | TinyEngine = (
             TinyEngine(model, device, dtype)
@@ -86,11 +87,13 @@ class VAE:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         family: str | None = None,
+        padding: Padding | None = None,
     ) -> "VAE":
         """The embedded VAE, or the one `spec` names: a diffusers folder, a VAE's file, a checkpoint, a hub id.
 
         A TAESD, too: in diffusers' form, or either of its author's two files beside the other. `device` and `dtype`
-        are "auto" or names ("cuda:1", "bf16"); `family` overrides the config.
+        are "auto" or names ("cuda:1", "bf16"); `family` overrides the config, and `padding` what it says of that:
+        "zeros", "reflect", or for textures and panoramas without a seam "circular", "circular-x", "circular-y".
         Raises WeightsError, ConfigError or DeviceError.
 
         >>> vae = VAE.load(device="cpu", dtype="fp32")
@@ -100,7 +103,7 @@ class VAE:
         place = choose_device(device)
         choice = choose_dtype(dtype, place)
         with torch.inference_mode(False):  # whose tensors can never be trained
-            weights = load_weights(spec, family)
+            weights = load_weights(spec, family, padding)
             return cls(build_model(weights), place, choice.dtype, weights.name, is_private=True)
 
     def save(self, folder: str | Path) -> None:

@@ -22,7 +22,7 @@ def inspect(file: str, family: str | None, tensors: bool, console: Console) -> N
     """
     from sdvae.weights.files import TensorFile, open_weights
     from sdvae.weights.find import find_file
-    from sdvae.weights.identity import fingerprint
+    from sdvae.weights.identity import fingerprint, padded_fingerprint
     from sdvae.weights.load import open_vae
 
     path = find_file(file)
@@ -47,7 +47,7 @@ def inspect(file: str, family: str | None, tensors: bool, console: Console) -> N
             "num_tensors": len(vae.keys.names),
             "family": vae.family,
             "config": asdict(vae.config),
-            "fingerprint": fingerprint(vae.read()),
+            "fingerprint": padded_fingerprint(fingerprint(vae.read()), vae.config.padding),
         }
     if tensors:
         found["tensors"] = {key: [entry.dtype, list(entry.shape)] for key, entry in index.entries.items()}
@@ -71,6 +71,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
             f"widths       {list(config['block_out_channels'])}, {config['layers_per_block']} layers a block",
             f"latents      {config['latent_channels']} channels, scaling factor {config['scaling_factor']}"
             + (f", shift {config['shift_factor']}" if config["shift_factor"] is not None else ""),
+            *([] if config["padding"] == "zeros" else [f"padding      {config['padding']}"]),
             f"fingerprint  {vae['fingerprint']}",
         ]
     else:

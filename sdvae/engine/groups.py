@@ -17,6 +17,7 @@ from sdvae.engine.execute import empty_output
 from sdvae.engine.parallel import run_apart, torch_threads
 from sdvae.engine.plan import Plan
 from sdvae.engine.program import PackedStage, Program
+from sdvae.engine.stages import Stage
 
 _UNUSED = torch.empty(0, dtype=torch.float32, device="cpu")  # for statistics that are known
 _ALONE_ELEMENTS = 2**18  # of an image, below which a second thread costs more than it does
@@ -50,6 +51,8 @@ def _run(program: Program, plan: Plan, images: Tensor) -> Tensor:
             continue
         if stage.kind == "down":
             source = F.pad(source, (0, 1, 0, 1))  # SD's stride-2 convolution is asymmetric
+        if stage.padding != "zeros":
+            source = _pad(stage, source)
         if packed.shortcut is not None:
             places["x"] = packed.shortcut.convolve(places["x"], None)
         assert packed.convolution is not None  # as in all stages but attention
@@ -110,6 +113,21 @@ def _statistics(images: Tensor, row_block: int, num_groups: int) -> Tensor:  # -
     merged[0] = mean[:, 0]
     merged[1] = np.add.reduce(variances + (means - mean) ** 2, (1, 3), keepdims=True)[:, 0] / num_means
     return torch.from_numpy(merged).view(2, num_images, num_channels)
+
+
+def _pad(stage: Stage, images: Tensor) -> Tensor:
+    """The images with what stands beyond their borders; zeros are left to the libraries."""
+    num_images, num_channels, height, width = images.shape
+    rows, columns = stage.border("y", height), stage.border("x", width)
+    top, left = int(rows is not None), int(columns is not None)
+    size = num_images, num_channels, height + 2 * top, width + 2 * left
+    padded = torch.empty(size, dtype=images.dtype, device=images.device, memory_format=torch.channels_last)
+    padded[:, :, top : top + height, left : left + width] = images
+    if columns is not None:
+        ops.fill_border(padded[:, :, top : top + height], 3, columns)
+    if rows is not None:
+        ops.fill_border(padded, 2, rows)
+    return padded
 
 
 def _singly(images: Tensor) -> Sequence[Tensor]:

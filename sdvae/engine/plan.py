@@ -10,13 +10,13 @@ stage.
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count, pairwise, takewhile
+from itertools import count
 
 from sdvae.amounts import memory_text, size_text
+from sdvae.engine.levels import Level, input_rows, made_elements, whole_elements, window_shape
 from sdvae.engine.stages import Direction, Network, Stage
 from sdvae.errors import BudgetError, ShapeError
 
@@ -26,48 +26,11 @@ STRIP_BYTES = 2**23
 GPU_STRIP_BYTES = 2**25
 ATTENTION_QUERIES = 1024  # at a time; fixed, so that no plan changes a sum
 GPU_ATTENTION_QUERIES = 2**14
-_SPLIT_TOKENS = 2**14
 _WHOLE_BYTES = 2**24  # that a stage reads of an image, up to which strips are no faster than whole images
 IMAGES_AT_ONCE = 8  # images that run at once, on all threads
 GROUP_FLOPS = 2**32  # of a group, beyond which more images made none faster; one alone pays for a deterministic group
 _BLOCK_PX = 2**12  # that the statistics of a whole image are summed over at a time
 PIXEL_BYTES = 4  # images and latents enter and leave in fp32
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """One resolution: its strips, and its region of the arena in elements."""
-
-    height: int
-    width: int
-    bounds: tuple[int, ...]  # rows where strips begin, and the height
-    channels: int  # of the region, for each pixel: of x and h together
-    offset: int
-    row_block: int  # rows that statistics are summed over at a time: those of one row of latents, whatever the plan
-    call_rows: int  # rows that a convolution makes at a time, at most: those of a strip that memory did not cut short
-
-    @property
-    def strips(self) -> list[tuple[int, int]]:
-        """First and last row (exclusive) of each strip."""
-        return list(pairwise(self.bounds))
-
-    def strips_with(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The strips that hold any of the rows start..end."""
-        first = bisect_right(self.bounds, start) - 1
-        yield from takewhile(lambda strip: strip[0] < end, pairwise(self.bounds[first:]))
-
-    @property
-    def end(self) -> int:
-        """The first element behind the region."""
-        return self.offset + self.height * self.width * self.channels
-
-    def block_offset(self, row: int) -> int:
-        """Where the block that begins with `row` lies in the arena."""
-        return self.offset + row * self.width * self.channels
-
-    def keys_offset(self, channels: int) -> int:
-        """Where the arena has room for the keys of an attention: before the region, or behind it."""
-        return 0 if self.offset >= self.height * self.width * channels else self.end
 
 
 @dataclass(frozen=True)
@@ -154,6 +117,11 @@ def make_plan(
     sizes = network.sizes(height, width)
     if not all(sizes[-1]):
         raise ShapeError(f"{size_text(height, width)} is too small: it has less than one row or column of latents")
+    if network.padding == "reflect" and min(sizes[-1]) == 1:
+        raise ShapeError(
+            f"{size_text(height, width)} is too small to be padded by reflection: that takes two rows and columns of "
+            "latents"
+        )
     draft = _Draft(network, sizes, element_bytes, is_gpu)
     if images_at_once and num_strips is None and draft.is_small():
         flops = network.flops(height, width)
@@ -261,7 +229,7 @@ class _Draft:
             for height, width in self.sizes
         )
         most = max(
-            _whole_elements(stage, levels[stage.source_level], levels[stage.level]) for stage in self.network.stages
+            whole_elements(stage, levels[stage.source_level], levels[stage.level]) for stage in self.network.stages
         )
         scratch_bytes = group * most * self.element_bytes
         return Plan(
@@ -327,7 +295,7 @@ class _Draft:
             window_elements=max(math.prod(window_shape(*of_stage)) for of_stage in between),
             keys_elements=keys_elements if is_on_host else 0,
             scratch_bytes=self.element_bytes
-            * max(_made_elements(*of_stage, num_queries, self.is_gpu, is_on_host) for of_stage in between),
+            * max(made_elements(*of_stage, num_queries, self.is_gpu, is_on_host) for of_stage in between),
             num_queries=num_queries,
             is_on_host=is_on_host,
         )
@@ -362,15 +330,6 @@ def _region_channels(network: Network, level: int) -> int:
     return channels
 
 
-def input_rows(stage: Stage, start: int, end: int) -> tuple[int, int]:
-    """The rows of its source that rows start..end of a stage are made of; they may lie beyond the border."""
-    if stage.kind == "down":  # SD pads (0, 1, 0, 1): the stride-2 convolution is asymmetric
-        return 2 * start, 2 * end + 1
-    if stage.kind == "up":
-        return start // 2 - 1, end // 2 + 1
-    return start - 1, end + 1
-
-
 def _lead(stage: Stage, source: Level, target: Level) -> int:
     """How far behind the target's region its source's must begin, so that no row is written over before it is read."""
     lead = -source.end
@@ -382,44 +341,3 @@ def _lead(stage: Stage, source: Level, target: Level) -> int:
             written = target.width * (start * target.channels + (end - start) * stage.out_channels)
             lead = max(lead, written - position)
     return lead
-
-
-def window_shape(stage: Stage, source: Level, target: Level) -> tuple[int, int, int]:
-    """Rows, width and channels of the input of a stage's highest strip, with room for a column and a channel more."""
-    rows = max(end - start for start, end in target.strips)
-    first, last = input_rows(stage, 0, rows)
-    return last - first, source.width + 1, stage.in_channels + 1
-
-
-def _made_elements(stage: Stage, source: Level, target: Level, num_queries: int, is_gpu: bool, is_on_host: bool) -> int:
-    """The most that one strip needs beside the arena, for what cannot be made in its place."""
-    rows = max(end - start for start, end in target.strips)
-    if stage.kind == "attention":
-        num_tokens = source.height * source.width
-        num_queries = min(num_tokens, max(1, num_queries // source.width) * source.width)
-        # Torch's kernel for CPUs packs keys and values; Triton's splits the keys of few queries, and merges in fp32.
-        beside = _SPLIT_TOKENS if is_gpu else 2 * num_tokens
-        return (3 * num_queries + beside) * stage.out_channels
-    if stage.kind == "up":  # even and odd rows, with a column to spare
-        return 2 * rows * (source.width + 1) * stage.out_channels
-    made = stage.out_channels if is_gpu or stage.shortcut or stage.target == "output" else 0  # oneDNN writes in place
-    read = stage.in_channels if is_on_host and stage.shortcut else 0
-    return rows * target.width * (made + read)
-
-
-def _whole_elements(stage: Stage, source: Level, target: Level) -> int:
-    """The most that a stage of whole images needs at once, for each image."""
-    read = source.height * source.width * stage.in_channels
-    num_px = target.height * target.width
-    written = num_px * stage.out_channels
-    if stage.kind == "attention":  # x, its norm; queries, means and packed keys and values
-        return 2 * read + 4 * written
-    if stage.kind == "down":  # a row and a column more
-        return read + (source.height + 1) * (source.width + 1) * stage.in_channels + written
-    if stage.kind == "up":  # even and odd rows, each with a row and a column to spare
-        return read + 4 * (source.height + 1) * (source.width + 1) * stage.out_channels + written
-    if stage.source == "input":
-        return read + num_px + written  # with a channel of ones
-    if stage.source == "h":  # normalised in place, added in place
-        return read + written
-    return 2 * read + written * (2 if stage.shortcut or stage.target == "output" else 1)  # x, its norm, what is made

@@ -2,15 +2,16 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sdvae.config import VAEConfig
+from sdvae.config import PADDINGS, Padding, VAEConfig
 from sdvae.engine import ops
-from sdvae.engine.blueprint import Blueprint
+from sdvae.engine.blueprint import Blueprint, padding_modes
 from sdvae.engine.calibrate import calibrate
 from sdvae.engine.describe import describe_plan
 from sdvae.engine.graphs import Executor
@@ -40,8 +41,9 @@ class Engine:
     but not while nobody else holds the module (`is_private`). An image that overflows in a reduced dtype runs again in
     fp32.
 
-    Where gradients are wanted, or a layer is more than its weights (adapters, offload hooks, another padding mode), the
-    layers themselves run in the reference network; `obstacle` says why. `blueprint` tells what is known of each.
+    Where gradients are wanted, or a layer is more than its weights (adapters, offload hooks, another stride), the
+    layers themselves run in the reference network; `obstacle` says why. `blueprint` tells what is known of each. Only
+    `padding_mode`, where all layers have one that is known, becomes that of `config`.
 
     `calls` counts the runs of a network: one for each encode and decode, or for each tile of diffusers'.
     One call at a time: the engine holds no lock.
@@ -211,14 +213,25 @@ class Engine:
         """What the source is beside its weights, or how these are kept, that the engine cannot run; or None."""
         if isinstance(self._source, AutoencoderKL) and (reason := self.departure()):  # else `stands_in` has asked
             return reason
-        for name, layer in self._borrowed():
+        layers = dict(self._borrowed())
+        for name, layer in layers.items():
             if reason := self.blueprint.foreign_layer(name, layer):
                 return f"{name} {reason}"
+        modes = padding_modes(layers.values())
+        if len(modes) > 1 or not modes <= set(PADDINGS):
+            return f"the padding_mode of its convolutions is {' and '.join(sorted(modes))}"
+        self._set_padding(next(mode for mode in PADDINGS if mode in modes))
         parameters = list(self._source.parameters())
         dtypes = {parameter.dtype for parameter in parameters}
         if len(dtypes) > 1 or not dtypes <= set(_DTYPES) or any(parameter.is_meta for parameter in parameters):
             return f"the weights are {', '.join(sorted(map(str, dtypes)))}, or not here"
         return None
+
+    def _set_padding(self, padding: Padding) -> None:
+        if padding != self.config.padding:
+            self.config = replace(self.config, padding=padding)
+            self._plans.clear()
+            self.release()
 
     def describe(self) -> str:
         """What ran in the last call, or would run in a first: stages, strips, kernels and memory at 512x512 pixels."""

@@ -171,14 +171,14 @@ def _convolve(packed: PackedConvolution, x: Tensor) -> Tensor:
 
 def _convolution(layer: nn.Module, adds: bool = False) -> PackedConvolution:
     assert isinstance(layer, nn.Conv2d)
-    return pack(layer.weight, _bias(layer), ops, stride=layer.stride[0], padding_px=1, adds=adds)
+    return pack(layer.weight, _bias(layer), ops, stride=layer.stride[0], zeros_px=(1, 1), adds=adds)
 
 
 def _upsampling(layer: nn.Conv2d) -> PackedConvolution:
     """Nearest-neighbour doubling and the convolution after it, folded."""
     bias = _bias(layer).repeat(2)
     folded = fold_upsample(layer.weight.float()).to(layer.weight.dtype)
-    even, odd = (pack(half, bias, ops, stride=1, padding_px=1, adds=False) for half in folded)
+    even, odd = (pack(half, bias, ops, stride=1, zeros_px=(1, 1), adds=False) for half in folded)
     return Upsampling(even, odd, ops)
 
 

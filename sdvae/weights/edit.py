@@ -21,7 +21,7 @@ from sdvae.tiny import TinyConfig, named_as_taesd
 from sdvae.weights.files import DTYPES, Entry, TensorFile, as_bytes, dtype_name, opened
 from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES
 from sdvae.weights.keymap import Layout, fit_shape, ldm_names, some
-from sdvae.weights.load import FAMILY_KEY, SHAPE_FIELDS, VAEFile, config_json, open_vae
+from sdvae.weights.load import FAMILY_KEY, PADDING_KEY, SHAPE_FIELDS, VAEFile, config_json, open_vae, padding_metadata
 from sdvae.weights.taesd import SUFFIXES
 from sdvae.weights.write import OutputTensor, write_safetensors
 
@@ -111,7 +111,7 @@ def swap(
             stored = DTYPES[entry.dtype] if dtype is None else dtype
             planned[key] = _plan(new.file.entries[keys[old.keys.names[key]]], entry.shape, stored)
     told = {"sdvae.vae_sha256": sha256(new.file)} if not is_dry_run else {}
-    metadata = old.file.metadata | told
+    metadata = _with_padding(old.file.metadata, new) | told
     return _write("swap", output, planned, metadata, old, len(keys), old.keys.layout, family, is_dry_run)
 
 
@@ -146,7 +146,7 @@ def _write_vae(
         entry = vae.file.entries[key]
         shape = fit_shape(name, fit_shape(name, entry.shape, "diffusers"), layout)
         planned[names[name]] = _plan(entry, shape, DTYPES[entry.dtype] if dtype is None else dtype)
-    metadata = vae.file.metadata if not vae.keys.prefix else {}
+    metadata = _with_padding(vae.file.metadata if not vae.keys.prefix else {}, vae)
     target = output / WEIGHTS_NAMES[0] if is_folder else output
     content = config_json(vae.config) if is_folder else b""
     if is_folder and not is_dry_run:
@@ -154,6 +154,12 @@ def _write_vae(
         atomic.write_bytes(output / CONFIG_NAME, content)
     written = _write(verb, target, planned, metadata, vae, len(planned), layout, vae.family, is_dry_run)
     return replace(written, left_out=_left_out(vae))
+
+
+def _with_padding(metadata: dict[str, str], vae: VAEFile) -> dict[str, str]:
+    """The metadata of a file with this VAE in it."""
+    others = {key: value for key, value in metadata.items() if key != PADDING_KEY}
+    return others | padding_metadata(vae.config)
 
 
 def _left_out(vae: VAEFile) -> dict[str, int]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdvae.config import FAMILIES, VAEConfig
+from sdvae.config import FAMILIES, Padding, VAEConfig
 
 LATENT_SPACES = ("sd1", "sdxl", "sd3", "flux1", "x4-upscaler")
 _SPACE_FIELDS = (
@@ -35,6 +35,13 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def padded_fingerprint(fingerprint: str, padding: Padding) -> str:
+    """The fingerprint of a VAE with weights of this one: the same where it is padded with zeros."""
+    if padding == "zeros":
+        return fingerprint
+    return hashlib.sha256(f"{fingerprint} padding {padding}\n".encode()).hexdigest()
+
+
 def sign_sketch(tensors: Mapping[str, Tensor]) -> str:
     """16 hex digits over sorted keys, shapes and signs: the same for the same weights in any precision.
 
@@ -52,7 +59,7 @@ def latent_space(config: VAEConfig, fingerprint: str) -> str:
     """The name of the latent space: latents of one VAE decode with any other of the same space.
 
     A family is recognised by the scale and shape of its latents; any other VAE has a space of its own,
-    named by its fingerprint.
+    named by the fingerprint of its weights, whatever the padding.
     """
     return known_space(config) or f"vae-{fingerprint[:16]}"
 

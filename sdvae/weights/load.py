@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdvae import atomic
-from sdvae.config import FAMILIES, VAEConfig, read_config, read_json
+from sdvae.config import FAMILIES, Padding, VAEConfig, read_config, read_json
 from sdvae.errors import ConfigError, WeightsError
 from sdvae.model import AutoencoderKL
 from sdvae.tiny import AutoencoderTiny, TinyConfig
@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 AnyModel = AutoencoderKL | AutoencoderTiny
 
 EMBEDDED = "small"
-FAMILY_KEY = "sdvae.family"  # in the metadata of files that sdvae wrote
+# In the metadata of files that sdvae wrote; the padding where it is not zeros.
+FAMILY_KEY, PADDING_KEY = "sdvae.family", "sdvae.padding"
 
 SHAPE_FIELDS = (
     "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block", "attention_levels",
@@ -75,18 +76,20 @@ class VAEFile:
         return {name: fit_layout(name, entries[key].read(), "diffusers") for key, name in self.keys.names.items()}
 
 
-def load_weights(spec: str | Path | None = None, family: str | None = None) -> Weights:
+def load_weights(spec: str | Path | None = None, family: str | None = None, padding: Padding | None = None) -> Weights:
     """Find, read and check the weights that `spec` names.
 
     `spec` is None (the embedded VAE), a diffusers folder (or a pipeline's, with the VAE in `vae/`), a file with a VAE
     in it (a VAE alone or a whole checkpoint; safetensors or torch.save's; LDM's layout or diffusers'), or a hub id
-    (`org/name`, `org/name/subfolder`). `family` replaces the config. Raises WeightsError or ConfigError; missing and
-    unexpected keys are named.
+    (`org/name`, `org/name/subfolder`). `family` replaces the config, then `padding` what it says of that. Raises
+    WeightsError or ConfigError; missing and unexpected keys are named.
     """
     if spec is None:
         with as_file(files("sdvae") / "assets" / f"{EMBEDDED}.safetensors") as path:
-            return Weights(*_read(open_vae(path, family or EMBEDDED)), f"sdvae-{EMBEDDED}")
-    return Weights(*_read(open_vae(find_file(spec), family)), str(spec))
+            weights = Weights(*_read(open_vae(path, family or EMBEDDED)), f"sdvae-{EMBEDDED}")
+    else:
+        weights = Weights(*_read(open_vae(find_file(spec), family)), str(spec))
+    return weights if padding is None else replace(weights, config=replace(weights.config, padding=padding))
 
 
 def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) -> VAEFile:
@@ -118,6 +121,9 @@ def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) 
     else:
         config, family, unsure = _derive_config(path, shapes, _family_told(file), is_copied)
         source = "shapes"
+    if source != CONFIG_NAME:
+        told: Any = file.metadata.get(PADDING_KEY, config.padding)  # refused where it is none that is known
+        config = replace(config, padding=told)
     _check(path, config, source, shapes)
     return VAEFile(file, keys, shapes, config, family, unsure)
 
@@ -140,10 +146,15 @@ def save_folder(folder: Path, config: VAEConfig, tensors: Mapping[str, Tensor]) 
     content = config_json(config)
     folder.mkdir(parents=True, exist_ok=True)
     family = known_space(config) if isinstance(config, TinyConfig) else None  # no TAESD's config.json tells it
-    metadata = {"format": "pt"} | ({FAMILY_KEY: family} if family else {})
+    metadata = {"format": "pt"} | ({FAMILY_KEY: family} if family else {}) | padding_metadata(config)
     outputs = {key: OutputTensor.of(tensor) for key, tensor in tensors.items()}
     write_safetensors(folder / WEIGHTS_NAMES[0], outputs, metadata)
     atomic.write_bytes(folder / CONFIG_NAME, content)
+
+
+def padding_metadata(config: VAEConfig) -> dict[str, str]:
+    """What the metadata of a file tell of its padding, which no tensor tells."""
+    return {} if config.padding == "zeros" else {PADDING_KEY: config.padding}
 
 
 def config_json(config: VAEConfig) -> bytes:
