@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdvae.evaluate.candidates import VAECandidate, to_levels
 from sdvae.evaluate.results import Curve, Equivariance
+from sdvae.latents import standardise
 from sdvae.metrics import psnr_of_levels
 from sdvae.pixels import to_pixels
 
@@ -66,7 +67,7 @@ def _follow(candidate: VAECandidate, name: str, images: Sequence[Image]) -> Equi
         wanted = transform(pixels)
         of_transformed = candidate.scaled(candidate.encode(wanted)).mode().cpu().double()
         raw = transform(candidate.encode(pixels).mode())
-        transformed = candidate.vae.scale(raw).cpu().double()
+        transformed = standardise(raw, candidate.config).cpu().double()
         missed += float((of_transformed - transformed).square().sum())
         spread += float((of_transformed - of_transformed.mean((2, 3), keepdim=True)).square().sum())
         levels = to_levels(candidate.decode(raw).cpu(), "8-bit")
