@@ -316,6 +316,10 @@ FAMILIES: dict[str, VAEConfig] = {
     "sdxl": replace(_SD1, sample_size=1024, scaling_factor=0.13025),
     "sd3": _SD3,
     "flux1": replace(_SD3, scaling_factor=0.3611, shift_factor=0.1159),
+    "flux2": replace(
+        _SD1, latent_channels=32, sample_size=1024, scaling_factor=1.0, latents_mean=flux2.MEAN,
+        latents_std=flux2.STD, latents_patch=2,
+    ),
     # block_out_channels and layers: huggingface/diffusers, scripts/convert_cogview4_to_diffusers.py
     "cogview4": replace(
         _SD3, block_out_channels=(128, 512, 1024, 1024), layers_per_block=3, scaling_factor=1.0, shift_factor=None,
@@ -325,10 +329,6 @@ FAMILIES: dict[str, VAEConfig] = {
     "playground": replace(
         _SD1, sample_size=1024, scaling_factor=0.5, latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
         latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
-    ),
-    "flux2": replace(
-        _SD1, latent_channels=32, sample_size=1024, scaling_factor=1.0, latents_mean=flux2.MEAN,
-        latents_std=flux2.STD, latents_patch=2,
     ),
     # CompVis trained with scale_by_std: the factor belongs to each diffusion run, the weights carry none.
     "kl-f4": replace(_SD1, latent_channels=3, block_out_channels=(128, 256, 512), sample_size=256, scaling_factor=1.0),

@@ -58,7 +58,7 @@ def _patchify(latents: Tensor, patch: int) -> Tensor:
     if height % patch or width % patch:
         raise ShapeError(
             f"raw latents of {size_text(height, width)} cannot be scaled: a scaled latent of this VAE stands for "
-            f"{patch}x{patch} of them; take images whose latents have sides that are multiples of {patch}"
+            f"{size_text(patch, patch)} of them; take images whose latents have sides that are multiples of {patch}"
         )
     return rearrange(latents, "... c (h p) (w q) -> ... (c p q) h w", p=patch, q=patch)
 

@@ -14,7 +14,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdvae.config import VAEConfig
+from sdvae.config import FAMILIES, VAEConfig
 from sdvae.encoding.encode import encode_dataset
 from sdvae.encoding.manifest import EncodeSettings
 from sdvae.errors import ConfigError, ShapeError, StoreError, WeightsError
@@ -25,6 +25,7 @@ from sdvae.reading.decode import decode_dataset
 from sdvae.store.geometry import Preprocess
 from sdvae.vae import VAE
 from sdvae.weights.edit import convert
+from sdvae.weights.identify import identify
 from sdvae.weights.identity import fingerprint
 from sdvae.weights.load import load_weights
 from tests.conftest import random_model
@@ -271,3 +272,16 @@ def test_photos_are_encoded_in_grey_for_one_channel_and_refused_for_four(tmp_pat
     ):
         encode_dataset(source, tmp_path / "other", vae, settings)
     assert not (tmp_path / "other").exists()
+
+
+def test_identify_names_flux2_by_its_shapes_and_its_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "flux2", narrow(FAMILIES["flux2"]))
+    tensors = ldm_state_dict(FAMILIES["flux2"])
+    save_file(tensors, tmp_path / "ae.safetensors")
+    found = identify(tmp_path / "ae.safetensors")
+    assert (found.latent_space, found.certainty, found.contradictions) == ("flux2", "likely", ())
+    assert [item.kind for item in found.evidence] == ["shapes", "config"]
+    tensors["bn.running_mean"] += 1.0
+    save_file(tensors, tmp_path / "ae.safetensors")
+    found = identify(tmp_path / "ae.safetensors")
+    assert found.latent_space == "unknown" and "statistics of its own" in found.evidence[-1].reason
