@@ -132,6 +132,12 @@ def test_a_taesd_that_nothing_names_warns_and_names_the_flag(tmp_path: Path, cap
     assert caplog.records == []
 
 
+def test_a_taesd_of_no_family_is_a_sentence(tmp_path: Path) -> None:
+    encoder, _ = random_halves(tmp_path, 32)
+    with pytest.raises(WeightsError, match="a TAESD of 32 latent channels, of no family sdvae knows"):
+        load(encoder)
+
+
 def test_what_fits_no_taesd_is_a_sentence(data_dir: Path, tmp_path: Path) -> None:
     encoder, decoder = random_halves(tmp_path)
     with pytest.raises(WeightsError, match="4 latent channels, not those of sd3; it may be of sd1 or sdxl"):

@@ -206,9 +206,7 @@ class _Musubi:
             "resolution": [width, height],
             "enable_bucket": True,
             "bucket_no_upscale": True,
-            "cache_directory": f"one [[datasets]] for each folder: {', '.join(folders[:5])}"
-            if folders != ["."]
-            else "OUT",
+            "cache_directory": "OUT" if folders == ["."] else f"one [[datasets]] for each of {', '.join(folders[:5])}",
             "text_encoder_outputs": "cache them into the same folders with musubi-tuner's own script",
         }
 

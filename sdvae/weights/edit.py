@@ -28,13 +28,8 @@ from sdvae.weights.write import OutputTensor, write_safetensors
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
-_TAESD_NAMES = {
-    "sd1": "taesd",
-    "sdxl": "taesdxl",
-    "sd3": "taesd3",
-    "flux1": "taef1",
-    "flux2": "taef2",
-}  # their author's
+# As their author calls them.
+_TAESD_NAMES = {"sd1": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1", "flux2": "taef2"}
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,8 @@ def _open_tiny(file: TensorFile, family: str | None, is_copied: bool) -> VAEFile
     if layout == "diffusers" and (path.parent / CONFIG_NAME).is_file():
         config.check_diffusers(read_json(path.parent / CONFIG_NAME))
     akin = [name for name in TINY_FAMILIES if _fits(name, config)]
+    if not akin:
+        raise WeightsError(f"{path} is a TAESD of {config.latent_channels} latent channels, of no family sdvae knows")
     certain = family
     if family is not None and family not in akin:
         raise WeightsError(
@@ -290,11 +292,11 @@ def _shape_fields(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     def widths_of(pattern: str) -> tuple[int, ...]:
         return tuple(shapes[pattern.format(level)][0] for level in range(count(pattern)))
 
-    widths = widths_of("encoder.down_blocks.{}.resnets.0.conv1.weight")
     layers = count("encoder.down_blocks.0.resnets.{}.conv1.weight")
-    decoder_widths = widths_of("decoder.up_blocks.{}.resnets.0.conv1.weight")[::-1]
     decoder_layers = count("decoder.up_blocks.0.resnets.{}.conv1.weight") - 1
     try:
+        widths = widths_of("encoder.down_blocks.{}.resnets.0.conv1.weight")
+        decoder_widths = widths_of("decoder.up_blocks.{}.resnets.0.conv1.weight")[::-1]
         latent_channels = shapes["decoder.conv_in.weight"][1]
         num_statistics = shapes.get("bn.running_mean", (latent_channels,))[0]
         return {
