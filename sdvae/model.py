@@ -207,7 +207,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        widths, groups = list(config.block_out_channels), config.norm_num_groups
+        widths, groups = list(config.decoder_widths), config.norm_num_groups
         padding = config.padding
         self.gradient_checkpointing = False
         self.conv_in = conv3x3(config.latent_channels, widths[-1], padding)
@@ -215,7 +215,7 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList()
         before = widths[-1]
         for level, width in reversed(list(enumerate(widths))):
-            level_widths = [before] + [width] * (config.layers_per_block + 1)
+            level_widths = [before] + [width] * (config.decoder_layers + 1)
             has_attention = level in config.attention_levels
             self.up_blocks.append(UpLevel(level_widths, groups, has_attention, padding, is_last=level == 0))
             before = width
@@ -231,7 +231,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The whole VAE; its state dict is that of diffusers' AutoencoderKL with the same config.
+    """The whole VAE; its state dict is that of diffusers' AutoencoderKL (FLUX.2's: AutoencoderKLFlux2) of its config.
 
     Like diffusers, sizes that are no multiple of the downscale are floored; padding belongs to
     `VAE.encode_images`.
@@ -245,6 +245,9 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+        # FLUX.2 keeps the scale of its latents among its weights; `latents.py` applies it, the network never does.
+        patches = channels * config.latents_patch**2
+        self.bn = nn.BatchNorm2d(patches, config.batch_norm_eps, affine=False) if config.latents_patch > 1 else None
 
     def enable_gradient_checkpointing(self, is_enabled: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""

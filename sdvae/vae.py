@@ -22,9 +22,9 @@ from sdvae.engine.precision import choose_device, choose_dtype, inference
 from sdvae.engine.run import Budget, Engine
 from sdvae.engine.tiny_run import TinyEngine
 from sdvae.errors import LatentsError, ShapeError
-from sdvae.images.read import from_pil
+from sdvae.images.read import BACKGROUND, from_pil
 from sdvae.notebook import card
-from sdvae.pixels import pad_to_multiple, to_images, to_pixels
+from sdvae.pixels import fit_channels, pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.tiny import AutoencoderTiny
 from sdvae.weights import identity
@@ -159,13 +159,16 @@ class VAE:
     def encode_images(self, images: Sequence[AnyImage], budget: Budget = None) -> Encoded:
         """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.
 
-        Takes PIL images of any mode and uint8 arrays (H, W, 3); one at a time, so memory follows the largest.
+        Takes PIL images of any mode and uint8 arrays (H, W, 3); one at a time, so memory follows the largest. A VAE of
+        one channel gets them in grey. One of four gets their alpha, too, also that of arrays (H, W, 4); any other gets
+        images over white.
         """
         if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
             raise ShapeError("encode_images takes a list of images, this is one; write encode_images([image])")
-        arrays = [_as_image(image) for image in images]
+        channels = self.config.in_channels
+        arrays = [_as_image(image, has_alpha=channels == 4) for image in images]
         padded = (pad_to_multiple(image, self.config.downscale) for image in arrays)
-        latents = [self.encode(to_pixels(image[None]), budget).mode() for image in padded]
+        latents = [self.encode(fit_channels(to_pixels(image[None]), channels), budget).mode() for image in padded]
         return Encoded(latents, [(image.shape[0], image.shape[1]) for image in arrays])
 
     def decode_images(self, encoded: Encoded, budget: Budget = None) -> list[Image.Image]:
@@ -188,12 +191,12 @@ class VAE:
         The prior knows nothing of space: expect the texture of this VAE's decoder. Pictures need the
         diffusion model that this VAE was made for.
         """
-        downscale = self.config.downscale
+        downscale = self.config.scaled_downscale
         if height % downscale or width % downscale:
             raise ShapeError(
                 f"cannot sample {size_text(height, width)} px: both sides must be multiples of {downscale}"
             )
-        shape = (1, self.config.latent_channels, height // downscale, width // downscale)
+        shape = (1, self.config.scaled_channels, height // downscale, width // downscale)
         generator = torch.Generator().manual_seed(seed)
         images = []
         for _ in range(num_images):
@@ -289,13 +292,15 @@ class VAE:
             raise LatentsError("the latents hold NaN or infinity; the model that made them overflowed, run it in fp32")
 
 
-def _as_image(image: AnyImage) -> NDArray[np.uint8]:
+def _as_image(image: AnyImage, has_alpha: bool) -> NDArray[np.uint8]:  # (H, W, 3), or (H, W, 4)
     if isinstance(image, Image.Image):
-        return from_pil(image)
+        image = from_pil(image, background=None if has_alpha else BACKGROUND)
     if not isinstance(image, np.ndarray):
         raise ShapeError(f"an image is a Pillow image or a uint8 array (H, W, 3), not {_kind(image)}")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 3 + has_alpha):
         raise ShapeError(f"an image is a uint8 array (H, W, 3), not {image.dtype} {image.shape}")
+    if has_alpha and image.shape[2] == 3:
+        return np.dstack([image, np.full_like(image[..., :1], 255)])
     return image
 
 

@@ -64,7 +64,7 @@ def grid(images: Sequence["Image"], columns: int, captions: Sequence[str] = ()) 
     sheet = np.full((rows * row_px + _GAP_PX, columns * column_px + _GAP_PX, 3), 255, np.uint8)
     for index, image in enumerate(images):
         top, left = index // columns * row_px + _GAP_PX, index % columns * column_px + _GAP_PX
-        sheet[top : top + height, left : left + width] = image
+        sheet[top : top + height, left : left + width] = image[..., :3]  # alpha is for files
         if captions:
             strip = sheet[top + height : top + height + 2 * caption_px, left : left + width]
             strip[:] = _text(captions[index], strip.shape[0], width, caption_px)

@@ -165,7 +165,10 @@ def _parse_size(value: str) -> tuple[int, int]:  # "1024x768" -> (768, 1024)
 
 
 FAMILY = click.option(
-    "--family", type=click.Choice(list(FAMILIES)), help="The family of the VAE, if its file does not tell it."
+    "--family",
+    type=click.Choice(list(FAMILIES)),
+    metavar="FAMILY",
+    help=f"The family of the VAE, if its file does not tell it: {', '.join(FAMILIES)}.",
 )
 WEIGHTS_OUTPUT = click.option(
     "-o", "--output", type=PATH, required=True, metavar="OUT", help="The file or folder to write."

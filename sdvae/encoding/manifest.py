@@ -65,7 +65,14 @@ def require_possible(settings: EncodeSettings, vae: VAE) -> None:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
     if settings.store_dtype not in STORE_DTYPES:
         raise ConfigError(f"store_dtype is {settings.store_dtype!r}; choose {' or '.join(STORE_DTYPES)}")
-    plan_geometry(512, 512, settings.preprocess, vae.config.downscale)  # says now what it would say after the scan
+    if vae.config.in_channels not in (1, 3):
+        raise ConfigError(
+            f"{vae.name} takes images of {vae.config.in_channels} channels; photos are encoded as RGB, or as grey "
+            "for a VAE of 1 channel"
+        )
+    plan_geometry(
+        512, 512, settings.preprocess, vae.config.scaled_downscale
+    )  # says now what it would say after the scan
 
 
 def identify_run(

@@ -29,7 +29,7 @@ from sdvae.engine.run import Engine
 from sdvae.errors import BudgetError, DeviceError
 from sdvae.journal import Journal
 from sdvae.metrics import psnr
-from sdvae.pixels import to_device, to_images
+from sdvae.pixels import fit_channels, to_device, to_images
 from sdvae.sources.entries import Source
 from sdvae.store.buckets import Size
 from sdvae.store.geometry import Preprocess
@@ -157,7 +157,8 @@ class _Encoder:
         num_before += num_left
         for records in shard.task.batches(self.batch_rows):
             begun = time.monotonic()
-            pixels, failures = next(batches)
+            photos, failures = next(batches)
+            pixels = fit_channels(photos, self.vae.config.in_channels)
             ready = time.monotonic()
             moments = self._encode_batch(pixels, shard)
             if self.work.audit:

@@ -148,13 +148,13 @@ def _encoder(config: VAEConfig) -> Iterator[Stage]:
 
 
 def _decoder(config: VAEConfig) -> Iterator[Stage]:
-    widths, deepest = config.block_out_channels, len(config.block_out_channels) - 1
+    widths, deepest = config.decoder_widths, len(config.decoder_widths) - 1
     before = widths[-1]
     yield Stage("decoder.conv_in", "conv", deepest, config.latent_channels, before, source="input")
     yield from _mid_block("decoder.mid_block", deepest, before, config.mid_block_add_attention)
     for block, (level, width) in enumerate(reversed(list(enumerate(widths)))):
         name = f"decoder.up_blocks.{block}"
-        block_widths = [before] + [width] * (config.layers_per_block + 1)
+        block_widths = [before] + [width] * (config.decoder_layers + 1)
         # The model reads attention_levels by the width's level, the keys count blocks from the latents.
         yield from _resnets(name, level, block_widths, level in config.attention_levels)
         if level > 0:

@@ -15,7 +15,7 @@ from sdvae.engine.parallel import run_apart
 from sdvae.engine.plan import IMAGES_AT_ONCE, PIXEL_BYTES, budget_refusal, group_sizes
 from sdvae.engine.program import fold_upsample
 from sdvae.engine.stages import Direction
-from sdvae.latents import scale, unscale
+from sdvae.latents import standardise, unstandardise
 from sdvae.posterior import LOGVAR_MIN
 from sdvae.tiny import CLAMP, AutoencoderTiny, TinyBlock
 
@@ -48,12 +48,12 @@ class TinyEngine:
 
     def encode_moments(self, pixels: Tensor, budget: int | str | None = None) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8): mean and logvar of raw latents."""
-        mean = unscale(self._run("encode", (pixels + 1.0) / 2.0, budget), self.source.config)
+        mean = unstandardise(self._run("encode", (pixels + 1.0) / 2.0, budget), self.source.config)
         return torch.cat([mean, torch.full_like(mean, LOGVAR_MIN)], dim=1)
 
     def decode(self, latents: Tensor, budget: int | str | None = None) -> Tensor:
         """Raw (N, C, h, w) -> pixels (N, 3, 8h, 8w)."""
-        scaled = scale(latents.float(), self.source.config)
+        scaled = standardise(latents.float(), self.source.config)
         # Image by image: the end of a thread's share is rounded otherwise, wherever it lies in a batch.
         clamped = torch.cat([torch.tanh(image / CLAMP) * CLAMP for image in torch.split(scaled, 1)])
         return self._run("decode", clamped, budget) * 2.0 - 1.0

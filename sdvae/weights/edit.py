@@ -28,7 +28,8 @@ from sdvae.weights.write import OutputTensor, write_safetensors
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
-_TAESD_NAMES = {"sd1": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1"}  # their author's, and ComfyUI's
+# As their author calls them.
+_TAESD_NAMES = {"sd1": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1", "flux2": "taef2"}
 
 
 @dataclass(frozen=True)
@@ -251,8 +252,10 @@ def _plan(entry: Entry, shape: tuple[int, ...], dtype: torch.dtype) -> OutputTen
             raise WeightsError(f"{entry.path} holds numbers too large for {dtype}; keep a wider --dtype")
         yield as_bytes(narrower)
 
+    stored = DTYPES[entry.dtype]
+    dtype = dtype if stored.is_floating_point else stored  # a counter stays one
     num_bytes = math.prod(shape) * dtype.itemsize
-    return OutputTensor(dtype_name(dtype), shape, num_bytes, entry.chunks if DTYPES[entry.dtype] == dtype else cast)
+    return OutputTensor(dtype_name(dtype), shape, num_bytes, entry.chunks if stored == dtype else cast)
 
 
 def _num_finite(tensor: Tensor) -> int:

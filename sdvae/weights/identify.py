@@ -15,11 +15,11 @@ from sdvae.engine.precision import inference
 from sdvae.errors import WeightsError
 from sdvae.model import AutoencoderKL, Encoder
 from sdvae.pixels import to_pixels
-from sdvae.tiny import AutoencoderTiny
+from sdvae.tiny import TINY_FAMILIES, AutoencoderTiny, TinyConfig
 from sdvae.weights import taesd
 from sdvae.weights.files import TensorFile, open_weights, opened
 from sdvae.weights.identity import ARCHITECTURES, LATENT_SPACES, fingerprint, known_space, sign_sketch
-from sdvae.weights.keymap import find_vae, fit_layout
+from sdvae.weights.keymap import STATISTICS, find_vae, fit_layout
 from sdvae.weights.probe import match_references, probe_image, references
 
 UNKNOWN = "unknown"
@@ -159,10 +159,11 @@ def _read_tiny(file: TensorFile) -> _Found:
     tensors = {name: entry.read() for name, entry in entries.items()}
     halves = sorted(taesd.sides(entries), reverse=True)
     network = f"TAESD {' and '.join(halves)}, {config.latent_channels} latent channels"
-    akin = (name for name in references() if FAMILIES[name].latent_channels == config.latent_channels)
-    spaces = () if config.has_mid_pool else tuple(akin)
+    told = config.latent_channels, config.has_mid_pool
+    akin = ((name, TinyConfig.from_family(name)) for name in TINY_FAMILIES)
+    spaces = tuple(name for name, known in akin if (known.latent_channels, known.has_mid_pool) == told)
     found = _Found(network, tensors, [_shapes_evidence(spaces)])
-    if "encoder" not in halves or not spaces:
+    if "encoder" not in halves or not set(spaces) & references().keys():
         return found
     with torch.device("meta"):
         encoder = AutoencoderTiny(config).encoder.eval()
@@ -182,10 +183,15 @@ def _read_kl(file: TensorFile) -> _Found:
     spaces = {known_space(FAMILIES[name]) for name in fitting}
     evidence = [_shapes_evidence(tuple(space for space in LATENT_SPACES if space in spaces))]
     config = FAMILIES[fitting[0]] if fitting else None
+    if config is not None and tensors.keys() >= set(STATISTICS):
+        config = config.with_batch_norm(*(tensors[name].double().tolist() for name in STATISTICS))
+        space = known_space(config)
+        reason = f"its BatchNorm has {'the statistics of ' + space if space else 'statistics of its own'}"
+        evidence.append(Evidence("config", (space,) if space else (), "likely", reason))
     beside = file.path.parent / "config.json"
     if keys.layout == "diffusers" and not keys.prefix and beside.is_file():
         told = read_config(beside)
-        if _encoder_shapes(told) == _of_encoder(shapes):
+        if told.latents_patch == 1 and _encoder_shapes(told) == _of_encoder(shapes):
             config, space = told, known_space(told)
             reason = f"{beside.name} beside it tells scaling_factor {told.scaling_factor}"
             evidence.append(Evidence("config", (space,) if space else (), "likely", reason))

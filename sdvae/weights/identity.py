@@ -9,14 +9,14 @@ from torch import Tensor
 
 from sdvae.config import FAMILIES, Padding, VAEConfig
 
-LATENT_SPACES = ("sd1", "sdxl", "sd3", "flux1", "x4-upscaler")
-_SPACE_FIELDS = (
-    "downscale", "latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std",
-)  # fmt: skip
+LATENT_SPACES = ("sd1", "sdxl", "sd3", "flux1", "x4-upscaler", "flux2", "playground", "cogview4")
+# A factor of 1 is also that of a VAE whose latents nobody scales: here the network must be the same, too.
+_KNOWN_BY_SHAPE = {"cogview4": ("block_out_channels", "layers_per_block")}
 # The beginnings of "modelspec.architecture" (Stability-AI/ModelSpec) -> space.
 ARCHITECTURES = {
     "stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd1", "stable-diffusion-xl": "sdxl",
     "stable-diffusion-3": "sd3", "stable-diffusion-v3": "sd3", "flux-1": "flux1",
+    "flux-2": "flux2",
 }  # fmt: skip
 
 
@@ -24,10 +24,10 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """sha256 (hex) over sorted keys, shapes and values as little-endian fp32.
 
     Keys are diffusers' own. Independent of the file, its order and metadata, and of a dtype that fp32
-    holds exactly.
+    holds exactly. FLUX.2's counter of training steps, on which no result depends, is left out.
     """
     digest = hashlib.sha256()
-    for key in sorted(tensors):
+    for key in sorted(tensors.keys() - {"bn.num_batches_tracked"}):
         tensor = tensors[key]
         digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
         values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
@@ -67,6 +67,9 @@ def latent_space(config: VAEConfig, fingerprint: str) -> str:
 def known_space(config: VAEConfig) -> str | None:
     """The family whose latents have this scale and shape; None where there is none."""
     for name in LATENT_SPACES:
-        if all(getattr(config, key) == getattr(FAMILIES[name], key) for key in _SPACE_FIELDS):
+        family = FAMILIES[name]
+        fields = ("downscale", "latent_channels", *_KNOWN_BY_SHAPE.get(name, ()))
+        is_same = all(getattr(config, key) == getattr(family, key) for key in fields)
+        if is_same and config.latent_scaling.is_close(family.latent_scaling):
             return name
     return None

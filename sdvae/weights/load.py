@@ -16,13 +16,13 @@ from sdvae import atomic
 from sdvae.config import FAMILIES, Padding, VAEConfig, read_config, read_json
 from sdvae.errors import ConfigError, WeightsError
 from sdvae.model import AutoencoderKL
-from sdvae.tiny import AutoencoderTiny, TinyConfig
+from sdvae.tiny import TINY_FAMILIES, AutoencoderTiny, TinyConfig
 from sdvae.weights import taesd
 from sdvae.weights.files import Entry, TensorFile, open_weights
 from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES, find_file
 from sdvae.weights.identify import identify
-from sdvae.weights.identity import ARCHITECTURES, LATENT_SPACES, known_space
-from sdvae.weights.keymap import Layout, VAEKeys, find_vae, fit_layout, fit_shape, some
+from sdvae.weights.identity import ARCHITECTURES, known_space
+from sdvae.weights.keymap import STATISTICS, Layout, VAEKeys, find_vae, fit_layout, fit_shape, some
 from sdvae.weights.write import OutputTensor, write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -35,9 +35,11 @@ FAMILY_KEY, PADDING_KEY = "sdvae.family", "sdvae.padding"
 
 SHAPE_FIELDS = (
     "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block", "attention_levels",
-    "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv",
+    "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv", "decoder_block_out_channels",
+    "decoder_layers_per_block", "latents_patch",
 )  # fmt: skip
 SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+_COUNTER = "bn.num_batches_tracked"  # of FLUX.2's training: files may lack it
 # What lies beside the VAE in a checkpoint tells which diffusion model it was trained for; the first that is there.
 _NEIGHBOURS = {
     "cond_stage_model.": "sd1",
@@ -117,7 +119,6 @@ def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) 
         config, source = VAEConfig.from_family(family), f"family {family}"
     elif keys.layout == "diffusers" and not keys.prefix and beside.is_file():
         config, source = read_config(beside), CONFIG_NAME
-        family = _family_of(config)
     else:
         config, family, unsure = _derive_config(path, shapes, _family_told(file), is_copied)
         source = "shapes"
@@ -125,6 +126,9 @@ def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) 
         told: Any = file.metadata.get(PADDING_KEY, config.padding)  # refused where it is none that is known
         config = replace(config, padding=told)
     _check(path, config, source, shapes)
+    config = _with_statistics(config, file, keys)
+    if source == CONFIG_NAME:
+        family = _family_of(config)
     return VAEFile(file, keys, shapes, config, family, unsure)
 
 
@@ -159,6 +163,10 @@ def padding_metadata(config: VAEConfig) -> dict[str, str]:
 
 def config_json(config: VAEConfig) -> bytes:
     """The config.json of a diffusers folder; ConfigError for a network that diffusers does not have."""
+    if config.to_diffusers()["_class_name"] == "AsymmetricAutoencoderKL":
+        raise ConfigError(
+            "diffusers' AsymmetricAutoencoderKL has a mask encoder, which sdvae leaves out; keep its original folder"
+        )
     if isinstance(config, TinyConfig) and config.has_mid_pool:
         raise ConfigError("diffusers' AutoencoderTiny has no pooled blocks; a TAESD of FLUX.2 cannot be saved for it")
     return (json.dumps(config.to_diffusers(), indent=2) + "\n").encode()
@@ -167,7 +175,19 @@ def config_json(config: VAEConfig) -> bytes:
 def _read(vae: VAEFile) -> tuple[VAEConfig, dict[str, Tensor]]:
     names = vae.keys.names.items()  # one by one: what is stored in fp16 is never in memory twice
     entries = vae.file.entries
-    return vae.config, {name: fit_layout(name, entries[key].read(), "diffusers").float() for key, name in names}
+    tensors = {name: fit_layout(name, entries[key].read(), "diffusers").float() for key, name in names}
+    if vae.config.latents_patch > 1 and not isinstance(vae.config, TinyConfig):
+        tensors[_COUNTER] = tensors.get(_COUNTER, torch.zeros((), dtype=torch.float32, device="cpu")).long()
+    return vae.config, tensors
+
+
+def _with_statistics(config: VAEConfig, file: TensorFile, keys: VAEKeys) -> VAEConfig:
+    """The config with the scale that FLUX.2's file holds among its weights; any other as it is."""
+    if config.latents_patch == 1:
+        return config
+    stored = {name: key for key, name in keys.names.items()}
+    mean, variance = (file.entries[stored[name]].read().double().tolist() for name in STATISTICS)
+    return config.with_batch_norm(mean, variance)
 
 
 def _derive_config(
@@ -176,9 +196,9 @@ def _derive_config(
     """The config that these shapes have, its family where shapes and `told` leave no doubt, and what is in doubt."""
     found = _shape_fields(path, shapes)
     same = [name for name, family in FAMILIES.items() if _fields(family) == found]
-    latents = found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1)
-    akin = same or [name for name, family in FAMILIES.items() if (family.latent_channels, family.downscale) == latents]
-    num_groups = math.gcd(32, *found["block_out_channels"])
+    latents = found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1), found["latents_patch"]
+    akin = same or [name for name, family in FAMILIES.items() if _latents(family) == latents]
+    num_groups = math.gcd(32, *found["block_out_channels"], *(found["decoder_block_out_channels"] or ()))
     if not akin and is_copied:
         return replace(VAEConfig(), norm_num_groups=num_groups, **found), None, (*SCALE_FIELDS, "norm_num_groups")
     if not akin:
@@ -222,21 +242,23 @@ def _open_tiny(file: TensorFile, family: str | None, is_copied: bool) -> VAEFile
     layout: Layout = "taesd" if taesd.is_bare(file.entries) else "diffusers"
     if layout == "diffusers" and (path.parent / CONFIG_NAME).is_file():
         config.check_diffusers(read_json(path.parent / CONFIG_NAME))
-    akin = [] if config.has_mid_pool else [name for name in LATENT_SPACES if _has_latents(name, config)]
+    akin = [name for name in TINY_FAMILIES if _fits(name, config)]
+    if not akin:
+        raise WeightsError(f"{path} is a TAESD of {config.latent_channels} latent channels, of no family sdvae knows")
     certain = family
-    if family is not None and not (_has_latents(family, config) and akin):
+    if family is not None and family not in akin:
         raise WeightsError(
             f"{path} is a TAESD of {config.latent_channels} latent channels, not those of {family}; "
-            f"it may be of {' or '.join(akin) or 'no family, leave --family out'}"
+            f"it may be of {' or '.join(akin)}"
         )
-    if family is None and akin:  # else it is FLUX.2's, whose scaled latents are taken as they are
+    if family is None:
         family, certain = _tiny_family(file, entries["encoder.layers.0.weight"].path, akin)
         if certain is None and not is_copied:
             _warn_of_others(path, akin, family)
-    config = config if family is None else TinyConfig.from_family(family)
+    config = TinyConfig.from_family(family)
     shapes = {name: entry.shape for name, entry in entries.items()}
     keys = VAEKeys("", layout, {name: name for name in entries})
-    unsure = SCALE_FIELDS if akin and certain is None else ()
+    unsure = SCALE_FIELDS if certain is None else ()
     return VAEFile(replace(file, entries=entries), keys, shapes, config, certain, unsure)
 
 
@@ -255,15 +277,21 @@ def _both_halves(file: TensorFile) -> dict[str, Entry]:
 
 def _tiny_family(file: TensorFile, encoder: Path, akin: list[str]) -> tuple[str, str | None]:
     """The family of `akin` whose latents a TAESD has, and again where it is certain; its config does not tell."""
+    if len(akin) == 1:
+        return akin[0], akin[0]
     found, told = identify(encoder), _family_told(file)
     likely = found.latent_space if found.latent_space in akin else next(name for name in _COMMON if name in akin)
     certain = likely if found.certainty == "certain" else told if told in akin else None
     return certain or likely, certain
 
 
-def _has_latents(family: str, config: VAEConfig) -> bool:
-    known = VAEConfig.from_family(family)
-    return (known.latent_channels, known.downscale) == (config.latent_channels, config.downscale)
+def _latents(config: VAEConfig) -> tuple[int, int, int]:
+    return config.latent_channels, config.downscale, config.latents_patch
+
+
+def _fits(family: str, config: TinyConfig) -> bool:
+    known = TinyConfig.from_family(family)
+    return (known.latent_channels, known.has_mid_pool) == (config.latent_channels, config.has_mid_pool)
 
 
 def _shape_fields(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -272,24 +300,33 @@ def _shape_fields(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     def count(pattern: str) -> int:
         return next(index for index in range(len(shapes) + 1) if pattern.format(index) not in shapes)
 
-    num_levels = count("encoder.down_blocks.{}.resnets.0.conv1.weight")
+    def widths_of(pattern: str) -> tuple[int, ...]:
+        return tuple(shapes[pattern.format(level)][0] for level in range(count(pattern)))
+
+    layers = count("encoder.down_blocks.0.resnets.{}.conv1.weight")
+    decoder_layers = count("decoder.up_blocks.0.resnets.{}.conv1.weight") - 1
     try:
+        widths = widths_of("encoder.down_blocks.{}.resnets.0.conv1.weight")
+        decoder_widths = widths_of("decoder.up_blocks.{}.resnets.0.conv1.weight")[::-1]
+        latent_channels = shapes["decoder.conv_in.weight"][1]
+        num_statistics = shapes.get("bn.running_mean", (latent_channels,))[0]
         return {
             "in_channels": shapes["encoder.conv_in.weight"][1],
             "out_channels": shapes["decoder.conv_out.weight"][0],
-            "latent_channels": shapes["decoder.conv_in.weight"][1],
-            "block_out_channels": tuple(
-                shapes[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(num_levels)
-            ),
-            "layers_per_block": count("encoder.down_blocks.0.resnets.{}.conv1.weight"),
+            "latent_channels": latent_channels,
+            "block_out_channels": widths,
+            "layers_per_block": layers,
             "attention_levels": tuple(
                 level
-                for level in range(num_levels)
+                for level in range(len(widths))
                 if f"encoder.down_blocks.{level}.attentions.0.to_q.weight" in shapes
             ),
             "mid_block_add_attention": "decoder.mid_block.attentions.0.to_q.weight" in shapes,
             "use_quant_conv": "quant_conv.weight" in shapes,
             "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+            "decoder_block_out_channels": decoder_widths if decoder_widths != widths else None,
+            "decoder_layers_per_block": decoder_layers if decoder_layers != layers else None,
+            "latents_patch": math.isqrt(num_statistics // latent_channels) or 1,
         }
     except (KeyError, IndexError) as error:
         raise WeightsError(
@@ -305,7 +342,7 @@ def _family_of(config: VAEConfig) -> str | None:
     same = (
         name
         for name, family in FAMILIES.items()
-        if _fields(family) == _fields(config) and all(getattr(family, f) == getattr(config, f) for f in SCALE_FIELDS)
+        if _fields(family) == _fields(config) and family.latent_scaling.is_close(config.latent_scaling)
     )
     return next(same, None)
 
@@ -336,7 +373,7 @@ def _check(path: Path, config: VAEConfig, source: str, shapes: Mapping[str, tupl
         if shapes[key] != expected[key]
     ]
     problems = {
-        "missing": sorted(expected.keys() - shapes.keys()),
+        "missing": sorted(expected.keys() - shapes.keys() - {_COUNTER}),
         "unexpected": sorted(shapes.keys() - expected.keys()),
         "of another shape": wrong_shapes,
     }
