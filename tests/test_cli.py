@@ -128,13 +128,13 @@ def test_options_are_the_documented_ones() -> None:
         "encode": f"{shared} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
         "--resizer --jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit "
         "--runner --address --batch-size --budget --limit --dry-run --caption",
-        "decode": f"{shared} --format --latents --batch-size --budget",
+        "decode": f"{shared} --format --latents --no-metadata --batch-size --budget",
         "verify": f"{shared} --repair --source",
         "stats": console,
         "export": f"{console} --to -o --output --seed",
-        "roundtrip": f"{shared} -o --output --size --budget",
-        "sample": f"{shared} -n --num -o --output --size --seed --budget",
-        "interpolate": f"{shared} -o --output --steps --mode --size --budget",
+        "roundtrip": f"{shared} -o --output --size --no-metadata --budget",
+        "sample": f"{shared} -n --num -o --output --size --seed --no-metadata --budget",
+        "interpolate": f"{shared} -o --output --steps --mode --size --no-metadata --budget",
         "eval": f"{shared} -o --output --recipe --metrics --vary --explain-difference --limit --batch-size --budget",
         "report": f"{shared} -o --output",
         "app": f"{console} --vae --device --port --open",

@@ -58,7 +58,7 @@ def other_half(path: Path) -> Path | None:
     return path.with_name(path.name.replace(half, _HALVES[half])) if half else None
 
 
-def find_pairs(folder: Path) -> list[Path]:
-    """The encoders in a folder that have their decoder beside them."""
-    encoders = [path for path in sorted(folder.glob("*encoder*")) if path.suffix in SUFFIXES]
-    return [path for path in encoders if (other := other_half(path)) and other.is_file()]
+def find_pairs(names: Collection[str]) -> list[str]:
+    """The encoders in a folder of these files that have their decoder beside them."""
+    encoders = [name for name in sorted(names) if "encoder" in name and name.endswith(SUFFIXES)]
+    return [name for name in encoders if (other := other_half(Path(name))) and other.name in names]
