@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
 _MAX_YAML_BYTES = 1 << 16  # LDM's have 3 kB; the parser is slow
+_MAX_DEPTH = 30
 # Fields of LDM's ddconfig that are read, and those that change no result of a trained network.
 _READ = {"ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "z_channels", "in_channels", "out_ch"}
 _SAME_RESULT = {"dropout", "double_z", "attn_type", "use_checkpoint", "resamp_with_conv"}
@@ -87,6 +88,8 @@ def _read_yaml(place: Path) -> dict[str, Any]:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.CollectionStartEvent):
                 is_anchored.append(event.anchor is not None)
+                if len(is_anchored) > _MAX_DEPTH:  # the parser's time is quadratic in it
+                    raise ConfigError(f"{place} is nested too deeply; it is not the config of a VAE")
             elif isinstance(event, yaml.CollectionEndEvent):
                 is_anchored.pop()
             elif isinstance(event, yaml.AliasEvent) and any(is_anchored):  # which could double at each level

@@ -214,7 +214,7 @@ class _Machine:
                 if isinstance(stack[-1], _Inert) and isinstance(attributes, dict) and "_modules" in attributes:
                     stack[-1] = replace(stack[-1], is_module=True)
             case "BINPERSID":
-                stack.append(self._find_storage(*stack.pop()))
+                stack.append(self._find_persistent(*stack.pop()))
             case _ if name.endswith(_VALUES):
                 stack.append(argument)
             case _:
@@ -270,7 +270,10 @@ class _Machine:
                 return PickledTensor(storage, dtype, offset, shape, stride)
         raise ValueError("it calls something that is not a function")
 
-    def _find_storage(self, kind: Any, dtype: Any, key: Any, device: Any, num_elements: Any, *_: Any) -> Storage:
+    def _find_persistent(self, kind: Any, dtype: Any, key: Any, *_: Any) -> Any:
+        """A storage: ("storage", its class, key, ...); or the class of a module: ("module", class, its source...)."""
+        if kind == "module" and isinstance(dtype, _Inert):
+            return dtype
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
             raise ValueError("an unknown kind of storage")
         return self.storages.setdefault(key, Storage(key, dtype))
