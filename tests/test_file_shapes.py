@@ -260,6 +260,17 @@ def test_a_folder_of_a_trainer_with_the_vae_inside(small_vae: VAE, tmp_path: Pat
     assert find_file(tmp_path) == tmp_path / "vae" / f"{STEM}.safetensors"
 
 
+def test_a_taesd_that_comfyui_saved(data_dir: Path, tmp_path: Path) -> None:
+    halves = {
+        half: data_dir / "weights" / "taesd_bf16" / f"taesd_{half}.safetensors" for half in ("encoder", "decoder")
+    }
+    whole = {f"taesd_{half}.{key}": value for half, path in halves.items() for key, value in load_file(path).items()}
+    save_file(whole | {"vae_scale": torch.ones(()), "vae_shift": torch.zeros(())}, tmp_path / "taesd.safetensors")
+    found, expected = load_weights(tmp_path / "taesd.safetensors", "sd1"), load_weights(halves["encoder"], "sd1")
+    assert found.config == expected.config
+    assert_equal(found.tensors, expected.tensors)
+
+
 # --- dicts in files of torch.save ---
 
 
