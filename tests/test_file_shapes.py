@@ -254,9 +254,11 @@ def test_a_folder_without_weights_says_what_it_holds(files: dict[str, str], told
         find_file(tmp_path)
 
 
-def test_a_folder_of_a_trainer_with_the_vae_inside(small_vae: VAE, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [["optimizer.txt"], ["a.safetensors", "b.safetensors"], ["model_index.json"]])
+def test_a_folder_with_the_vae_inside(names: list[str], small_vae: VAE, tmp_path: Path) -> None:
     small_vae.save(tmp_path / "vae")
-    (tmp_path / "optimizer.txt").write_text("")
+    for name in names:
+        (tmp_path / name).write_text("{}")
     assert find_file(tmp_path) == tmp_path / "vae" / f"{STEM}.safetensors"
 
 

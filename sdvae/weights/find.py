@@ -89,7 +89,9 @@ def _in_folder(folder: Path) -> Path:
     try:
         name = next((name for name in WEIGHTS_NAMES if name in names), None) or next(iter(pairs), None) or choose(names)
     except WeightsError as error:
-        raise WeightsError(f"{folder} {error}") from None
+        if not inside.is_dir():
+            raise WeightsError(f"{folder} {error}") from None
+        name = None
     if name is not None:
         return folder / name
     if inside.is_dir():
@@ -155,22 +157,21 @@ def _in_repository(repository: str, place: str, file: str | None) -> tuple[str, 
     """
     from huggingface_hub import list_repo_tree
 
-    def names(place: str) -> set[str]:
-        listed = list_repo_tree(repository, place or None)
-        return {item.path.rpartition("/")[2] for item in listed if hasattr(item, "size")}  # folders have none
-
-    here = names(place)
+    listed = list(list_repo_tree(repository, place or None))
+    names = {item.path.rpartition("/")[2] for item in listed if hasattr(item, "size")}  # folders have none
     if file is not None:
-        return place, file, here
+        return place, file, names
+    inside = f"{place}/vae" if place else "vae"
+    has_inside = any(item.path == inside for item in listed)
     try:
-        if not here & set(_PIPELINES) and (found := choose(here)):
-            return place, found, here
-        place = f"{place}/vae" if place else "vae"
-        if found := choose(here := names(place)):
-            return place, found, here
+        if not names & set(_PIPELINES) and (found := choose(names)):
+            return place, found, names
     except WeightsError as error:
-        raise WeightsError(f"{repository} {error}") from None
-    raise WeightsError(f"{repository} holds no weights in {place}; name the file: {repository}/FILE")
+        if not has_inside:
+            raise WeightsError(f"{repository} {error}") from None
+    if has_inside:
+        return _in_repository(repository, inside, None)
+    raise WeightsError(f"{repository} holds no weights in {place or inside}; name the file: {repository}/FILE")
 
 
 def _why_offline(repository: str) -> str | None:
