@@ -84,16 +84,18 @@ def _in_folder(folder: Path) -> Path:
         if inside.is_dir():
             return _in_folder(inside)
         raise WeightsError(f"{folder} is a pipeline without a VAE beside it; {_vae_elsewhere(folder / pipeline)}")
-    if len(pairs := taesd.find_pairs(names)) > 1 and not names & set(WEIGHTS_NAMES):
+    plain = next((name for name in WEIGHTS_NAMES if name in names), None)
+    pairs = [] if plain else taesd.find_pairs(names)
+    if len(pairs) > 1:
         raise WeightsError(f"{folder} holds several TAESDs; name the file of one: {some(pairs)}")
+    found = None
     try:
-        name = next((name for name in WEIGHTS_NAMES if name in names), None) or next(iter(pairs), None) or choose(names)
+        found = plain or next(iter(pairs), None) or choose(names)
     except WeightsError as error:
         if not inside.is_dir():
             raise WeightsError(f"{folder} {error}") from None
-        name = None
-    if name is not None:
-        return folder / name
+    if found is not None:
+        return folder / found
     if inside.is_dir():
         return _in_folder(inside)
     if other := next((name for name in sorted(names) if name.endswith(_OTHER_FORMATS)), None):
