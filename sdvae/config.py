@@ -5,7 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,12 @@ _DIFFUSERS_DEFAULTS: dict[str, Any] = {
     "sample_size": 32,
 }
 _IMPLIED_FIELDS = {"act_fn", "down_block_types", "up_block_types", "double_z"}  # LDM's configs say double_z: true
+_OURS = {"attention_levels", "unused"}  # fields that a config.json does not have
+# What programs write into a config.json without any effect on the network, beside what is null or false there.
+_NO_EFFECT = {
+    "architectures", "dtype", "gradient_checkpointing", "latent_magnitude", "latent_shift", "library_name",
+    "model_type", "torch_dtype", "transformers_version", "use_slicing", "use_tiling",
+}  # fmt: skip
 _MAX_BYTES = 1 << 20  # of a config.json; diffusers' have 1 kB
 _PLAIN, _ATTENTION = "DownEncoderBlock2D UpDecoderBlock2D", "AttnDownEncoderBlock2D AttnUpDecoderBlock2D"
 
@@ -77,7 +83,8 @@ class VAEConfig:
     `AttnDownEncoderBlock2D` and `AttnUpDecoderBlock2D` there; `latents_patch`, one side of its `patch_size`; and
     `decoder_layers_per_block`, its `layers_per_up_block`. Those of the decoder are the encoder's where they are None.
     `padding`, that of all 3x3 convolutions but the downsamplers', is a field that diffusers does not have: there users
-    set `padding_mode` of each layer.
+    set `padding_mode` of each layer. `unused` are fields of a config.json that change nothing here: they are kept where
+    it is saved.
     """
 
     in_channels: int = 3
@@ -101,6 +108,7 @@ class VAEConfig:
     decoder_layers_per_block: int | None = None
     latents_patch: int = 1
     batch_norm_eps: float = 1e-4
+    unused: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._require_sound()
@@ -145,6 +153,11 @@ class VAEConfig:
         for name in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv", "force_upcast"):
             _require(name, getattr(self, name), isinstance(getattr(self, name), bool))
         factor, shift = self.scaling_factor, self.shift_factor
+        if factor is None:
+            raise ConfigError(
+                "scaling_factor is null, so nothing tells the scale of the latents; write the number into config.json "
+                "(SD 1 has 0.18215, SDXL 0.13025), or name a --family"
+            )
         _require("scaling_factor", factor, _is_number(factor) and factor != 0)
         _require("shift_factor", shift, shift is None or _is_number(shift))
         for name in ("latents_mean", "latents_std"):
@@ -209,10 +222,10 @@ class VAEConfig:
         name = config.get("_class_name", "AutoencoderKL")
         if not isinstance(name, str) or name not in CLASSES:
             raise ConfigError(f"the config describes a {name!s:.60}; sdvae reads {', '.join(sorted(CLASSES))}")
-        known = {field.name for field in fields(cls)} - {"attention_levels"}
+        known = {field.name for field in fields(cls)} - _OURS
         given = CLASSES[name]({key: value for key, value in config.items() if not key.startswith("_")})
         unknown = sorted(given.keys() - known - _IMPLIED_FIELDS)
-        unused = [key for key in unknown if given[key] is None or given[key] is False]
+        unused = [key for key in unknown if given[key] is None or given[key] is False or _has_no_effect(key)]
         if unused:
             logger.warning("the config has fields that sdvae does not know, unused: %s", ", ".join(unused))
         if used := sorted(set(unknown) - set(unused)):
@@ -236,7 +249,8 @@ class VAEConfig:
             values["sample_size"] = values["sample_size"][0]
         _require("block_out_channels", values["block_out_channels"], _are_widths(values["block_out_channels"]))
         levels = _attention_levels(given, num_levels=len(values["block_out_channels"]))
-        return cls(**values, attention_levels=levels)
+        kept = {key: config[key] for key in config if key in unused or (key.startswith("_") and key != "_class_name")}
+        return cls(**values, attention_levels=levels, unused=kept)
 
     def to_diffusers(self) -> dict[str, Any]:
         """The mapping that the `from_config` of diffusers' class reads, and that `config.json` holds.
@@ -249,7 +263,7 @@ class VAEConfig:
             down_type, up_type = (_ATTENTION if level in self.attention_levels else _PLAIN).split()
             down.append(down_type)
             up.insert(0, up_type)
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "attention_levels"}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OURS}
         values |= {"act_fn": "silu", "down_block_types": down, "up_block_types": up}
         if self.padding == "zeros":
             del values["padding"]
@@ -274,6 +288,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no JSON object; it is not the config of a VAE")
     return content
+
+
+def _has_no_effect(key: str) -> bool:
+    return key in _NO_EFFECT or key.startswith("tile_")  # diffusers' tiles are no part of the network
 
 
 def _require(name: str, value: Any, is_sound: bool) -> None:

@@ -129,13 +129,13 @@ def test_options_are_the_documented_ones() -> None:
         "encode": f"{runs} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
         "--resizer --jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit "
         "--runner --address --batch-size --budget --limit --dry-run --caption",
-        "decode": f"{runs} --format --latents --batch-size --budget",
+        "decode": f"{runs} --format --latents --no-metadata --batch-size --budget",
         "verify": f"{runs} --repair --source",
         "stats": console,
         "export": f"{console} --to -o --output --seed",
-        "roundtrip": f"{runs} -o --output --size --budget",
-        "sample": f"{runs} -n --num -o --output --size --seed --budget",
-        "interpolate": f"{runs} -o --output --steps --mode --size --budget",
+        "roundtrip": f"{runs} -o --output --size --no-metadata --budget",
+        "sample": f"{runs} -n --num -o --output --size --seed --no-metadata --budget",
+        "interpolate": f"{runs} -o --output --steps --mode --size --no-metadata --budget",
         "eval": f"{shared} -o --output --recipe --metrics --vary --explain-difference --limit --batch-size --budget",
         "report": f"{runs} -o --output",
         "app": f"{console} --vae --device --port --open",

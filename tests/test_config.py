@@ -156,7 +156,7 @@ def test_values_that_are_no_default_survive_the_round_trip() -> None:
         in_channels=1, out_channels=2, latent_channels=2, block_out_channels=(8, 16), layers_per_block=3,
         norm_num_groups=4, attention_levels=(0,), mid_block_add_attention=False, use_quant_conv=False,
         use_post_quant_conv=False, sample_size=64, scaling_factor=0.5, shift_factor=0.25, latents_mean=(0.1, 0.2),
-        latents_std=(1.5, 2.5), force_upcast=False, padding="reflect",
+        latents_std=(1.5, 2.5), force_upcast=False, padding="reflect", unused={"use_tiling": True},
     )  # fmt: skip
     differing = {name for name in vars(config) if getattr(config, name) != getattr(VAEConfig(), name)}
     of_other_classes = {"decoder_block_out_channels", "decoder_layers_per_block", "latents_patch", "batch_norm_eps"}

@@ -320,7 +320,18 @@ def test_another_network_is_named(keys: list[str], network: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "first_stage_model._orig_mod.", "x.y."]
+    "prefix",
+    [
+        "_orig_mod.",
+        "module.",
+        "module._orig_mod.",
+        "first_stage_model._orig_mod.",
+        "model.",
+        "model.first_stage_model.",
+        "vae.module.",
+        "state.vae._orig_mod.",
+        "x.y.",
+    ],
 )
 @pytest.mark.parametrize("layout", ["ldm", "diffusers"])
 def test_a_vae_is_found_under_the_names_of_wrappers_and_of_other_modules(prefix: str, layout: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from sdvae import atomic
 from sdvae.engine.memory import parse_bytes
 from sdvae.errors import LatentsError, OutputError, StoreError
+from sdvae.images.provenance import Provenance
 from sdvae.images.write import encode_image
 from sdvae.progress import Progress, silent
 from sdvae.reading.latent_files import FoundLatents, Scaling, list_latent_files, read_latents
@@ -43,12 +44,16 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """What `sdvae decode` was asked for; `latents` speaks for files that do not say it themselves."""
+    """What `sdvae decode` was asked for; `latents` speaks for files that do not say it themselves.
+
+    `has_metadata`: the image files name the VAE, its latent space and sdvae's version.
+    """
 
     format: Format = "png"
     latents: Scaling | None = None
     batch_size: int | None = None  # None: chosen for the device
     budget_bytes: int | None = None  # None: what the device has free
+    has_metadata: bool = True
 
     def __post_init__(self) -> None:
         if self.budget_bytes is not None:
@@ -115,10 +120,12 @@ def decode_dataset(
         _claim(out, set(names.values()))
         out = out.absolute()
 
+    provenance = Provenance(vae.fingerprint, vae.latent_space) if settings.has_metadata else None
+
     def write(key: str, image: NDArray[np.uint8]) -> None:
         path = out / names[key]
         atomic.make_folder(path.parent)
-        atomic.write_bytes(path, encode_image(image, format))
+        atomic.write_bytes(path, encode_image(image, format, provenance))
 
     start = time.perf_counter()
     num_written = 0

@@ -23,7 +23,7 @@ _ROUNDED = {
 }  # fmt: skip
 _NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2"}
 _ENCODER = ("encoder.", "quant_conv.")
-_NOT_OF_THE_VAE = {"sample_size", "force_upcast"}  # advice to a pipeline; no number depends on it
+_NOT_OF_THE_VAE = {"sample_size", "force_upcast", "unused"}  # advice to a pipeline; no number depends on it
 
 Verdict = Literal["equal", "rounded", "different"]
 

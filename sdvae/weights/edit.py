@@ -7,7 +7,6 @@ safetensors whose metadata name their sources.
 import hashlib
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,8 +17,9 @@ from torch import Tensor
 from sdvae import __version__, atomic
 from sdvae.errors import OutputError, WeightsError
 from sdvae.tiny import TinyConfig, named_as_taesd
+from sdvae.weights.beside import CONFIG_NAME
 from sdvae.weights.files import DTYPES, Entry, TensorFile, as_bytes, dtype_name, opened
-from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES
+from sdvae.weights.find import WEIGHTS_NAMES
 from sdvae.weights.keymap import Layout, fit_shape, ldm_names, some
 from sdvae.weights.load import FAMILY_KEY, PADDING_KEY, SHAPE_FIELDS, VAEFile, config_json, open_vae, padding_metadata
 from sdvae.weights.taesd import SUFFIXES
@@ -154,19 +154,13 @@ def _write_vae(
         atomic.make_folder(output)
         atomic.write_bytes(output / CONFIG_NAME, content)
     written = _write(verb, target, planned, metadata, vae, len(planned), layout, vae.family, is_dry_run)
-    return replace(written, left_out=_left_out(vae))
+    return replace(written, left_out=vae.left_out)
 
 
 def _with_padding(metadata: dict[str, str], vae: VAEFile) -> dict[str, str]:
     """The metadata of a file with this VAE in it."""
     others = {key: value for key, value in metadata.items() if key != PADDING_KEY}
     return others | padding_metadata(vae.config)
-
-
-def _left_out(vae: VAEFile) -> dict[str, int]:
-    """How many tensors of a file are no part of its VAE, by the first part of their names: {"loss.*": 130}."""
-    others = (key.partition(".") for key in vae.file.entries if key not in vae.keys.names)
-    return dict(Counter(f"{first}.*" if rest else first for first, _, rest in others).most_common())
 
 
 def _write_tiny(

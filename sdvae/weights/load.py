@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 from sdvae import atomic
-from sdvae.config import FAMILIES, Padding, VAEConfig, read_config, read_json
+from sdvae.config import FAMILIES, Padding, VAEConfig, read_json
 from sdvae.errors import ConfigError, WeightsError
 from sdvae.model import AutoencoderKL
 from sdvae.tiny import TINY_FAMILIES, AutoencoderTiny, TinyConfig
 from sdvae.weights import taesd
+from sdvae.weights.beside import CONFIG_NAME, read_beside
 from sdvae.weights.files import Entry, TensorFile, open_weights
-from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES, find_file
+from sdvae.weights.find import WEIGHTS_NAMES, find_file
 from sdvae.weights.identify import identify
 from sdvae.weights.identity import ARCHITECTURES, known_space
 from sdvae.weights.keymap import STATISTICS, Layout, VAEKeys, find_vae, fit_layout, fit_shape, some
@@ -72,6 +74,12 @@ class VAEFile:
     family: str | None
     unsure: tuple[str, ...] = ()  # fields of the config that nothing tells, so that they are the most common ones
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many tensors of the file are no part of the VAE, by the first part of their names: {"loss.*": 130}."""
+        others = (key.partition(".") for key in self.file.entries if key not in self.keys.names)
+        return dict(Counter(f"{first}.*" if rest else first for first, _, rest in others).most_common())
+
     def read(self) -> dict[str, Tensor]:
         """The VAE's tensors as stored, under diffusers' names and in their shapes."""
         entries = self.file.entries
@@ -97,9 +105,9 @@ def load_weights(spec: str | Path | None = None, family: str | None = None, padd
 def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) -> VAEFile:
     """The VAE in a weights file, its tensors not read yet but known to fit its config.
 
-    The config is that of `family`, else of the config.json beside a diffusers file, else derived from the shapes,
-    with a warning where they fit families that differ only in scale. A TAESD's scale is what `identify` finds. A VAE
-    that is only copied (`is_copied`) needs neither: there is no warning, and its number of groups may be wrong.
+    The config is that of `family`, else of the config.json or LDM's .yaml beside the file, else derived from the
+    shapes, with a warning where they fit families that differ only in scale. A TAESD's scale is what `identify` finds.
+    A VAE that is only copied (`is_copied`) needs neither: there is no warning, and its number of groups may be wrong.
     """
     file = open_weights(path)
     if taesd.is_taesd(file.entries):
@@ -113,21 +121,24 @@ def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) 
         raise WeightsError(f"{path} is a video VAE, its convolutions have three dimensions; give a VAE of images")
     if empty := [key for key, name in keys.names.items() if 0 in shapes[name]]:
         raise WeightsError(f"{path} holds empty tensors: {some(empty)}; find the whole file")
-    beside = path.parent / CONFIG_NAME
+    beside = read_beside(path, keys, _shape_fields(path, shapes)) if family is None else None
     unsure: tuple[str, ...] = ()
+    is_told = beside is not None and beside.tells_scale
     if family is not None:
         config, source = VAEConfig.from_family(family), f"family {family}"
-    elif keys.layout == "diffusers" and not keys.prefix and beside.is_file():
-        config, source = read_config(beside), CONFIG_NAME
+    elif is_told:
+        assert beside is not None
+        config, source = beside.config, beside.name
     else:
-        config, family, unsure = _derive_config(path, shapes, _family_told(file), is_copied)
-        source = "shapes"
-    if source != CONFIG_NAME:
+        structure = beside.config if beside else None
+        config, family, unsure = _derive_config(path, shapes, _family_told(file), structure, is_copied)
+        source = beside.name if beside else "shapes"
+    if not is_told:
         told: Any = file.metadata.get(PADDING_KEY, config.padding)  # refused where it is none that is known
         config = replace(config, padding=told)
     _check(path, config, source, shapes)
     config = _with_statistics(config, file, keys)
-    if source == CONFIG_NAME:
+    if is_told:
         family = _family_of(config)
     return VAEFile(file, keys, shapes, config, family, unsure)
 
@@ -162,14 +173,17 @@ def padding_metadata(config: VAEConfig) -> dict[str, str]:
 
 
 def config_json(config: VAEConfig) -> bytes:
-    """The config.json of a diffusers folder; ConfigError for a network that diffusers does not have."""
+    """The config.json of a diffusers folder, with what another program had in it.
+
+    ConfigError for a network that diffusers does not have.
+    """
     if config.to_diffusers()["_class_name"] == "AsymmetricAutoencoderKL":
         raise ConfigError(
             "diffusers' AsymmetricAutoencoderKL has a mask encoder, which sdvae leaves out; keep its original folder"
         )
     if isinstance(config, TinyConfig) and config.has_mid_pool:
         raise ConfigError("diffusers' AutoencoderTiny has no pooled blocks; a TAESD of FLUX.2 cannot be saved for it")
-    return (json.dumps(config.to_diffusers(), indent=2) + "\n").encode()
+    return (json.dumps({**config.unused, **config.to_diffusers()}, indent=2) + "\n").encode()
 
 
 def _read(vae: VAEFile) -> tuple[VAEConfig, dict[str, Tensor]]:
@@ -191,20 +205,26 @@ def _with_statistics(config: VAEConfig, file: TensorFile, keys: VAEKeys) -> VAEC
 
 
 def _derive_config(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], told: str | None, is_copied: bool
+    path: Path, shapes: Mapping[str, tuple[int, ...]], told: str | None, structure: VAEConfig | None, is_copied: bool
 ) -> tuple[VAEConfig, str | None, tuple[str, ...]]:
-    """The config that these shapes have, its family where shapes and `told` leave no doubt, and what is in doubt."""
+    """The config that these shapes have, its family where shapes and `told` leave no doubt, and what is in doubt.
+
+    `structure` is LDM's config of a VAE alone: all but the scale of its latents.
+    """
     found = _shape_fields(path, shapes)
     same = [name for name, family in FAMILIES.items() if _fields(family) == found]
     latents = found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1), found["latents_patch"]
     akin = same or [name for name, family in FAMILIES.items() if _latents(family) == latents]
     num_groups = math.gcd(32, *found["block_out_channels"], *(found["decoder_block_out_channels"] or ()))
+    if not akin and structure is not None:
+        logger.warning("%s does not tell the scale of its latents (scale_factor); sdvae takes LDM's default, 1.0", path)
+        return structure, None, SCALE_FIELDS
     if not akin and is_copied:
         return replace(VAEConfig(), norm_num_groups=num_groups, **found), None, (*SCALE_FIELDS, "norm_num_groups")
     if not akin:
         raise ConfigError(
             f"{path} has {latents[0]} latent channels at 1/{latents[1]} of the size, which fits no family that sdvae "
-            f"knows; put its {CONFIG_NAME} beside it"
+            f"knows; put its {CONFIG_NAME} beside it, or its LDM config as {path.stem}.yaml"
         )
     if not same and num_groups < 32 and not is_copied:
         raise ConfigError(
@@ -240,8 +260,8 @@ def _open_tiny(file: TensorFile, family: str | None, is_copied: bool) -> VAEFile
             f"{places}: not the layers of a TAESD that sdvae knows, or halves of two; is it another model?"
         )
     layout: Layout = "taesd" if taesd.is_bare(file.entries) else "diffusers"
-    if layout == "diffusers" and (path.parent / CONFIG_NAME).is_file():
-        config.check_diffusers(read_json(path.parent / CONFIG_NAME))
+    told = read_json(beside) if layout == "diffusers" and (beside := path.with_name(CONFIG_NAME)).is_file() else {}
+    config.check_diffusers(told)
     akin = [name for name in TINY_FAMILIES if _fits(name, config)]
     if not akin:
         raise WeightsError(f"{path} is a TAESD of {config.latent_channels} latent channels, of no family sdvae knows")
@@ -256,6 +276,7 @@ def _open_tiny(file: TensorFile, family: str | None, is_copied: bool) -> VAEFile
         if certain is None and not is_copied:
             _warn_of_others(path, akin, family)
     config = TinyConfig.from_family(family)
+    config = replace(config, unused={key: told[key] for key in told if key not in config.to_diffusers()})
     shapes = {name: entry.shape for name, entry in entries.items()}
     keys = VAEKeys("", layout, {name: name for name in entries})
     unsure = SCALE_FIELDS if certain is None else ()
