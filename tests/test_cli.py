@@ -27,8 +27,9 @@ from sdvae.encoding.resize import choose_resizer
 
 Run = Callable[..., Result]
 VERBS = [
-    "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "eval", "report", "app",
-    "inspect", "identify", "compare", "convert", "extract", "swap", "train", "plan", "bench", "doctor",
+    "encode", "decode", "verify", "stats", "export", "roundtrip", "eval", "report", "app",
+    "sample", "interpolate", "arithmetic", "anomaly", "augment", "inspect", "identify", "compare",
+    "convert", "extract", "swap", "train", "plan", "bench", "doctor",
 ]  # fmt: skip
 
 
@@ -133,8 +134,12 @@ def test_options_are_the_documented_ones() -> None:
         "stats": console,
         "export": f"{console} --to -o --output --seed",
         "roundtrip": f"{shared} -o --output --size --budget",
-        "sample": f"{shared} -n --num -o --output --size --seed --budget",
+        "sample": f"{shared} -n --num -o --output --from --components --size --seed --budget",
         "interpolate": f"{shared} -o --output --steps --mode --size --budget",
+        "arithmetic": f"{shared} -o --output --strength --size --budget",
+        "anomaly": f"{shared} -o --output --clean --by --quantile --samples --seed --scores --size --crop --batch-size "
+        "--budget",
+        "augment": f"{shared} --copies --strength --seed --size --crop --batch-size --budget",
         "eval": f"{shared} -o --output --recipe --metrics --vary --explain-difference --limit --batch-size --budget",
         "report": f"{shared} -o --output",
         "app": f"{console} --vae --device --port --open",
