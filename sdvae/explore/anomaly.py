@@ -74,10 +74,10 @@ class Scorer:
         pixels = to_pixels(np.stack([item.image for item in items])).double()
         posterior = encode(self.vae, items, self.budget)
         if self.by == "error":
-            nats = squared_error(self._decode(posterior.mode(), items), pixels)
+            lost = squared_error(self._decode(posterior.mode(), items), pixels)
         else:
-            nats = torch.stack([self._nats(posterior, pixels, items, row) for row in range(len(items))])
-        scores: list[float] = (nats / pixels[0].numel()).tolist()
+            lost = torch.stack([self._nats(posterior, pixels, items, row) for row in range(len(items))])
+        scores: list[float] = (lost / pixels[0].numel()).tolist()
         return scores
 
     def _nats(self, posterior: DiagonalGaussian, pixels: Tensor, items: Sequence[Item], row: int) -> Tensor:

@@ -18,7 +18,7 @@ from sdvae.store.geometry import Preprocess
 from sdvae.store.store import Store
 from sdvae.vae import VAE
 
-MOST_PHOTOS = 1000  # of 512 px: 130 MB of moments, and a singular value decomposition of ten seconds
+MOST_PHOTOS = 1000  # of 512 px: 130 MB of moments
 _Any = TypeVar("_Any")
 
 
