@@ -380,7 +380,7 @@ def test_verbose_tells_where_an_error_arose(place: Place) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda command: command[:2],
+        lambda command: command[: 1 if command[0] == "anomaly" else 2],  # a source is all that one needs
         lambda command: [*command, "--no-such-option"],
         lambda command: [*command, "--dtype", "fp8"],
         lambda command: ["no-such-verb", *command[1:]],
