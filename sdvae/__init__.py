@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from sdvae.encoding.encode import encode_dataset
     from sdvae.encoding.manifest import EncodeSettings
     from sdvae.errors import SdvaeError
+    from sdvae.explore.anomaly import rank_anomalies
+    from sdvae.explore.arithmetic import attribute_vector
+    from sdvae.explore.augment import augment_dataset
+    from sdvae.explore.fit import fit_latents
     from sdvae.integrations.diffusers import install, uninstall
     from sdvae.model import AutoencoderKL
     from sdvae.posterior import DiagonalGaussian
@@ -34,10 +38,14 @@ __all__ = [
     "Preprocess",
     "SdvaeError",
     "VAEConfig",
+    "attribute_vector",
+    "augment_dataset",
     "decode_dataset",
     "encode_dataset",
     "export",
+    "fit_latents",
     "install",
+    "rank_anomalies",
     "uninstall",
     "verify",
 ]
@@ -53,10 +61,14 @@ _MODULES = {
     "Preprocess": "sdvae.store.geometry",
     "SdvaeError": "sdvae.errors",
     "VAEConfig": "sdvae.config",
+    "attribute_vector": "sdvae.explore.arithmetic",
+    "augment_dataset": "sdvae.explore.augment",
     "decode_dataset": "sdvae.reading.decode",
     "encode_dataset": "sdvae.encoding.encode",
     "export": "sdvae.reading.export",
+    "fit_latents": "sdvae.explore.fit",
     "install": "sdvae.integrations.diffusers",
+    "rank_anomalies": "sdvae.explore.anomaly",
     "uninstall": "sdvae.integrations.diffusers",
     "verify": "sdvae.store.verify",
 }

@@ -32,6 +32,9 @@ from sdvae.weights.load import AnyModel, build_model, load_weights, save_folder
 
 AnyImage = Image.Image | NDArray[np.uint8]
 
+Blend = Literal["lerp", "slerp"]
+
+_BLENDS = {"lerp": latent_scaling.lerp, "slerp": latent_scaling.slerp}
 _MOST_PIXEL = 16.0  # noise and interpolation leave [-1, 1], images of 0..255 are far outside
 
 
@@ -205,22 +208,41 @@ class VAE:
         return images
 
     def interpolate(
-        self,
-        start: AnyImage,
-        end: AnyImage,
-        steps: int = 8,
-        mode: Literal["lerp", "slerp"] = "slerp",
-        budget: Budget = None,
+        self, start: AnyImage, end: AnyImage, steps: int = 8, mode: Blend = "slerp", budget: Budget = None
     ) -> list[Image.Image]:
         """`steps` images from `start` to `end` through the latent space; both must have one size."""
-        encoded = self.encode_images([start, end], budget)
-        if encoded.sizes[0] != encoded.sizes[1]:
-            first, second = (size_text(*size) for size in encoded.sizes)
+        (first, last), size = self._encode_alike([start, end], budget)
+        blend = _BLENDS[mode]
+        frames = [blend(first, last, position) for position in _positions(steps)]
+        return self.decode_images(Encoded(frames, [size] * steps), budget)
+
+    def interpolate_grid(
+        self, corners: Sequence[AnyImage], steps: int = 5, mode: Blend = "slerp", budget: Budget = None
+    ) -> list[Image.Image]:
+        """`steps` x `steps` images between four of one size, row by row.
+
+        The corners are top left, top right, bottom left, bottom right. Each row goes from a point of the left edge to
+        one of the right edge. ShapeError for another number of corners, or several sizes.
+        """
+        if len(corners) != 4:
+            raise ShapeError(f"a grid has four corners, these are {count(len(corners), 'image')}")
+        (top_left, top_right, bottom_left, bottom_right), size = self._encode_alike(corners, budget)
+        blend, positions = _BLENDS[mode], _positions(steps)
+        frames = [
+            blend(blend(top_left, bottom_left, down), blend(top_right, bottom_right, down), right)
+            for down in positions
+            for right in positions
+        ]
+        return self.decode_images(Encoded(frames, [size] * steps**2), budget)
+
+    def _encode_alike(self, images: Sequence[AnyImage], budget: Budget) -> tuple[list[Tensor], tuple[int, int]]:
+        """Latents of images that must have one size, and that size."""
+        encoded = self.encode_images(images, budget)
+        sizes = list(dict.fromkeys(encoded.sizes))
+        if len(sizes) > 1:
+            first, second = (size_text(*size) for size in sizes[:2])
             raise ShapeError(f"cannot interpolate between {first} and {second} px; resize one")
-        blend = {"lerp": latent_scaling.lerp, "slerp": latent_scaling.slerp}[mode]
-        positions = torch.linspace(0.0, 1.0, steps, dtype=torch.float32, device="cpu").tolist()
-        frames = [blend(encoded.latents[0], encoded.latents[1], position) for position in positions]
-        return self.decode_images(Encoded(frames, [encoded.sizes[0]] * steps), budget)
+        return encoded.latents, sizes[0]
 
     def scale(self, latents: Tensor) -> Tensor:  # raw -> scaled
         """Raw latents to the scaled ones a diffusion model is trained on."""
@@ -290,6 +312,11 @@ class VAE:
             raise LatentsError(f"{self.name} decodes float latents (N, {channels}, h, w), not {_described(latents)}")
         if not latents.isfinite().all():
             raise LatentsError("the latents hold NaN or infinity; the model that made them overflowed, run it in fp32")
+
+
+def _positions(steps: int) -> list[float]:
+    positions: list[float] = torch.linspace(0.0, 1.0, steps, dtype=torch.float32, device="cpu").tolist()
+    return positions
 
 
 def _as_image(image: AnyImage, has_alpha: bool) -> NDArray[np.uint8]:  # (H, W, 3), or (H, W, 4)

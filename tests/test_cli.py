@@ -27,8 +27,9 @@ from sdvae.encoding.resize import choose_resizer
 
 Run = Callable[..., Result]
 VERBS = [
-    "encode", "decode", "verify", "stats", "export", "roundtrip", "sample", "interpolate", "eval", "report", "app",
-    "inspect", "identify", "compare", "convert", "extract", "swap", "train", "plan", "bench", "doctor",
+    "encode", "decode", "verify", "stats", "export", "roundtrip", "eval", "report", "app",
+    "sample", "interpolate", "arithmetic", "anomaly", "augment", "inspect", "identify", "compare",
+    "convert", "extract", "swap", "train", "plan", "bench", "doctor",
 ]  # fmt: skip
 
 
@@ -134,8 +135,12 @@ def test_options_are_the_documented_ones() -> None:
         "stats": console,
         "export": f"{console} --to -o --output --seed",
         "roundtrip": f"{runs} -o --output --size --no-metadata --budget",
-        "sample": f"{runs} -n --num -o --output --size --seed --no-metadata --budget",
+        "sample": f"{runs} -n --num -o --output --from --components --size --seed --no-metadata --budget",
         "interpolate": f"{runs} -o --output --steps --mode --size --no-metadata --budget",
+        "arithmetic": f"{runs} -o --output --strength --size --no-metadata --budget",
+        "anomaly": f"{runs} -o --output --clean --by --quantile --samples --seed --scores --size --crop --batch-size "
+        "--budget",
+        "augment": f"{runs} --copies --strength --seed --size --crop --batch-size --budget",
         "eval": f"{shared} -o --output --recipe --metrics --vary --explain-difference --limit --batch-size --budget",
         "report": f"{runs} -o --output",
         "app": f"{console} --vae --device --port --open",

@@ -43,6 +43,9 @@ class Place:
             "roundtrip": ["photos/a.png", "-o", "out.png"],
             "sample": ["-n", "1", "-o", "out.png", "--size", "16"],
             "interpolate": ["photos/a.png", "photos/b.png", "-o", "out.png", "--size", "16", "--steps", "2"],
+            "arithmetic": ["photos/a.png", "photos/b.png", "photos/a.png", "-o", "out.png", "--size", "16"],
+            "anomaly": ["photos", "-o", "out.png", "--size", "16"],
+            "augment": ["photos", "out", "--size", "16"],
         }[verb]
         vae = ["--vae", "vae", "--device", "cpu", "--dtype", "fp32"]
         return [verb.split()[0], *arguments, *vae]
@@ -75,9 +78,9 @@ def without_announcement(stderr: str) -> str:
     )
 
 
-WRITING = ["encode", "decode", "decode store", "roundtrip", "sample", "interpolate"]
-TO_FOLDERS = ["encode", "decode", "decode store"]
-TO_PICTURES = ["roundtrip", "sample", "interpolate"]
+TO_FOLDERS = ["encode", "decode", "decode store", "augment"]
+TO_PICTURES = ["roundtrip", "sample", "interpolate", "arithmetic", "anomaly"]
+WRITING = [*TO_FOLDERS, *TO_PICTURES]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,9 @@ def replaced(command: list[str], old: str, new: str) -> list[str]:
         ("roundtrip", "photos/a.png", "gone: cannot be read: No such file"),
         ("interpolate", "photos/a.png", "gone: cannot be read: No such file"),
         ("interpolate", "photos/b.png", "gone: cannot be read: No such file"),
+        ("arithmetic", "photos/b.png", "gone: cannot be read: No such file"),
+        ("anomaly", "photos", "there is no gone"),
+        ("augment", "photos", "there is no gone"),
     ],
 )
 def test_a_missing_source(place: Place, verb: str, source: str, says: str) -> None:
@@ -135,7 +141,13 @@ def test_a_missing_source(place: Place, verb: str, source: str, says: str) -> No
 
 @pytest.mark.parametrize(
     ("verb", "source", "says"),
-    [("encode", "photos", "empty holds no photos"), ("decode", "latents", "empty holds no latents")],
+    [
+        ("encode", "photos", "empty holds no photos"),
+        ("decode", "latents", "empty holds no latents"),
+        ("arithmetic", "photos/b.png", "empty holds no photos"),
+        ("anomaly", "photos", "empty holds no photos"),
+        ("augment", "photos", "empty holds no photos"),
+    ],
 )
 def test_an_empty_folder(place: Place, verb: str, source: str, says: str) -> None:
     place.refuses(*replaced(place.command(verb), source, "empty"), says=says)
@@ -368,7 +380,7 @@ def test_verbose_tells_where_an_error_arose(place: Place) -> None:
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda command: command[:2],
+        lambda command: command[: 1 if command[0] == "anomaly" else 2],  # a source is all that one needs
         lambda command: [*command, "--no-such-option"],
         lambda command: [*command, "--dtype", "fp8"],
         lambda command: ["no-such-verb", *command[1:]],

@@ -24,7 +24,7 @@ def documented_names() -> set[str]:
 def test_public_names_are_the_documented_ones() -> None:
     assert documented_names() >= NOT_YET
     assert set(sdvae.__all__) == documented_names() - NOT_YET
-    assert len(sdvae.__all__) == len(set(sdvae.__all__)) == 16
+    assert len(sdvae.__all__) == len(set(sdvae.__all__)) == 20
 
 
 def test_each_name_is_the_thing_its_module_defines() -> None:
@@ -32,6 +32,10 @@ def test_each_name_is_the_thing_its_module_defines() -> None:
     from sdvae.encoding.encode import encode_dataset
     from sdvae.encoding.manifest import EncodeSettings
     from sdvae.errors import SdvaeError
+    from sdvae.explore.anomaly import rank_anomalies
+    from sdvae.explore.arithmetic import attribute_vector
+    from sdvae.explore.augment import augment_dataset
+    from sdvae.explore.fit import fit_latents
     from sdvae.integrations.diffusers import install, uninstall
     from sdvae.model import AutoencoderKL
     from sdvae.posterior import DiagonalGaussian
@@ -45,8 +49,8 @@ def test_each_name_is_the_thing_its_module_defines() -> None:
 
     things = (
         VAE, VAEConfig, AutoencoderKL, BucketBatchSampler, DecodeSettings, DiagonalGaussian, EncodeSettings,
-        LatentDataset, Preprocess, SdvaeError, decode_dataset,
-        encode_dataset, export, install, uninstall, verify,
+        LatentDataset, Preprocess, SdvaeError, attribute_vector, augment_dataset, decode_dataset,
+        encode_dataset, export, fit_latents, install, rank_anomalies, uninstall, verify,
     )  # fmt: skip
     defined = {thing.__name__: thing for thing in things}
     assert {name: getattr(sdvae, name) for name in sdvae.__all__} == defined

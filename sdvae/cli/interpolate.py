@@ -1,40 +1,36 @@
-"""`sdvae interpolate`: images between two photos in latent space."""
+"""`sdvae interpolate`: images between photos in latent space."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
 from sdvae.cli.grouped import Grouped
-from sdvae.cli.pictures import METADATA, check_output, grid, write_gif, write_picture
+from sdvae.cli.pictures import METADATA, check_output, grid, read_square, write_gif, write_picture
 from sdvae.cli.shared import BUDGET, OUTPUT, PATH, Console, with_console, with_vae
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from sdvae.vae import VAE
+    from sdvae.vae import VAE, Blend
 
 
 @click.command(
     cls=Grouped,
-    short_help="Interpolate between two photos in latent space.",
+    short_help="Interpolate between photos in latent space.",
     groups={"What is interpolated": ("steps", "mode", "size")},
     examples=(
         "sdvae interpolate a.jpg b.jpg -o strip.png",
         "sdvae interpolate a.jpg b.jpg -o film.gif --steps 24",
+        "sdvae interpolate a.jpg b.jpg c.jpg d.jpg -o grid.png",
     ),
 )
-@click.argument("a", type=PATH)
-@click.argument("b", type=PATH)
+@click.argument("photos", metavar="A B [C D]", nargs=-1, required=True, type=PATH)
 @OUTPUT
 @click.option(
     "--steps",
     type=click.IntRange(min=2),
     metavar="N",
-    default=8,
-    show_default=True,
-    help="Images, both ends included.",
+    help="Images from one photo to the next, both included.  [default: 8; in a grid 5]",
 )
 @click.option(
     "--mode",
@@ -51,35 +47,39 @@ if TYPE_CHECKING:
 @with_vae
 @with_console
 def interpolate(
-    a: Path,
-    b: Path,
+    photos: tuple[Path, ...],
     output: Path,
-    steps: int,
-    mode: Literal["slerp", "lerp"],
+    steps: int | None,
+    mode: "Blend",
     size: int,
     no_metadata: bool,
     budget: int | None,
     load_vae: "Callable[[], VAE]",
     console: Console,
 ) -> None:
-    """Interpolate from photo A to photo B in latent space: a row of images, or a GIF if FILE ends in .gif."""
-    check_output(output, a, b, others=(".gif",))
+    """Interpolate between photos in latent space.
+
+    From A to B: a row of images, or a GIF if FILE ends in .gif. Between four photos: a square grid with A, B, C and D
+    in its corners, top left to bottom right.
+    """
+    is_grid = len(photos) == 4
+    if len(photos) not in (2, 4):
+        raise click.UsageError(f"give two photos for a row or four for a grid, not {len(photos)}.")
+    check_output(output, *photos, others=() if is_grid else (".gif",))
     import numpy as np
 
-    from sdvae.encoding.resize import apply
-    from sdvae.images.read import read_image
-    from sdvae.store.geometry import Preprocess, plan_geometry
-
-    def read_square(path: Path) -> "NDArray[np.uint8]":
-        photo = read_image(path)
-        height, width, _ = photo.shape
-        return apply(photo, plan_geometry(height, width, Preprocess(size, "center"), downscale=1))
-
-    start, end = read_square(a), read_square(b)
+    images = [read_square(path, size) for path in photos]
+    steps = steps or (5 if is_grid else 8)
     vae = load_vae()
-    frames = [np.asarray(frame) for frame in vae.interpolate(start, end, steps, mode, budget)]
+    if is_grid:
+        made = vae.interpolate_grid(images, steps, mode, budget)
+    else:
+        made = vae.interpolate(images[0], images[1], steps, mode, budget)
+    frames = [np.asarray(frame) for frame in made]
     if output.suffix.lower() == ".gif":
         write_gif(output, frames)
     else:
-        write_picture(output, grid(frames, columns=len(frames)), vae, has_metadata=not no_metadata)
-    console.result(f"{steps} images from {a} to {b} written to {output}", output=str(output), steps=steps, mode=mode)
+        write_picture(output, grid(frames, columns=steps), vae, has_metadata=not no_metadata)
+    names = [str(path) for path in photos]
+    what = f"between {', '.join(names[:-1])} and {names[-1]}" if is_grid else f"from {names[0]} to {names[1]}"
+    console.result(f"{len(frames)} images {what} written to {output}", output=str(output), steps=steps, mode=mode)

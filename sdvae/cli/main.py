@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 import click
 
 from sdvae import __version__
+from sdvae.cli.anomaly import anomaly
 from sdvae.cli.app import app
+from sdvae.cli.arithmetic import arithmetic
+from sdvae.cli.augment import augment
 from sdvae.cli.bench import bench
 from sdvae.cli.compare import compare
 from sdvae.cli.convert import convert
@@ -76,11 +79,12 @@ def cli() -> None:
     """Turn photos into latents and back, with a KL-VAE in Stable Diffusion's format."""
 
 
-_PICTURES = (encode, decode, verify, stats, export, roundtrip, sample, interpolate, evaluate, report, app)
+_PICTURES = (encode, decode, verify, stats, export, roundtrip, evaluate, report, app)
+_SPACE = (sample, interpolate, arithmetic, anomaly, augment)
 _WEIGHTS = (inspect, identify, compare, convert, extract, swap)
 _TRAINING = (train,)
 _ENGINE = (plan, bench)
-for _verb in (*_PICTURES, *_WEIGHTS, *_TRAINING, *_ENGINE, doctor):
+for _verb in (*_PICTURES, *_SPACE, *_WEIGHTS, *_TRAINING, *_ENGINE, doctor):
     _verb.context_settings["auto_envvar_prefix"] = "SDVAE"  # one name for an option, whatever the verb
     cli.add_command(_verb)
 

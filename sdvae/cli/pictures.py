@@ -34,11 +34,27 @@ def check_output(output: Path, *inputs: Path, others: tuple[str, ...] = ()) -> N
     suffixes = (*_FORMATS, *others)
     if output.suffix.lower() not in suffixes:
         raise click.BadParameter(f"{output} must end with one of {' '.join(suffixes)}.", param_hint="--output")
+    require_place(output)
+    if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
+        raise OutputError(f"{output} is the input, too; give -o another name")
+
+
+def require_place(output: Path) -> None:
+    """Refuse a file that cannot be written, before any work is done."""
     if output.is_dir() or not output.parent.is_dir():
         what = "it is a folder" if output.is_dir() else f"there is no folder {output.parent}"
         raise OutputError(f"cannot write {output}: {what}")
-    if any(path.exists() and output.exists() and path.samefile(output) for path in inputs):
-        raise OutputError(f"{output} is the input, too; give -o another name")
+
+
+def read_square(path: Path, size_px: int) -> "Image":
+    """The square in the middle of a photo, (size_px, size_px, 3)."""
+    from sdvae.encoding.resize import apply
+    from sdvae.images.read import read_image
+    from sdvae.store.geometry import Preprocess, plan_geometry
+
+    photo = read_image(path)
+    height, width, _ = photo.shape
+    return apply(photo, plan_geometry(height, width, Preprocess(size_px, "center"), downscale=1))
 
 
 def write_picture(path: Path, image: "Image", vae: "VAE", *, has_metadata: bool) -> None:
@@ -94,6 +110,18 @@ def grid(images: Sequence["Image"], columns: int, captions: Sequence[str] = ()) 
             strip = sheet[top + height : top + height + 2 * caption_px, left : left + width]
             strip[:] = _text(captions[index], strip.shape[0], width, caption_px)
     return sheet
+
+
+def fit_square(image: "Image", size_px: int) -> "Image":
+    """A whole image in the middle of a white square, shrunk where it is larger."""
+    import numpy as np
+    from PIL import Image
+
+    small = Image.fromarray(image)
+    small.thumbnail((size_px, size_px), Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (size_px, size_px), "white")
+    square.paste(small, ((size_px - small.width) // 2, (size_px - small.height) // 2))
+    return np.asarray(square)
 
 
 def _text(text: str, height: int, width: int, size_px: int) -> "Image":

@@ -4,12 +4,12 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -27,9 +27,11 @@ PATH = click.Path(path_type=Path)
 OUTPUT = click.option("-o", "--output", type=PATH, required=True, metavar="FILE", help="The image file to write.")
 
 _LOG = logging.getLogger("sdvae")
+_MOST_NAMED = 10
 _LINE_EACH_S = 30.0  # of progress, where there is no terminal
 _COUNTED = {  # phase -> what it counts
-    "scan": "photos", "encode": "photos", "judge": "photos", "verify": "records", "export": "records", "train": "steps",
+    "scan": "photos", "encode": "photos", "judge": "photos", "score": "photos", "score clean photos": "photos",
+    "measure the error": "photos", "verify": "records", "export": "records", "train": "steps",
 }  # fmt: skip
 
 
@@ -223,6 +225,21 @@ SIZES = click.option(
     callback=_parse_sizes,
     help="Pixels along each side, or width and height; can be repeated.",
 )
+_CROP_OPTIONS = (
+    click.option(
+        "--size",
+        type=click.IntRange(min=1),
+        metavar="PX",
+        help="Pixels of the shorter side.  [default: 512; with --crop none the photo's own size]",
+    ),
+    click.option(
+        "--crop",
+        type=click.Choice(["center", "none"]),
+        default="center",
+        show_default=True,
+        help="center cuts a square; none keeps the whole photo.",
+    ),
+)
 _CONSOLE_OPTIONS = (
     click.option("--json", is_flag=True, help="Print the result as one JSON object."),
     click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr."),
@@ -240,6 +257,18 @@ def with_console(function: Callable[..., None]) -> Callable[..., None]:
             function(console=Console(command, json, quiet, verbose), **arguments)
 
     return _add(_CONSOLE_OPTIONS, run)
+
+
+def with_crop(function: Callable[..., None]) -> Callable[..., None]:
+    """Add --size and --crop to a verb, and hand it the `preprocess` that `encode` would have with them."""
+
+    @wraps(function)
+    def run(*, size: int | None, crop: Literal["center", "none"], **arguments: Any) -> None:
+        from sdvae.store.geometry import Preprocess
+
+        function(preprocess=Preprocess(size or (None if crop == "none" else 512), crop), **arguments)
+
+    return _add(_CROP_OPTIONS, run)
 
 
 def with_vae(function: Callable[..., None]) -> Callable[..., None]:
@@ -276,6 +305,16 @@ def take_own_gpu(ranks: "Ranks") -> None:
 
     if ranks.local_world_size > 1 and torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+
+
+def tell_left_out(console: Console, left_out: Mapping[str, str]) -> None:
+    """Name the photos that were left out, and why; the exit code is then 3."""
+    for key, reason in list(left_out.items())[:_MOST_NAMED]:
+        console.note(f"left out: {key}: {reason}")
+    if len(left_out) > _MOST_NAMED:
+        console.note(f"left out: {len(left_out) - _MOST_NAMED:,} more")
+    if left_out:
+        click.get_current_context().exit(3)
 
 
 def tell_written(console: Console, written: "Written", is_dry_run: bool) -> None:

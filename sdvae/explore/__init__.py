@@ -1,0 +1,1 @@
+"""What a latent space is good for: samples, arithmetic, anomalies, augmentation."""
