@@ -138,8 +138,8 @@ def test_options_are_the_documented_ones() -> None:
         "sample": f"{runs} -n --num -o --output --from --components --size --seed --no-metadata --budget",
         "interpolate": f"{runs} -o --output --steps --mode --size --no-metadata --budget",
         "arithmetic": f"{runs} -o --output --strength --size --no-metadata --budget",
-        "anomaly": f"{runs} -o --output --clean --by --quantile --samples --seed --scores --size --crop --batch-size "
-        "--budget",
+        "anomaly": f"{runs} -o --output --clean --by --quantile --samples --seed --scores --size --crop --no-metadata "
+        "--batch-size --budget",
         "augment": f"{runs} --copies --strength --seed --size --crop --batch-size --budget",
         "eval": f"{shared} -o --output --recipe --metrics --vary --explain-difference --limit --batch-size --budget",
         "report": f"{runs} -o --output",

@@ -8,7 +8,7 @@ import click
 
 from sdvae.amounts import count
 from sdvae.cli.grouped import Grouped
-from sdvae.cli.pictures import check_output, fit_square, grid, require_place, write_picture
+from sdvae.cli.pictures import METADATA, check_output, fit_square, grid, require_place, write_picture
 from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, tell_left_out, with_console, with_crop, with_vae
 from sdvae.sealed import canonical_json
 
@@ -71,6 +71,7 @@ _UNITS = {"error": "mean squared error", "elbo": "-ELBO, nats/value", "likelihoo
 @with_crop
 @click.option("-o", "--output", type=PATH, metavar="FILE", help="An image file for the worst photos, before and after.")
 @click.option("--scores", type=PATH, metavar="FILE", help="A JSON lines file for all scores, the worst first.")
+@METADATA
 @BATCH_SIZE
 @BUDGET
 @with_vae
@@ -85,6 +86,7 @@ def anomaly(
     preprocess: "Preprocess",
     output: Path | None,
     scores: Path | None,
+    no_metadata: bool,
     batch_size: int | None,
     budget: int | None,
     load_vae: "Callable[[], VAE]",
@@ -113,7 +115,8 @@ def anomaly(
     if scores is not None:
         atomic.write_stream(scores, map(canonical_json, _records(ranking)))
     if output is not None:
-        write_picture(output, _sheet(vae, photos, ranking, preprocess, budget))
+        sheet = _sheet(vae, photos, ranking, preprocess, budget)
+        write_picture(output, sheet, vae, has_metadata=not no_metadata)
     console.result(
         "\n".join(_table(ranking)),
         by=by, threshold=ranking.threshold, noise_std=ranking.noise_std, num_scored=len(ranking.scores),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sdvae.cli.grouped import Grouped
-from sdvae.cli.pictures import check_output, grid, read_square, write_picture
+from sdvae.cli.pictures import METADATA, check_output, grid, read_square, write_picture
 from sdvae.cli.shared import BUDGET, OUTPUT, PATH, Console, tell_left_out, with_console, with_vae
 from sdvae.errors import SourceError
 from sdvae.sources.kinds import PACKED
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 @click.option(
     "--size", type=click.IntRange(min=1), metavar="PX", default=512, show_default=True, help="Pixels along each side."
 )
+@METADATA
 @BUDGET
 @with_vae
 @with_console
@@ -57,6 +58,7 @@ def arithmetic(
     output: Path,
     strength: float,
     size: int,
+    no_metadata: bool,
     budget: int | None,
     load_vae: "Callable[[], VAE]",
     console: Console,
@@ -76,7 +78,8 @@ def arithmetic(
     result = to_images(vae.decode(latents, budget))[0, :size, :size]
     sum_text = "A - B + C" if strength == 1 else f"C + {strength:g} (A - B)"
     captions = [f"A: {first.caption}", f"B: {second.caption}", f"C: {c.name}", sum_text]
-    write_picture(output, grid([first.image, second.image, third, result], 4, captions))
+    sheet = grid([first.image, second.image, third, result], 4, captions)
+    write_picture(output, sheet, vae, has_metadata=not no_metadata)
     left_out = first.left_out | second.left_out
     console.result(
         f"{sum_text} of {a}, {b} and {c} written to {output}",
