@@ -177,19 +177,34 @@ DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Check everything and report what would be written, but write nothing."
 )
 FORCE = click.option("--force", is_flag=True, help="Write over what OUT holds already.")
+DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
+VAES = click.option(
+    "--vae",
+    "vaes",
+    metavar="VAE",
+    multiple=True,
+    help="A folder, a VAE or checkpoint file, or a hub id; can be repeated.  [default: the embedded VAE]",
+)
+
+
+def dtype_option(default: str) -> Callable[..., Any]:
+    """--dtype: what a network computes in."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+        default=default,
+        show_default=True,
+        help="The dtype that the network computes in.",
+    )
+
+
 _VAE_OPTIONS = (
     click.option(
         "--vae", metavar="VAE", help="A folder, a VAE or checkpoint file, or a hub id.  [default: the embedded VAE]"
     ),
     FAMILY,
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps."),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-        default="auto",
-        show_default=True,
-        help="The dtype that the network computes in.",
-    ),
+    DEVICE,
+    dtype_option("auto"),
 )
 BATCH_SIZE = click.option(
     "--batch-size",

@@ -21,6 +21,7 @@ def table(results: Results) -> Iterator[str]:
     if judged:
         yield ""
         yield from _aligned([_LATENT_HEADS, *map(_latent_row, judged)])
+        yield f"half size, quarter turn and 16 trips: {results.recipe.probed()}"
     yield from (
         f"published for {one.vae}: {one.metric} {one.value:g} ({one.source})" for one in results.recipe.published
     )
