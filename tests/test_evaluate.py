@@ -377,7 +377,7 @@ class Drawn:
 
     def read(self, key: str) -> bytes:
         file = io.BytesIO()
-        noise = np.random.default_rng(int(key)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        noise = np.random.default_rng(int(key)).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(noise).save(file, "png")
         return file.getvalue()
 

@@ -29,7 +29,8 @@ OUTPUT = click.option("-o", "--output", type=PATH, required=True, metavar="FILE"
 _LOG = logging.getLogger("sdvae")
 _LINE_EACH_S = 30.0  # of progress, where there is no terminal
 _COUNTED = {  # phase -> what it counts
-    "scan": "photos", "encode": "photos", "judge": "photos", "verify": "records", "export": "records", "train": "steps",
+    "scan": "photos", "encode": "photos", "judge": "photos", "probes": "VAEs", "verify": "records", "export": "records",
+    "train": "steps",
 }  # fmt: skip
 
 
