@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from sdvae.amounts import count
 from sdvae.evaluate.evaluation import Evaluation
 from sdvae.evaluate.round_trip import Part
+from sdvae.metrics import METRICS
 from sdvae.sealed import canonical_json
 
 
@@ -66,7 +68,9 @@ class Gathered:
         counts = {name: int(np.isfinite(self.array(0, name)).sum()) for name in self.work.judge.scores}
         for name, num in counts.items():
             if num < max(counts.values()):
-                yield f"{max(counts.values()) - num} of {self.num_images} images are too small for {name}."
+                small = max(counts.values()) - num
+                are = "is" if small == 1 else "are"
+                yield f"{small} of {count(self.num_images, 'image')} {are} too small for {METRICS[name].label}."
         for candidate, part in zip(self.work.candidates, self.parts, strict=True):
             if part.num_failed:
                 yield f"{candidate.identity.label} gave no finite picture of {part.num_failed} images."

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from sdvae.amounts import count
 from sdvae.evaluate.results import Candidate, MetricColumn, Results, Summary
 
 
@@ -10,7 +11,7 @@ def table(results: Results) -> Iterator[str]:
     left_out = sum(results.left_out.values())
     yield results.caption
     yield (
-        f"{results.num_images} images of {results.source}"
+        f"{count(results.num_images, 'image')} of {results.source}"
         + (f", {left_out} left out" if left_out else "")
         + "; means, and 95% intervals of the mean by bootstrap"
     )
