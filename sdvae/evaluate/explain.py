@@ -63,7 +63,8 @@ def explained(explanation: Explanation) -> Iterator[str]:
     """The lines of a table: what each convention moves, and by how much."""
     names = list(explanation.means)
     yield explanation.recipe.caption()
-    yield f"{count(explanation.num_images, 'image')}; below the recipe's means, what each other convention moves them by"
+    num = count(explanation.num_images, "image")
+    yield f"{num}; below the recipe's means, what each other convention moves them by"
     yield ""
     yield " " * 32 + "".join(f"{METRICS[name].label:>16}" for name in names)
     yield f"{explanation.recipe.name:<32}" + "".join(f"{explanation.means[name]:>16.4f}" for name in names)
