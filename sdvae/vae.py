@@ -83,6 +83,11 @@ class VAE:
         """The weights as loaded. Who asks for them may change them: from then on each run of a KL-VAE looks first."""
         return cast(AnyModel, self.engine.source)
 
+    @property
+    def num_parameters(self) -> int:
+        """Of encoder and decoder together."""
+        return sum(values.numel() for values in self._model.parameters())
+
     @classmethod
     def load(
         cls,
@@ -274,7 +279,7 @@ class VAE:
                 "latent space": self.latent_space,
                 "latents": f"{config.latent_channels} channels at 1/{config.downscale}",
                 "scaling factor": config.scaling_factor,
-                "parameters": f"{sum(values.numel() for values in self._model.parameters()):,}",
+                "parameters": f"{self.num_parameters:,}",
                 "computes in": f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
                 "fingerprint": self.fingerprint,
             },

@@ -69,10 +69,10 @@ def _candidate(number: int, label: str) -> Candidate:
         "rfid": Summary(9.5 - number, None, None, 24),
     }  # fmt: skip
     if not is_vae:
-        return Candidate(label, "codec", summaries, bits_per_pixel=0.5)
+        return Candidate(label, "codec", summaries=summaries, bits_per_pixel=0.5)
     return Candidate(
-        label, "vae", summaries, name=label, fingerprint=f"{number}" * 64, latent_space="sd1", latent_channels=4,
-        downscale=8, num_parameters=5_000_000 * (number + 1), dtype="fp32", encode_s=0.1 + number,
+        label, "vae", name=label, fingerprint=f"{number}" * 64, latent_space="sd1", latent_channels=4, downscale=8,
+        summaries=summaries, num_parameters=5_000_000 * (number + 1), dtype="fp32", encode_s=0.1 + number,
         decode_s=0.2 + number, peak_bytes=200_000_000, bits_per_pixel=0.9 + 0.1 * number, latents=_latents(number),
     )  # fmt: skip
 

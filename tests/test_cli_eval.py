@@ -9,7 +9,7 @@ from PIL import Image
 
 from sdvae import VAE
 from sdvae.cli.main import cli
-from sdvae.evaluate import finish, pictures, probes
+from sdvae.evaluate import pictures, probes
 from sdvae.evaluate.results import read_results
 
 Run = Callable[..., Result]
@@ -17,10 +17,9 @@ Run = Callable[..., Result]
 
 @pytest.fixture(scope="module", autouse=True)
 def _few() -> Iterator[None]:
-    """Less of what takes time: two round trips of one image, one pictured."""
+    """Less of what takes time: two round trips, one image pictured."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "NUM_PICTURED", 1)
-        patch.setattr(finish, "NUM_PROBED", 1)
         patch.setattr(probes, "TRIPS", (1, 2))
         yield
 

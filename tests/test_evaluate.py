@@ -17,7 +17,7 @@ from sdvae.bench.peak import resident
 from sdvae.config import VAEConfig
 from sdvae.encoding.runners import Ranks
 from sdvae.errors import ReportError, SourceError
-from sdvae.evaluate import finish, pictures, probes, run
+from sdvae.evaluate import evaluation, pictures, probes, run
 from sdvae.evaluate.candidates import VAECandidate
 from sdvae.evaluate.codecs import CodecCandidate
 from sdvae.evaluate.recipes import RECIPES, Recipe
@@ -31,7 +31,7 @@ from sdvae.sources.open import open_source
 from sdvae.vae import VAE
 from tests.conftest import random_model
 
-RECIPE = replace(RECIPES["native"], metrics=("psnr", "ssim"))
+RECIPE = replace(RECIPES["native"], metrics=("psnr", "ssim"), num_probed=2)
 TINY = VAEConfig(
     block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False,
     use_quant_conv=False, use_post_quant_conv=False,
@@ -41,12 +41,11 @@ TIMES = {"encode_s", "decode_s", "peak_bytes"}
 
 @pytest.fixture(scope="module", autouse=True)
 def _few() -> Iterator[None]:
-    """Less of what takes time: two round trips of one image, three pictured; chunks of two."""
+    """Less of what takes time: two round trips of two images, three pictured; chunks of two."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "NUM_PROBED", 1)
         patch.setattr(probes, "TRIPS", (1, 2))
         patch.setattr(pictures, "NUM_PICTURED", 3)
-        patch.setattr(run, "CHUNK", 2)
+        patch.setattr(evaluation, "CHUNK", 2)
         yield
 
 
@@ -123,16 +122,32 @@ def test_the_results_are_written_and_every_picture_is_there(judged: tuple[Path, 
     assert len(results.images) == 3
     assert results.images[0].reasons[0] == "worst"
     for view in (view for image in results.images for view in image.views):
-        for picture in (
-            view.original, view.reconstruction, view.error, view.worst.original, view.worst.reconstruction,
-            view.channels, view.posterior_std,
-        ):  # fmt: skip
-            assert picture is not None
+        assert len(view.pictures()) == 7
+        for picture in view.pictures():
             with Image.open(report / picture.file) as image:
                 assert image.size == (picture.width, picture.height)
         assert view.reconstruction.file.endswith(".webp")
         assert not view.reconstruction.is_lossless
         assert view.worst.reconstruction.is_lossless
+
+
+def test_pictures_made_at_once_or_in_the_end_are_the_same_and_no_others_are_left(
+    judged: tuple[Path, Results],
+    photos: Path,
+    vaes: list[VAECandidate],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "SHOWN_AT_ONCE", 4)
+    report = tmp_path / "report"
+    again = judge(photos, report, vaes)
+    assert again is not None
+    assert again.images == judged[1].images
+    shown = {picture.file for image in again.images for view in image.views for picture in view.pictures()}
+    for folder in (report, judged[0]):
+        found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in (folder / "pictures").iterdir()}
+        assert found.keys() == shown
+        assert all((report / name).read_bytes() == data for name, data in found.items())
 
 
 def test_the_scores_are_those_of_the_public_methods(
@@ -287,6 +302,9 @@ def test_a_folder_without_photos_or_with_something_else_is_refused(
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(ReportError, match=r"thesis\.tex"):
         judge(photos, tmp_path / "other", vaes)
+    (tmp_path / "album" / "pictures").mkdir(parents=True)
+    with pytest.raises(ReportError, match=r"holds files of others \(pictures\)"):
+        judge(photos, tmp_path / "album", vaes)
     with pytest.raises(ReportError, match="another recipe"):
         judge(photos, judged[0], vaes, replace(RECIPE, rounding="float"))
     with pytest.raises(ReportError, match="would mix"):
@@ -359,7 +377,7 @@ class Drawn:
 
     def read(self, key: str) -> bytes:
         file = io.BytesIO()
-        noise = np.random.default_rng(int(key)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        noise = np.random.default_rng(int(key)).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(noise).save(file, "png")
         return file.getvalue()
 

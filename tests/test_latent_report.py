@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdvae.evaluate.candidates import VAECandidate, to_levels
 from sdvae.evaluate.latents import NUM_BINS, LatentSums, radial_power, report
-from sdvae.evaluate.probes import TRIPS, central_crop, decay, equivariance
+from sdvae.evaluate.probes import TRIPS, central_crop, probe, spread
 from sdvae.evaluate.results import Curve, LatentReport
 from sdvae.pixels import to_pixels
 from sdvae.posterior import DiagonalGaussian
@@ -119,7 +119,7 @@ def test_a_swap_of_channels_shifts_colours_and_comes_back_after_two_trips() -> N
     found = gathered(SWAP, [one])
     means = one.reshape(-1, 3).astype(np.float64).mean(0)
     assert found.colour_shift == pytest.approx((means[2] - means[0], 0, means[0] - means[2]), abs=1e-9)
-    curve = decay(as_candidate(SWAP), [one])
+    _, curve = probe(as_candidate(SWAP), [one])
     assert curve.x == tuple(map(float, TRIPS))
     assert curve.y[0] < 20
     assert curve.y[1:] == (100.0,) * 4
@@ -131,7 +131,7 @@ def test_a_gain_of_a_half_halves_the_contrast_and_decays() -> None:
     assert found.contrast_gain == pytest.approx((0.5, 0.5, 0.5), abs=2e-3)
     means = one.reshape(-1, 3).astype(np.float64).mean(0)
     assert found.colour_shift == pytest.approx(0.5 * (127.5 - means), abs=0.3)
-    curve = decay(as_candidate(GAIN), [one])
+    _, curve = probe(as_candidate(GAIN), [one])
     # What is lost after k trips is (1 - 2^-k) of the distance to grey.
     lost = [(1 - 0.5**trip) ** 2 for trip in TRIPS]
     drops = [curve.y[0] - value for value in curve.y]
@@ -165,10 +165,9 @@ def test_the_photos_spectrum_stands_beside_that_of_the_latents() -> None:
 
 def test_pixelwise_vaes_follow_every_transform_and_a_ramp_follows_none() -> None:
     for known in (IDENTITY, GAIN):
-        assert [one.latent_error for one in equivariance(as_candidate(known), [image()])] == pytest.approx(
-            [0, 0], abs=1e-6
-        )
-    half, turn = equivariance(as_candidate(RAMP), [image()])
+        found, _ = probe(as_candidate(known), [image()])
+        assert [one.latent_error for one in found] == pytest.approx([0, 0], abs=1e-6)
+    (half, turn), _ = probe(as_candidate(RAMP), [image()])
     assert turn.latent_error > 0.5
     assert turn.psnr_db < 15 < half.psnr_db + 100
     ramp, turned = torch.linspace(-1, 1, 32).expand(32, 32), torch.linspace(-1, 1, 32).expand(32, 32).rot90()
@@ -189,12 +188,31 @@ def test_the_posterior_of_scaled_latents_is_scaled_as_the_latents_are(small_vae:
 def test_a_central_crop_is_a_multiple_of_two_latents() -> None:
     large = np.zeros((700, 300, 3), np.uint8)
     large[350, 150] = 255
-    crop = central_crop(large, 16)
+    crop = central_crop(large, 16, 140)
     assert crop is not None
-    assert crop.shape == (256, 256, 3)
+    assert crop.shape == (128, 128, 3)
     assert crop.max() == 255
-    assert central_crop(large[:, :100], 32) is not None
-    assert central_crop(large[:20], 16) is None
+    assert central_crop(large[:, :100], 32, 128) is not None
+    assert central_crop(large[:20], 16, 128) is None
+
+
+def test_probes_are_of_the_mean_of_images_whatever_their_sizes() -> None:
+    images = [image(0), image(1, 48), image(2)]
+    together, curve = probe(as_candidate(GAIN), images)
+    alone = [probe(as_candidate(GAIN), [one]) for one in images]
+    assert [one.num_images for one in together] == [3, 3]
+    assert curve.y == pytest.approx(np.mean([decay.y for _, decay in alone], 0), abs=1e-9)
+    assert together[1].psnr_db == pytest.approx(np.mean([found[1].psnr_db for found, _ in alone]), abs=1e-9)
+
+
+def test_probed_photos_are_spread_evenly_and_never_doubled() -> None:
+    assert spread(5, 8, 0) == [0, 1, 2, 3, 4]
+    for seed in range(20):
+        places = spread(1000, 8, seed)
+        assert set(np.diff(places)) <= {125}
+        assert 0 <= places[0] < 125
+        assert places == spread(1000, 8, seed)
+    assert len({spread(1000, 8, seed)[0] for seed in range(20)}) > 10
 
 
 def test_sums_of_other_channels_are_not_added() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html import unescape
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +40,15 @@ def test_the_page_says_what_results_say(tmp_path: Path) -> None:
     assert {plot.title for plot in page.plots} >= {"Rate against distortion", "Decay over round trips"}
     html = unescape(render(page))
     assert results.caption in html and page.remarks[0] in html and "7be5" * 16 in html
+
+
+def test_who_reads_the_same_is_not_called_best(tmp_path: Path) -> None:
+    results = make_results(tmp_path, num_images=1, num_vaes=2)
+    first, second, codec = results.candidates
+    equal = replace(codec, summaries=dict(second.summaries) | {"ssim": replace(second.summaries["ssim"], mean=0.8)})
+    findings = comparison(tmp_path, replace(results, candidates=(first, second, equal))).findings
+    assert "PSNR" not in findings
+    assert "JPEG is best by SSIM." in findings
 
 
 def test_file_names_are_text(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from sdvae.app.work import DTYPES, METRICS, SIZES, TRIPS, Choice, Playground
+from sdvae.app.work import DTYPES, METRICS, SIZES, Choice, Playground
 from sdvae.errors import ConfigError, ImageError, SdvaeError
+from sdvae.evaluate.probes import TRIPS
 from sdvae.report.render import asset, content_policy, environment
 
 HOST = "127.0.0.1"

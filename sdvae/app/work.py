@@ -12,6 +12,7 @@ from sdvae.encoding.resize import apply
 from sdvae.engine.precision import choose_dtype
 from sdvae.errors import ConfigError
 from sdvae.evaluate.candidates import VAECandidate, padded_pixels
+from sdvae.evaluate.probes import TRIPS
 from sdvae.images.read import read_image
 from sdvae.metrics import psnr
 from sdvae.pixels import to_images
@@ -27,7 +28,6 @@ Frames = list[tuple[Picture, str]]  # each with its caption
 
 MAX_PIXELS = 2**26  # of an upload, before it is shrunk
 SIZES = (256, 512, 768, 1024)
-TRIPS = (1, 2, 4, 8, 16)
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 TILINGS = ("none", "diffusers")
 _TILE_PX = 256

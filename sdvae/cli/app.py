@@ -2,19 +2,13 @@
 
 import click
 
-from sdvae.cli.shared import Console, with_console
+from sdvae.cli.shared import DEVICE, VAES, Console, with_console
 from sdvae.errors import ConfigError
 
 
 @click.command(short_help="Try VAEs on your photos, in the browser.")
-@click.option(
-    "--vae",
-    "vaes",
-    metavar="VAE",
-    multiple=True,
-    help="A folder, a VAE or checkpoint file, or a hub id; can be repeated.  [default: the embedded VAE]",
-)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
+@VAES
+@DEVICE
 @click.option("--port", type=click.IntRange(0, 65535), default=7878, show_default=True, help="0 takes a free one.")
 @click.option("--open", "is_opened", is_flag=True, help="Also open the page in the browser.")
 @with_console

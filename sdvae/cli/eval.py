@@ -1,5 +1,6 @@
 """`sdvae eval`: how well VAEs reconstruct photos."""
 
+import re
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,7 +9,18 @@ from typing import TYPE_CHECKING
 import click
 
 from sdvae.amounts import count
-from sdvae.cli.shared import BUDGET, FAMILY, PATH, Console, take_own_gpu, with_console
+from sdvae.cli.shared import (
+    BATCH_SIZE,
+    BUDGET,
+    DEVICE,
+    FAMILY,
+    PATH,
+    VAES,
+    Console,
+    dtype_option,
+    take_own_gpu,
+    with_console,
+)
 
 if TYPE_CHECKING:
     from sdvae.evaluate.candidates import VAECandidate
@@ -21,13 +33,7 @@ _TILES = (512, 256)
 
 @click.command("eval", short_help="Judge VAEs by what they make of photos.")
 @click.argument("source", metavar="SRC")
-@click.option(
-    "--vae",
-    "vaes",
-    metavar="VAE",
-    multiple=True,
-    help="A folder, a VAE or checkpoint file, or a hub id; can be repeated.  [default: the embedded VAE]",
-)
+@VAES
 @click.option("-o", "--output", type=PATH, metavar="REPORT", help="The folder to write results.json and pictures into.")
 @click.option(
     "--recipe",
@@ -53,24 +59,11 @@ _TILES = (512, 256)
     help="Instead of a report: the same photos under each other convention, and which number it moves.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Judge only the first N photos of SRC.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    metavar="N",
-    default=1,
-    show_default=True,
-    help="Images in one batch; the numbers do not depend on it.",
-)
+@BATCH_SIZE
 @BUDGET
 @FAMILY
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="fp32",
-    show_default=True,
-    help="The dtype that the network computes in.",
-)
+@DEVICE
+@dtype_option("fp32")
 @with_console
 def evaluate(
     source: str,
@@ -81,7 +74,7 @@ def evaluate(
     vary: str | None,
     explain_difference: bool,
     limit: int | None,
-    batch_size: int,
+    batch_size: int | None,
     budget: int | None,
     family: str | None,
     device: str,
@@ -160,7 +153,7 @@ def _candidates(
 
     if vary is None:
         loaded = [VAE.load(spec, device, dtype, family) for spec in specs]
-        labels = [_label(vae.name) for vae in loaded]
+        labels = [_label(vae) for vae in loaded]
         return [
             VAECandidate(vae, label if labels.count(label) == 1 else vae.name, budget=budget)
             for vae, label in zip(loaded, labels, strict=True)
@@ -174,7 +167,7 @@ def _varied(vae: "VAE", vary: str, budget: int | None) -> "list[VAECandidate]":
     from sdvae.evaluate.candidates import VAECandidate
     from sdvae.vae import VAE
 
-    name = _label(vae.name)
+    name = _label(vae)
     if vary == "size":
         return [VAECandidate(vae, f"{name} {size} px", size_px=size, budget=budget) for size in _SIZES]
     if vary == "tiling":
@@ -187,7 +180,9 @@ def _varied(vae: "VAE", vary: str, budget: int | None) -> "list[VAECandidate]":
     ]
 
 
-def _label(name: str) -> str:
-    """A short name: of a path, the last part without its ending."""
-    path = Path(name)
-    return path.stem if path.is_file() else path.name if path.is_dir() else name
+def _label(vae: "VAE") -> str:
+    """A short name: of a path, the last part without its ending; of a TAESD's two files, what they share."""
+    path = Path(vae.name)
+    if not path.is_file():
+        return path.name if path.is_dir() else vae.name
+    return re.sub("_(encoder|decoder)$", "", path.stem)

@@ -30,8 +30,9 @@ _LOG = logging.getLogger("sdvae")
 _MOST_NAMED = 10
 _LINE_EACH_S = 30.0  # of progress, where there is no terminal
 _COUNTED = {  # phase -> what it counts
-    "scan": "photos", "encode": "photos", "judge": "photos", "score": "photos", "score clean photos": "photos",
-    "measure the error": "photos", "verify": "records", "export": "records", "train": "steps",
+    "scan": "photos", "encode": "photos", "judge": "photos", "probes": "VAEs", "score": "photos",
+    "score clean photos": "photos", "measure the error": "photos", "verify": "records", "export": "records",
+    "train": "steps",
 }  # fmt: skip
 
 
@@ -182,6 +183,27 @@ DRY_RUN = click.option(
     "--dry-run", is_flag=True, help="Check everything and report what would be written, but write nothing."
 )
 FORCE = click.option("--force", is_flag=True, help="Write over what OUT holds already.")
+DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
+VAES = click.option(
+    "--vae",
+    "vaes",
+    metavar="VAE",
+    multiple=True,
+    help="A folder, a VAE or checkpoint file, or a hub id; can be repeated.  [default: the embedded VAE]",
+)
+
+
+def dtype_option(default: str) -> Callable[..., Any]:
+    """--dtype: what a network computes in."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+        default=default,
+        show_default=True,
+        help="The dtype that the network computes in.",
+    )
+
+
 _VAE_OPTIONS = (
     click.option(
         "--vae", metavar="VAE", help="A folder, a VAE or checkpoint file, or a hub id.  [default: the embedded VAE]"
@@ -192,14 +214,8 @@ _VAE_OPTIONS = (
         type=click.Choice(PADDINGS),
         help="What lies beyond the borders; circular joins them, also in x or y only.  [default: the VAE's, zeros]",
     ),
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps."),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-        default="auto",
-        show_default=True,
-        help="The dtype that the network computes in.",
-    ),
+    DEVICE,
+    dtype_option("auto"),
 )
 BATCH_SIZE = click.option(
     "--batch-size",

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from sdvae.amounts import count
-from sdvae.cli.shared import PATH, Console, with_console
+from sdvae.cli.shared import DEVICE, PATH, Console, with_console
 
 
 @click.command(short_help="Train or fine-tune a VAE on photos.")
@@ -19,7 +19,7 @@ from sdvae.cli.shared import PATH, Console, with_console
     help="Change one key of the config: data.source=PHOTOS, optimizer.learning_rate=5e-5; can be repeated.",
 )
 @click.option("-o", "--output", type=PATH, required=True, metavar="RUN", help="The folder of the run.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
+@DEVICE
 @with_console
 def train(config: str, settings: tuple[str, ...], output: Path, device: str, console: Console) -> None:
     """Train as CONFIG says, a TOML file or the name of a ready one: finetune_decoder, photos_kl_f8, small.

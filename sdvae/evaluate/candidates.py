@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,32 +15,15 @@ from sdvae.bench.contenders import load_diffusers
 from sdvae.config import VAEConfig
 from sdvae.engine.precision import DTYPES
 from sdvae.engine.run import Budget
+from sdvae.engine.tiny_run import TinyEngine
 from sdvae.errors import ReportError
+from sdvae.evaluate.results import Identity
 from sdvae.model import AutoencoderKL
 from sdvae.pixels import pad_to_multiple, to_pixels
 from sdvae.posterior import DiagonalGaussian
-from sdvae.tiny import AutoencoderTiny
 from sdvae.vae import VAE
 
 Image = NDArray[np.uint8]  # (H, W, 3)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a candidate is, as the results tell it; two of one identity give the same numbers."""
-
-    label: str
-    kind: Literal["vae", "codec"]
-    name: str = ""
-    fingerprint: str | None = None
-    latent_space: str | None = None
-    latent_channels: int | None = None
-    downscale: int | None = None
-    num_parameters: int | None = None
-    device: str = "cpu"
-    dtype: str | None = None
-    tiling: str = "none"
-    size_px: int | None = None
 
 
 class VAECandidate:
@@ -61,13 +43,13 @@ class VAECandidate:
             raise ReportError(f"{vae.name} takes {vae.config.in_channels} channels; eval judges VAEs of RGB photos")
         self.vae, self.budget = vae, budget
         self.config: VAEConfig = vae.config
-        self.has_posterior = not isinstance(vae.model, AutoencoderTiny)
+        self.has_posterior = not isinstance(vae.engine, TinyEngine)
         dtype = next(name for name, dtype in DTYPES.items() if dtype == vae.dtype)
         self.tiled = _load_tiled(vae, dtype, tile_px) if tile_px else None
         self.identity = Identity(
             label or vae.name, "vae", vae.name, vae.fingerprint, vae.latent_space, vae.config.latent_channels,
-            vae.config.downscale, sum(parameter.numel() for parameter in vae.model.parameters()), str(vae.device),
-            dtype, f"diffusers {tile_px} px" if tile_px else "none", size_px,
+            vae.config.downscale, vae.num_parameters, str(vae.device), dtype,
+            f"diffusers {tile_px} px" if tile_px else "none", size_px,
         )  # fmt: skip
 
     def exactly(self) -> AbstractContextManager[object]:

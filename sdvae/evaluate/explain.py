@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from sdvae.amounts import count
 from sdvae.encoding.prepare import list_entries
 from sdvae.errors import ReportError
 from sdvae.evaluate.judge import Judge, appoint
@@ -62,7 +63,8 @@ def explained(explanation: Explanation) -> Iterator[str]:
     """The lines of a table: what each convention moves, and by how much."""
     names = list(explanation.means)
     yield explanation.recipe.caption()
-    yield f"{explanation.num_images} images; below the recipe's means, what each other convention moves them by"
+    num = count(explanation.num_images, "image")
+    yield f"{num}; below the recipe's means, what each other convention moves them by"
     yield ""
     yield " " * 32 + "".join(f"{METRICS[name].label:>16}" for name in names)
     yield f"{explanation.recipe.name:<32}" + "".join(f"{explanation.means[name]:>16.4f}" for name in names)

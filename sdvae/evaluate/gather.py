@@ -8,23 +8,20 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvae.evaluate.judge import Judge
-from sdvae.evaluate.notes import Notes
-from sdvae.evaluate.round_trip import Candidate, Part
+from sdvae.amounts import count
+from sdvae.evaluate.evaluation import Evaluation
+from sdvae.evaluate.round_trip import Part
+from sdvae.metrics import METRICS
 from sdvae.sealed import canonical_json
-from sdvae.sources.entries import Entry
 
 
 class Gathered:
     """What all chunks say together: eight bytes in memory for each score of each image."""
 
-    def __init__(
-        self, notes: Notes, num_chunks: int, entries: Sequence[Entry], judge: Judge, candidates: Sequence[Candidate]
-    ) -> None:
-        self.notes, self.num_chunks, self.entries = notes, num_chunks, entries
-        self.judge, self.candidates = judge, candidates
-        self.parts = [Part() for _ in candidates]
-        self.values = [{name: array("d") for name in judge.scores} for _ in candidates]
+    def __init__(self, work: Evaluation) -> None:
+        self.work = work
+        self.parts = [Part() for _ in work.candidates]
+        self.values = [{name: array("d") for name in work.judge.scores} for _ in work.candidates]
         self.indices = array("q")
         self.left_out: Counter[str] = Counter()
 
@@ -35,8 +32,8 @@ class Gathered:
 
     def lines(self) -> Iterator[bytes]:
         """The lines of scores.jsonl; what else the chunks say is gathered as they pass."""
-        for number in range(self.num_chunks):
-            line = self.notes.chunk(number)
+        for number in range(self.work.num_chunks):
+            line = self.work.notes.chunk(number)
             self.left_out.update(line["left_out"].values())
             parts = [Part.from_json(values) for values in line["parts"]]
             for whole, part in zip(self.parts, parts, strict=True):
@@ -68,11 +65,13 @@ class Gathered:
         """Sentences on what the numbers lack."""
         if self.num_images == 1:
             yield "Of one image no interval can be given."
-        counts = {name: int(np.isfinite(self.array(0, name)).sum()) for name in self.judge.scores}
+        counts = {name: int(np.isfinite(self.array(0, name)).sum()) for name in self.work.judge.scores}
         for name, num in counts.items():
             if num < max(counts.values()):
-                yield f"{max(counts.values()) - num} of {self.num_images} images are too small for {name}."
-        for candidate, part in zip(self.candidates, self.parts, strict=True):
+                small = max(counts.values()) - num
+                are = "is" if small == 1 else "are"
+                yield f"{small} of {count(self.num_images, 'image')} {are} too small for {METRICS[name].label}."
+        for candidate, part in zip(self.work.candidates, self.parts, strict=True):
             if part.num_failed:
                 yield f"{candidate.identity.label} gave no finite picture of {part.num_failed} images."
 
@@ -83,5 +82,6 @@ class Gathered:
             for values, scores in zip(self.values, found, strict=True):
                 for name, column in values.items():
                     column.append(scores.get(name, math.nan))
-            named = {candidate.identity.label: scores for candidate, scores in zip(self.candidates, found, strict=True)}
-            yield canonical_json({"index": index, "key": self.entries[index].key, "scores": named})
+            labels = [candidate.identity.label for candidate in self.work.candidates]
+            named = dict(zip(labels, found, strict=True))
+            yield canonical_json({"index": index, "key": self.work.entries[index].key, "scores": named})

@@ -101,8 +101,11 @@ def _lines(path: Path) -> Iterator[tuple[int, Line]]:
 def _require_ours(report: Path) -> None:
     if report.exists() and not report.is_dir():
         raise ReportError(f"{report} is not a folder; give the report a folder of its own")
-    other = sorted(path.name for path in report.iterdir() if path.name not in _OURS) if report.exists() else []
-    if other and not (report / _JOURNAL / "plan.json").exists():
+    if (report / _JOURNAL / "plan.json").exists():
+        return
+    ours = _OURS if (report / RESULTS_NAME).exists() else {_JOURNAL}
+    other = sorted(path.name for path in report.iterdir() if path.name not in ours) if report.exists() else []
+    if other:
         raise ReportError(f"{report} holds files of others ({', '.join(other[:3])}); give the report its own folder")
 
 

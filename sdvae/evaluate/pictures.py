@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -90,6 +90,12 @@ class PictureFolder:
             for plane, (black, white) in zip(values, ranges, strict=True)
         ]
         return self.exact(name, np.concatenate(shades, 1).astype(np.uint8)), tuple(ranges)
+
+    def keep_only(self, names: Container[str]) -> None:
+        """Remove what was written under other names."""
+        for path in self.folder.iterdir():
+            if path.is_file() and path.name not in names:
+                path.unlink()
 
     def _write(self, name: str, photo: Pillow.Image, **options: int | bool) -> Picture:
         file = io.BytesIO()

@@ -43,8 +43,14 @@ class Recipe:
     lpips_range: Literal["-1..1", "0..1"] = "-1..1"  # 0..1 is a frequent mistake: LPIPS wants -1..1
     metrics: tuple[str, ...] = ("psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_vgg", "rfid", "rkid")
     max_images: int | None = None  # the first ones, in the order of the source
+    num_probed: int = 8  # photos that equivariance and decay are measured on: evenly spaced, from where `seed` says
+    probe_px: int = 128  # the side of their central crops
     published: tuple[Published, ...] = ()
     note: str = ""
+
+    def probed(self) -> str:
+        """What equivariance and decay are measured on, in words."""
+        return f"central crops of {self.probe_px} px of at most {self.num_probed} photos, evenly spaced"
 
     def caption(self) -> str:
         """The caption of a table: one paragraph that lets a stranger repeat the numbers."""
@@ -59,7 +65,8 @@ class Recipe:
         first = f", the first {self.max_images:,} photos" if self.max_images else ""
         text = (
             f"Recipe {self.name}: {self.title}. {sizes}{crops[self.crop]}{filters}{edges}{first}; {draws}; "
-            f"reconstructions clamped and {rounding}; SSIM on RGB, {window}; LPIPS on {self.lpips_range}."
+            f"reconstructions clamped and {rounding}; SSIM on RGB, {window}; LPIPS on {self.lpips_range}; "
+            f"equivariance and decay on {self.probed()}."
         )
         return f"{text} {self.note}".rstrip()
 

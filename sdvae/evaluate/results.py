@@ -113,12 +113,11 @@ class LatentReport:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One column of the comparison: a VAE in one dtype, tiling and size, or a codec as a floor."""
+class Identity:
+    """Who is judged: a VAE in one dtype, tiling and size, or a codec as a floor; one identity, one set of numbers."""
 
     label: str  # unique, short, for people
     kind: Literal["vae", "codec"]
-    summaries: Mapping[str, Summary]  # by metric; one that could not be computed is absent
     name: str = ""  # of the VAE
     fingerprint: str | None = None
     latent_space: str | None = None
@@ -129,6 +128,13 @@ class Candidate:
     dtype: str | None = None  # "fp32", "bf16", "fp16"
     tiling: str = "none"  # or whose tiles: "diffusers 512 px"
     size_px: int | None = None  # where it is not the recipe's
+
+
+@dataclass(frozen=True)
+class Candidate(Identity):
+    """One row of the comparison."""
+
+    summaries: Mapping[str, Summary] = field(default_factory=dict)  # by metric; one without a value is absent
     encode_s: float | None = None  # per image
     decode_s: float | None = None
     peak_bytes: int | None = None  # of memory beside the weights, for one image
@@ -176,6 +182,14 @@ class View:
     channel_ranges: tuple[tuple[float, float], ...] = ()  # scaled latents at black and at white
     posterior_std: Picture | None = None  # greyscale, mean over the channels, scaled
     posterior_std_range: tuple[float, float] | None = None
+
+    def pictures(self) -> tuple[Picture, ...]:
+        """Every file that it shows."""
+        found = (
+            self.original, self.reconstruction, self.error, self.worst.original, self.worst.reconstruction,
+            self.channels, self.posterior_std,
+        )  # fmt: skip
+        return tuple(picture for picture in found if picture is not None)
 
 
 Reason = Literal["worst", "median", "best", "first"]

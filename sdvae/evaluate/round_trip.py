@@ -1,6 +1,6 @@
 """One chunk of photos through one candidate: reconstructions, scores, sums."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from sdvae.posterior import DiagonalGaussian
 
 Image = NDArray[np.uint8]  # (H, W, 3)
 Candidate = VAECandidate | CodecCandidate
+
+_BATCH_PIXELS = 512 * 512  # of a batch; beyond, a CPU gains nothing
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,17 @@ def cut_all(photos: Iterable[Photo], recipe: Recipe, left_out: dict[int, str]) -
 
 
 def judge_chunk(
-    candidate: Candidate, items: Sequence[Item], recipe: Recipe, judge: Judge, batch_size: int
+    candidate: Candidate,
+    items: Sequence[Item],
+    recipe: Recipe,
+    judge: Judge,
+    batch_size: int | None,
+    show: Callable[[Reconstruction], None] | None = None,
 ) -> tuple[Part, dict[int, Tensor]]:
-    """The scores of these images, and the features of their reconstructions where the judge compares sets."""
+    """The scores of these images, and the features of their reconstructions where the judge compares sets.
+
+    `show` is called with each reconstruction that is finite.
+    """
     part, features = Part(), {}
     sums: dict[int, LatentSums] = {}
     for one in reconstruct(candidate, items, recipe, batch_size, part):
@@ -96,6 +106,8 @@ def judge_chunk(
         part.num_images += 1
         part.scores[index] = judge.score(one.levels, one.original)
         part.bits += one.bits_per_pixel or 0.0
+        if show is not None:
+            show(one)
         if judge.inception is not None:
             features[index] = judge.features(one.levels)
         if one.scaled is not None:
@@ -109,9 +121,12 @@ def judge_chunk(
 
 
 def reconstruct(
-    candidate: Candidate, items: Sequence[Item], recipe: Recipe, batch_size: int, part: Part
+    candidate: Candidate, items: Sequence[Item], recipe: Recipe, batch_size: int | None, part: Part
 ) -> Iterator[Reconstruction]:
-    """Each image through the candidate, those of one size together; `part` is told the seconds."""
+    """Each image through the candidate, those of one size together; `part` is told the seconds.
+
+    Without a `batch_size`, small images share a batch.
+    """
     if isinstance(candidate, CodecCandidate):
         for item in items:
             image, bits = candidate.reconstruct(item.image)
@@ -121,8 +136,10 @@ def reconstruct(
     for item in items:
         by_size.setdefault(item.image.shape, []).append(item)
     for same in by_size.values():
-        for start in range(0, len(same), batch_size):
-            yield from _run(candidate, same[start : start + batch_size], recipe, part)
+        height, width = same[0].image.shape[:2]
+        together = batch_size or max(1, _BATCH_PIXELS // (height * width))
+        for start in range(0, len(same), together):
+            yield from _run(candidate, same[start : start + together], recipe, part)
 
 
 def _run(candidate: VAECandidate, items: Sequence[Item], recipe: Recipe, part: Part) -> Iterator[Reconstruction]:

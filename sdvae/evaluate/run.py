@@ -6,6 +6,7 @@ Ranks talk to nobody: each takes every n-th chunk, and whoever finds all of them
 import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from sdvae.encoding.prepare import list_entries
 from sdvae.encoding.runners import Ranks
 from sdvae.errors import ReportError
 from sdvae.evaluate.codecs import CodecCandidate
+from sdvae.evaluate.evaluation import Evaluation
 from sdvae.evaluate.finish import finish
+from sdvae.evaluate.gallery import Gallery
 from sdvae.evaluate.judge import CPU, Judge, appoint
 from sdvae.evaluate.notes import Notes
 from sdvae.evaluate.photos import Photo, read_photos
@@ -29,7 +32,7 @@ from sdvae.perceptual.inception import NUM_FEATURES
 from sdvae.progress import Progress, silent
 from sdvae.sources.entries import Entry, Source
 
-CHUNK = 8  # photos of a line in the journal; a kill costs at most one
+SHOWN_AT_ONCE = 24  # of so many photos or fewer, pictures are made of all while they are judged: half may be shown
 
 
 def evaluate(
@@ -38,7 +41,7 @@ def evaluate(
     candidates: Sequence[Candidate],
     recipe: Recipe,
     *,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     ranks: Ranks | None = None,
     must_have_all: bool = False,
     progress: Progress = silent,
@@ -56,41 +59,29 @@ def evaluate(
         _require_apart(source.root.resolve(), report.resolve())
     judge = appoint(recipe, _place(candidates), must_have_all=must_have_all)
     notes = Notes(report, _plan(recipe, candidates, judge, entries), ranks.rank)
-    run = _Run(source, entries, candidates, recipe, judge, notes, batch_size)
-    run.chunks(ranks, progress)
+    work = Evaluation(source, entries, candidates, recipe, judge, notes, Gallery(report))
+    _Run(work, batch_size).chunks(ranks, progress)
     notes.read()
-    if len(notes.chunks) < run.num_chunks:
-        return None
-    return finish(source, entries, candidates, recipe, judge, notes, run.num_chunks, progress)
+    return finish(work, progress) if len(notes.chunks) == work.num_chunks else None
 
 
 class _Run:
     """The chunks of one rank."""
 
-    def __init__(
-        self,
-        source: Source,
-        entries: Sequence[Entry],
-        candidates: Sequence[Candidate],
-        recipe: Recipe,
-        judge: Judge,
-        notes: Notes,
-        batch_size: int,
-    ) -> None:
-        self.source, self.entries, self.candidates = source, entries, candidates
-        self.recipe, self.judge, self.notes, self.batch_size = recipe, judge, notes, batch_size
-        self.num_chunks = -(-len(entries) // CHUNK)
+    def __init__(self, work: Evaluation, batch_size: int | None) -> None:
+        self.work, self.batch_size = work, batch_size
+        self.shows_all = len(work.entries) <= SHOWN_AT_ONCE
 
     def chunks(self, ranks: Ranks, progress: Progress) -> None:
         """Judge and note the chunks of this rank that nobody has noted yet."""
-        share = ranks.share(range(self.num_chunks))
-        left = [number for number in share if number not in self.notes.chunks]
-        places = [(number, self._places(number)) for number in left]
-        num_all = sum(len(self._places(number)) for number in share)
+        work = self.work
+        share = ranks.share(range(work.num_chunks))
+        places = [(number, work.places(number)) for number in share if number not in work.notes.chunks]
+        num_all = sum(len(work.places(number)) for number in share)
         num_done = num_all - sum(len(these) for _, these in places)
-        photos = read_photos(self.source, [(place, self.entries[place]) for _, these in places for place in these])
+        photos = read_photos(work.source, [(place, work.entries[place]) for _, these in places for place in these])
         with ExitStack() as stack:
-            for candidate in self.candidates:
+            for candidate in work.candidates:
                 if not isinstance(candidate, CodecCandidate):
                     stack.enter_context(candidate.exactly())
             for number, these in places:
@@ -99,49 +90,48 @@ class _Run:
                 num_done += len(these)
                 progress("judge", num_done, num_all)
 
-    def _places(self, number: int) -> range:
-        return range(number * CHUNK, min((number + 1) * CHUNK, len(self.entries)))
-
     def _chunk(self, number: int, photos: Sequence[Photo]) -> None:
+        work = self.work
         left_out: dict[int, str] = {}
         parts: list[dict[str, Any]] = []
         of_originals: set[str] = set()
-        for place, candidate in enumerate(self.candidates):
-            recipe = sized(self.recipe, candidate.identity.size_px)
+        for place, candidate in enumerate(work.candidates):
+            recipe = sized(work.recipe, candidate.identity.size_px)
             items = list(cut_all(photos, recipe, left_out))
             self._measure_peak(candidate, items, recipe)
-            part, features = judge_chunk(candidate, items, recipe, self.judge, self.batch_size)
+            show = partial(work.gallery.add, place, candidate) if self.shows_all else None
+            part, features = judge_chunk(candidate, items, recipe, work.judge, self.batch_size, show)
             parts.append(part.to_json())
-            if self.judge.inception is not None:
+            if work.judge.inception is not None:
                 self._note_features(number, str(place), list(features.values()))
                 original = original_name(recipe)
                 if original not in of_originals:
                     of_originals.add(original)
                     self._note_features(number, original, [self._features(item) for item in items])
-        self.notes.append(
+        work.notes.append(
             {"chunk": number, "left_out": {str(index): reason for index, reason in left_out.items()}, "parts": parts}
         )
 
     def _measure_peak(self, candidate: Candidate, items: Sequence[Item], recipe: Recipe) -> None:
         """Once a candidate and report: the memory that one image takes; it also warms the candidate up."""
-        label = candidate.identity.label
-        if not items or label in self.notes.peaks or isinstance(candidate, CodecCandidate):
+        label, notes = candidate.identity.label, self.work.notes
+        if not items or label in notes.peaks or isinstance(candidate, CodecCandidate):
             return
         first = items[:1]
         judge = Judge((), {}, None, ())
         _, num_bytes = measure_peak(lambda: judge_chunk(candidate, first, recipe, judge, 1), candidate.vae.device)
-        self.notes.peaks[label] = num_bytes
-        self.notes.append({"peak": label, "bytes": num_bytes})
+        notes.peaks[label] = num_bytes
+        notes.append({"peak": label, "bytes": num_bytes})
 
     def _features(self, item: Item) -> torch.Tensor:
         levels = torch.tensor(item.image, dtype=torch.uint8, device="cpu").permute(2, 0, 1)[None]
-        return self.judge.features(levels)
+        return self.work.judge.features(levels)
 
     def _note_features(self, chunk: int, name: str, features: Sequence[torch.Tensor]) -> None:
         rows = (
             torch.stack(list(features)) if features else torch.zeros(0, NUM_FEATURES, dtype=torch.float32, device="cpu")
         )
-        self.notes.write_features(chunk, name, rows.numpy().astype(np.float32))
+        self.work.notes.write_features(chunk, name, rows.numpy().astype(np.float32))
 
 
 def _place(candidates: Sequence[Candidate]) -> torch.device:

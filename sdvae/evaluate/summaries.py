@@ -19,10 +19,10 @@ def original_name(recipe: Recipe) -> str:
     return f"original-{recipe.size_px or 'whole'}"
 
 
-def summarise(column: MetricColumn, place: int, gathered: Gathered, notes: Notes, recipe: Recipe) -> Summary | None:
+def summarise(column: MetricColumn, place: int, gathered: Gathered) -> Summary | None:
     """One column of one candidate; None where no image has this score."""
     if column.scope == "set":
-        return _set_summary(column.name, place, gathered, notes, recipe)
+        return _set_summary(column.name, place, gathered)
     everything = np.concatenate([gathered.array(other, column.name) for other in range(len(gathered.parts))])
     values = gathered.array(place, column.name)
     values = values[np.isfinite(values)]
@@ -39,20 +39,21 @@ def summarise(column: MetricColumn, place: int, gathered: Gathered, notes: Notes
     )  # fmt: skip
 
 
-def _set_summary(name: str, place: int, gathered: Gathered, notes: Notes, recipe: Recipe) -> Summary | None:
+def _set_summary(name: str, place: int, gathered: Gathered) -> Summary | None:
     """Frechet's distance from sums in fp64, the kernel's from subsets; both chunk by chunk from disk."""
-    original = original_name(sized(recipe, gathered.candidates[place].identity.size_px))
+    work = gathered.work
+    original = original_name(sized(work.recipe, work.candidates[place].identity.size_px))
     if gathered.num_images < 2:
         return None
     if name == "rfid":
         statistics = [FeatureStatistics(), FeatureStatistics()]
-        for number in range(gathered.num_chunks):
+        for number in range(work.num_chunks):
             for gathers, which in zip(statistics, (str(place), original), strict=True):
-                features = notes.read_features(number, which)
+                features = work.notes.read_features(number, which)
                 if len(features):
                     gathers.add(features)
         return Summary(frechet_distance(*statistics), None, None, statistics[0].num)
-    ours, theirs = (_Rows(notes, gathered.num_chunks, which) for which in (str(place), original))
+    ours, theirs = (_Rows(work.notes, work.num_chunks, which) for which in (str(place), original))
     pairs = [
         unbiased_mmd(ours.read(our_rows), theirs.read(their_rows))
         for our_rows, their_rows in subsets(ours.num, theirs.num)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from sdvae.amounts import count
 from sdvae.evaluate.results import Candidate, MetricColumn, Results, Summary
 
 
@@ -10,7 +11,7 @@ def table(results: Results) -> Iterator[str]:
     left_out = sum(results.left_out.values())
     yield results.caption
     yield (
-        f"{results.num_images} images of {results.source}"
+        f"{count(results.num_images, 'image')} of {results.source}"
         + (f", {left_out} left out" if left_out else "")
         + "; means, and 95% intervals of the mean by bootstrap"
     )
@@ -21,6 +22,7 @@ def table(results: Results) -> Iterator[str]:
     if judged:
         yield ""
         yield from _aligned([_LATENT_HEADS, *map(_latent_row, judged)])
+        yield f"half size, quarter turn and 16 trips: {results.recipe.probed()}"
     yield from (
         f"published for {one.vae}: {one.metric} {one.value:g} ({one.source})" for one in results.recipe.published
     )

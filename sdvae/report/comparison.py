@@ -61,7 +61,7 @@ def _title(results: Results) -> str:
 
 
 def _findings(results: Results) -> str:
-    """Who is best at what, in sentences."""
+    """Who is best at what, in sentences; who reads the same as another is not."""
     best: dict[str, list[str]] = {}
     for column in results.columns:
         means = {
@@ -69,7 +69,9 @@ def _findings(results: Results) -> str:
         }
         if len(means) > 1:
             winner = (max if column.direction == "higher" else min)(means, key=lambda label: means[label])
-            best.setdefault(winner, []).append(column.label)
+            texts = [number(mean, metric_of(column).digits) for mean in means.values()]
+            if texts.count(number(means[winner], metric_of(column).digits)) == 1:
+                best.setdefault(winner, []).append(column.label)
     sentences = [f"{label} is best by {listed(names)}." for label, names in best.items()]
     times = {one.label: one.decode_s for one in results.candidates if one.kind == "vae" and one.decode_s}
     if len(times) > 1:

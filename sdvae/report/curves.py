@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from sdvae.amounts import count
 from sdvae.evaluate.results import Candidate, MetricColumn, Results
 from sdvae.report.plots import Axis, Histogram, Line, Point, distribution, lines, scatter
 from sdvae.report.view import Plot
@@ -10,7 +11,7 @@ from sdvae.report.view import Plot
 def plots(results: Results) -> list[Plot]:
     """Rate against distortion, decay and spectrum where they were measured, and the distribution of each metric."""
     candidates = list(enumerate(results.candidates))
-    made = [_rate(results, candidates), _decay(candidates), _spectrum(candidates)]
+    made = [_rate(results, candidates), _decay(results, candidates), _spectrum(candidates)]
     made += [_distribution(column, results.candidates) for column in results.columns]
     return [plot for plot in made if plot is not None]
 
@@ -34,7 +35,7 @@ def _interval(low: float | None, high: float | None) -> tuple[float, float] | No
     return None if low is None or high is None else (low, high)
 
 
-def _decay(candidates: Sequence[tuple[int, Candidate]]) -> Plot | None:
+def _decay(results: Results, candidates: Sequence[tuple[int, Candidate]]) -> Plot | None:
     judged = [(place, one.label, one.latents) for place, one in candidates if one.latents and one.latents.decay.x]
     if not judged:
         return None
@@ -42,7 +43,8 @@ def _decay(candidates: Sequence[tuple[int, Candidate]]) -> Plot | None:
     trips = sorted({trip for line in series for trip in line.xs})
     x = Axis("round trips", trips[0], max(trips[-1], trips[0] + 1), is_log=True, ticks=trips)
     y = Axis.around("PSNR, dB", [value for line in series for value in line.ys])
-    caption = f"A photo encoded and decoded again and again; the mean of {judged[0][2].num_decayed} photos."
+    num, side = judged[0][2].num_decayed, results.recipe.probe_px
+    caption = f"A photo encoded and decoded again and again: the mean of {count(num, 'crop')} of {side} px."
     svg = lines(series, x, y, "PSNR to the original after repeated round trips, a line for each VAE")
     return Plot("Decay over round trips", svg, caption)
 
