@@ -383,7 +383,7 @@ def test_a_store_of_another_padding_is_not_continued(tmp_path: Path) -> None:
 def test_the_command_line_takes_a_padding(tmp_path: Path) -> None:
     pictures = {}
     for padding in ("", "zeros", "circular"):
-        out = tmp_path / f"{padding}.png"
+        out = tmp_path / f"of{padding}.png"
         options = ["-n", "1", "--size", "32", "--device", "cpu", "--dtype", "fp32", "-o", str(out)]
         result = CliRunner().invoke(cli, ["sample", *options, *(["--padding", padding] if padding else [])])
         assert result.exit_code == 0, result.stderr
