@@ -12,10 +12,12 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
 import sdvae
+from sdvae.cli.main import cli
 from sdvae.config import PADDINGS, Padding, VAEConfig
 from sdvae.engine import execute as executing
 from sdvae.engine import plan as planning
@@ -376,3 +378,14 @@ def test_a_store_of_another_padding_is_not_continued(tmp_path: Path) -> None:
     other = VAE(model_of("zeros"), CPU, torch.float32, "it")
     with pytest.raises(StoreError, match="padding"):
         sdvae.encode_dataset(photos, tmp_path / "store", other, settings)
+
+
+def test_the_command_line_takes_a_padding(tmp_path: Path) -> None:
+    pictures = {}
+    for padding in ("", "zeros", "circular"):
+        out = tmp_path / f"of{padding}.png"
+        options = ["-n", "1", "--size", "32", "--device", "cpu", "--dtype", "fp32", "-o", str(out)]
+        result = CliRunner().invoke(cli, ["sample", *options, *(["--padding", padding] if padding else [])])
+        assert result.exit_code == 0, result.stderr
+        pictures[padding] = out.read_bytes()
+    assert pictures[""] == pictures["zeros"] != pictures["circular"]
