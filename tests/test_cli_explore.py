@@ -177,7 +177,7 @@ def test_anomaly_prints_a_table_and_writes_scores_and_a_sheet(
     assert last == f"2 of 4 photos above the threshold of {lines[2]['score']:.6f}"
     sheet = read(tmp_path / "worst.png")
     before = read_square(photos / lines[0]["key"], 32)
-    assert np.array_equal(sheet[8:264, 8:264], fit_square(before, 256))
+    assert np.array_equal(sheet[8:136, 8:136], fit_square(before, 128))
 
 
 def test_anomaly_without_clean_photos_has_no_threshold(run: Run, photos: Path) -> None:

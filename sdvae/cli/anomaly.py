@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _MOST_LISTED = 20
 _MOST_PICTURED = 12
-_CELL_PX = 256
+_LEAST_CELL_PX, _MOST_CELL_PX = 128, 256
 _UNITS = {"error": "mean squared error", "elbo": "-ELBO, nats/value", "likelihood": "-log p(x), nats/value"}
 
 
@@ -155,8 +155,10 @@ def _sheet(
 ) -> "NDArray[np.uint8]":
     from sdvae.explore.anomaly import reconstruct_worst
 
+    worst = reconstruct_worst(photos, vae, ranking, _MOST_PICTURED, preprocess, budget)
+    cell_px = min(_MOST_CELL_PX, max(_LEAST_CELL_PX, *(side for _, _, before, _ in worst for side in before.shape)))
     cells, captions = [], []
-    for key, score, before, after in reconstruct_worst(photos, vae, ranking, _MOST_PICTURED, preprocess, budget):
-        cells += [fit_square(before, _CELL_PX), fit_square(after, _CELL_PX)]
+    for key, score, before, after in worst:
+        cells += [fit_square(before, cell_px), fit_square(after, cell_px)]
         captions += [Path(key).name, f"after: {score:.4g}"]
     return grid(cells, 4, captions)
