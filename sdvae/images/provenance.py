@@ -13,7 +13,7 @@ from typing import Any
 from PIL import ExifTags, Image
 
 from sdvae import __version__
-from sdvae.images.failures import FAILURES
+from sdvae.images.failures import FAILURES, PillowFailures
 from sdvae.images.formats import spelled
 from sdvae.images.read import open_image
 from sdvae.printable import printable
@@ -76,7 +76,7 @@ def is_picture(path: Path) -> bool:
 
 def read_facts(path: Path) -> PictureFacts:
     """The metadata of a picture, which is not decoded; raises ImageError for a bad header."""
-    with open_image(path) as image:
+    with open_image(path) as image, PillowFailures(image):
         width, height = image.size
         xmp = image.info.get("xmp")
         provenance = Provenance.from_xmp(xmp) if isinstance(xmp, bytes | str) else None
