@@ -128,7 +128,7 @@ def test_options_are_the_documented_ones() -> None:
         "encode": f"{shared} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
         "--resizer --jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit "
         "--runner --address --batch-size --budget --limit --dry-run --caption",
-        "decode": f"{shared} --format --latents --batch-size --budget",
+        "decode": f"{shared} --format --latents --space --batch-size --budget",
         "verify": f"{shared} --repair --source",
         "stats": console,
         "export": f"{console} --to -o --output --seed",
@@ -136,7 +136,7 @@ def test_options_are_the_documented_ones() -> None:
         "sample": f"{shared} -n --num -o --output --size --seed --budget",
         "interpolate": f"{shared} -o --output --steps --mode --size --budget",
         "eval": f"{shared} -o --output --recipe --metrics --vary --explain-difference --limit --batch-size --budget",
-        "report": f"{shared} -o --output",
+        "report": f"{shared} -o --output --space",
         "app": f"{console} --vae --device --port --open",
         "inspect": f"{console} --family --tensors",
         "identify": console,

@@ -8,7 +8,7 @@ import click
 
 from sdvae.amounts import count
 from sdvae.cli.grouped import Grouped
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, describe_vae, with_console, with_vae
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, SPACE, Console, describe_vae, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE
@@ -19,7 +19,7 @@ _MOST_NAMED = 10
 @click.command(
     cls=Grouped,
     short_help="Decode a latent store or latent files to images.",
-    groups={"What is decoded": ("latents",)},
+    groups={"What is decoded": ("latents", "space")},
     examples=(
         "sdvae decode latents images                            # a store",
         "sdvae decode samples.npy images --latents scaled       # of a diffusion model",
@@ -40,6 +40,7 @@ _MOST_NAMED = 10
     type=click.Choice(["raw", "scaled"]),
     help="For files that do not declare it: a VAE's raw latents, or a diffusion model's scaled latents.",
 )
+@SPACE
 @BATCH_SIZE
 @BUDGET
 @with_vae
@@ -49,6 +50,7 @@ def decode(
     out: Path,
     format: Literal["png", "jpeg", "webp"],
     latents: Literal["raw", "scaled"] | None,
+    space: str | None,
     batch_size: int | None,
     budget: int | None,
     load_vae: "Callable[[], VAE]",
@@ -66,7 +68,7 @@ def decode(
 
     vae = load_vae()
     console.note(describe_vae(vae))
-    settings = DecodeSettings(format, latents, batch_size, budget)
+    settings = DecodeSettings(format, latents, batch_size, budget, space)
     with console.progress() as show:
         report = decode_dataset(local_copy(source), out, vae, settings, show)
     for told in report.skipped[:_MOST_NAMED]:

@@ -18,8 +18,9 @@ from sdvae.errors import SdvaeError
 def inspect(file: str, family: str | None, tensors: bool, console: Console) -> None:
     """Show the tensors, dtypes and metadata of FILE (also a folder or hub id), and the VAE in it.
 
-    Only the VAE's tensors are read, for their fingerprint.
+    Only the VAE's tensors are read, for their fingerprint and its latent space; `sdvae identify` tells all evidence.
     """
+    from sdvae.weights.evidence import UNKNOWN
     from sdvae.weights.files import TensorFile, open_weights
     from sdvae.weights.find import find_file
     from sdvae.weights.identity import fingerprint
@@ -40,12 +41,15 @@ def inspect(file: str, family: str | None, tensors: bool, console: Console) -> N
     except SdvaeError as error:  # another model's weights are no error here
         found["vae"], reason = None, str(error)
     else:
-        reason = ""
+        reason = "; ".join(f"its {item.kind} disagrees ({item.reason})" for item in vae.verdict.contradictions)
         found["vae"] = {
             "prefix": vae.keys.prefix,
             "layout": vae.keys.layout,
             "num_tensors": len(vae.keys.names),
             "family": vae.family,
+            "latent_space": vae.verdict.space or UNKNOWN,
+            "certainty": vae.verdict.certainty,
+            "correlations": vae.verdict.correlations,
             "config": asdict(vae.config),
             "fingerprint": fingerprint(vae.read()),
         }
@@ -67,7 +71,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         vae, config = found["vae"], found["vae"]["config"]
         lines += [
             f"VAE          {vae['num_tensors']} tensors in {vae['layout']} layout, prefix {vae['prefix'] or 'none'}",
-            f"family       {vae['family'] or 'not certain'}",
+            f"family       {vae['family'] or 'not told'}",
+            f"space        {_space(vae)}",
             f"widths       {list(config['block_out_channels'])}, {config['layers_per_block']} layers a block",
             f"latents      {config['latent_channels']} channels, scaling factor {config['scaling_factor']}"
             + (f", shift {config['shift_factor']}" if config["shift_factor"] is not None else ""),
@@ -76,3 +81,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
     else:
         lines.append("VAE          none")
     return lines + [f"{dtype:<8} {shape} {key}" for key, (dtype, shape) in found.get("tensors", {}).items()]
+
+
+def _space(vae: dict[str, Any]) -> str:
+    seen = ", ".join(f"{value:.2f} with {space}" for space, value in vae["correlations"].items())
+    name = vae["certainty"] if vae["certainty"] == "unknown" else f"{vae['latent_space']}, {vae['certainty']}"
+    return name + (f"; the probe correlates {seen}" if seen else "")

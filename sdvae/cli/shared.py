@@ -191,6 +191,9 @@ _VAE_OPTIONS = (
         help="The dtype that the network computes in.",
     ),
 )
+SPACE = click.option(
+    "--space", metavar="NAME", help="The latent space that the latents and the VAE have, where it is not proved."
+)
 BATCH_SIZE = click.option(
     "--batch-size",
     metavar="auto|N",

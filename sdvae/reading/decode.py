@@ -24,6 +24,7 @@ from sdvae.images.write import encode_image
 from sdvae.progress import Progress, silent
 from sdvae.reading.latent_files import FoundLatents, Scaling, list_latent_files, read_latents
 from sdvae.reading.names import plan_names
+from sdvae.reading.spaces import require_space, warn_of_denied
 from sdvae.reading.spread import Spread
 from sdvae.sources.kinds import is_junk
 from sdvae.staging import download
@@ -43,12 +44,17 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """What `sdvae decode` was asked for; `latents` speaks for files that do not say it themselves."""
+    """What `sdvae decode` was asked for.
+
+    `latents` speaks for files that do not say it themselves; `space`, for the latents and the VAE, where it is not
+    proved that they have one.
+    """
 
     format: Format = "png"
     latents: Scaling | None = None
     batch_size: int | None = None  # None: chosen for the device
     budget_bytes: int | None = None  # None: what the device has free
+    space: str | None = None
 
     def __post_init__(self) -> None:
         if self.budget_bytes is not None:
@@ -97,7 +103,12 @@ def decode_dataset(
     source, out, settings = Path(source), Path(out), settings or DecodeSettings()
     is_store = (source / "manifest.json").exists()
     spread = Spread(vae.config)
-    series, skipped = (_open_store(source, vae), ()) if is_store else _open_files(source, vae, settings.latents, spread)
+    skipped: tuple[str, ...] = ()
+    if is_store:
+        series = _open_store(source, vae, settings.space)
+    else:
+        warn_of_denied(vae, settings.space)
+        series, skipped = _open_files(source, vae, settings.latents, spread)
     remarks = tuple(spread.doubts())
     for remark in remarks:
         _LOG.warning("%s: %s", source, remark)
@@ -153,15 +164,9 @@ def _finish(pending: list[Future[None]]) -> int:
     return len(pending)
 
 
-def _open_store(root: Path, vae: VAE) -> list[_Series]:
+def _open_store(root: Path, vae: VAE, space: str | None) -> list[_Series]:
     store = Store.open(root)
-    require_latent_space(store, vae)
-    writer = store.manifest["vae"]
-    if writer["fingerprint"] != vae.fingerprint:
-        _LOG.warning(
-            "%s was encoded by another VAE (%.12s) than %s (%.12s); both share the latent space %s",
-            root, writer["fingerprint"], vae.name, vae.fingerprint, vae.latent_space,
-        )  # fmt: skip
+    require_space(store, vae, space)
     shards = store.shards()
     if len(shards) < store.num_shards:
         _LOG.warning("%s is not finished: %d of its %d shards are there", root, len(shards), store.num_shards)
@@ -174,16 +179,6 @@ def _open_store(root: Path, vae: VAE) -> list[_Series]:
     if not series:
         raise StoreError(f"{root} holds no image; run sdvae encode to its end, or see its quarantine.jsonl")
     return series
-
-
-def require_latent_space(store: Store, vae: VAE) -> None:
-    """Refuse a VAE that decodes latents of another space than the store's, with StoreError."""
-    space = store.manifest["vae"]["latent_space"]
-    if space != vae.latent_space:
-        raise StoreError(
-            f"{store.paths.root} holds latents of the space {space}, but {vae.name} decodes those of "
-            f"{vae.latent_space}; give --vae one of the former"
-        )
 
 
 def without_padding(resized_px: Size, crop_px: tuple[int, int, int, int]) -> Size:

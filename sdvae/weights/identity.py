@@ -1,4 +1,4 @@
-"""What a VAE is by its values: a fingerprint, and the name of its latent space."""
+"""What a VAE is by its values: a fingerprint and a sketch of signs. Which latent spaces have names."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,11 +13,6 @@ LATENT_SPACES = ("sd1", "sdxl", "sd3", "flux1", "x4-upscaler")
 _SPACE_FIELDS = (
     "downscale", "latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std",
 )  # fmt: skip
-# The beginnings of "modelspec.architecture" (Stability-AI/ModelSpec) -> space.
-ARCHITECTURES = {
-    "stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd1", "stable-diffusion-xl": "sdxl",
-    "stable-diffusion-3": "sd3", "stable-diffusion-v3": "sd3", "flux-1": "flux1",
-}  # fmt: skip
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -46,15 +41,6 @@ def sign_sketch(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {tuple(signs.shape)}\n".encode())
         digest.update(np.packbits(signs.numpy()).data)
     return digest.hexdigest()[:16]
-
-
-def latent_space(config: VAEConfig, fingerprint: str) -> str:
-    """The name of the latent space: latents of one VAE decode with any other of the same space.
-
-    A family is recognised by the scale and shape of its latents; any other VAE has a space of its own,
-    named by its fingerprint.
-    """
-    return known_space(config) or f"vae-{fingerprint[:16]}"
 
 
 def known_space(config: VAEConfig) -> str | None:

@@ -3,8 +3,9 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,21 @@ from sdvae.errors import ConfigError, WeightsError
 from sdvae.model import AutoencoderKL
 from sdvae.tiny import AutoencoderTiny, TinyConfig
 from sdvae.weights import taesd
+from sdvae.weights.evidence import (
+    ENCODER,
+    FAMILY_KEY,
+    Evidence,
+    Verdict,
+    claimed_space,
+    judge,
+    known_bytes,
+    told_by_config,
+    told_by_file,
+    told_by_flag,
+)
 from sdvae.weights.files import Entry, TensorFile, open_weights
 from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES, find_file
-from sdvae.weights.identify import identify
-from sdvae.weights.identity import ARCHITECTURES, LATENT_SPACES, known_space
+from sdvae.weights.identity import LATENT_SPACES, known_space
 from sdvae.weights.keymap import Layout, VAEKeys, find_vae, fit_layout, fit_shape, some
 from sdvae.weights.write import OutputTensor, write_safetensors
 
@@ -30,37 +42,30 @@ logger = logging.getLogger(__name__)
 AnyModel = AutoencoderKL | AutoencoderTiny
 
 EMBEDDED = "small"
-FAMILY_KEY = "sdvae.family"  # in the metadata of files that sdvae wrote
 
 SHAPE_FIELDS = (
     "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block", "attention_levels",
     "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv",
 )  # fmt: skip
 SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-# What lies beside the VAE in a checkpoint tells which diffusion model it was trained for; the first that is there.
-_NEIGHBOURS = {
-    "cond_stage_model.": "sd1",
-    "conditioner.embedders.": "sdxl",
-    "model.diffusion_model.joint_blocks.": "sd3",
-    "model.diffusion_model.double_blocks.": "flux1",
-    "model.diffusion_model.label_emb.": "sdxl",  # SDXL without its text encoders
-}
 # The family to assume where shapes fit several and there is no other evidence: the one with the most single files.
 _COMMON = ("sd1", "flux1")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A config, tensors (fp32) that fit it exactly, and the name a user would call them by."""
+    """A config, tensors (fp32) that fit it exactly, the name a user would call them by, and what their file tells."""
 
     config: VAEConfig
     tensors: dict[str, Tensor]
     name: str
+    path: Path
+    told: tuple[Evidence, ...]
 
 
 @dataclass(frozen=True)
 class VAEFile:
-    """A weights file and the VAE in it, of which nothing is read yet; `family` where it is certain."""
+    """A weights file and the VAE in it, of which nothing is read yet; `family` where something tells it."""
 
     file: TensorFile
     keys: VAEKeys
@@ -68,11 +73,21 @@ class VAEFile:
     config: VAEConfig
     family: str | None
     unsure: tuple[str, ...] = ()  # fields of the config that nothing tells, so that they are the most common ones
+    told: tuple[Evidence, ...] = ()  # of its latent space
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Which latent space it has. Reads the file and runs the encoder once."""
+        names = {key: name for key, name in self.keys.names.items() if name.startswith(ENCODER)}
+        told = (*known_bytes(self.file.path), *self.told)
+        return judge(self.config, self._tensors(names), told, can_run="norm_num_groups" not in self.unsure)
 
     def read(self) -> dict[str, Tensor]:
         """The VAE's tensors as stored, under diffusers' names and in their shapes."""
-        entries = self.file.entries
-        return {name: fit_layout(name, entries[key].read(), "diffusers") for key, name in self.keys.names.items()}
+        return self._tensors(self.keys.names)
+
+    def _tensors(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        return {name: fit_layout(name, self.file.entries[key].read(), "diffusers") for key, name in names.items()}
 
 
 def load_weights(spec: str | Path | None = None, family: str | None = None) -> Weights:
@@ -85,16 +100,17 @@ def load_weights(spec: str | Path | None = None, family: str | None = None) -> W
     """
     if spec is None:
         with as_file(files("sdvae") / "assets" / f"{EMBEDDED}.safetensors") as path:
-            return Weights(*_read(open_vae(path, family or EMBEDDED)), f"sdvae-{EMBEDDED}")
-    return Weights(*_read(open_vae(find_file(spec), family)), str(spec))
+            return _read(open_vae(path, family or EMBEDDED), f"sdvae-{EMBEDDED}")
+    return _read(open_vae(find_file(spec), family), str(spec))
 
 
 def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) -> VAEFile:
     """The VAE in a weights file, its tensors not read yet but known to fit its config.
 
-    The config is that of `family`, else of the config.json beside a diffusers file, else derived from the shapes,
-    with a warning where they fit families that differ only in scale. A TAESD's scale is what `identify` finds. A VAE
-    that is only copied (`is_copied`) needs neither: there is no warning, and its number of groups may be wrong.
+    The config is that of `family`, else of the config.json beside a diffusers file, else derived from the shapes.
+    Where these fit families that differ only in scale, the scale is that of the latent space that the file tells or
+    the probe proves, else a common one, with a warning. A VAE that is only copied (`is_copied`) needs no scale: the
+    probe does not run, there is no warning, and its number of groups may be wrong.
     """
     file = open_weights(path)
     if taesd.is_taesd(file.entries):
@@ -110,16 +126,23 @@ def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) 
         raise WeightsError(f"{path} holds empty tensors: {some(empty)}; find the whole file")
     beside = path.parent / CONFIG_NAME
     unsure: tuple[str, ...] = ()
+    told = told_by_file(file)
     if family is not None:
         config, source = VAEConfig.from_family(family), f"family {family}"
+        told.append(told_by_flag(family))
     elif keys.layout == "diffusers" and not keys.prefix and beside.is_file():
         config, source = read_config(beside), CONFIG_NAME
         family = _family_of(config)
+        told.append(told_by_config(config, f"{CONFIG_NAME} beside it"))
     else:
-        config, family, unsure = _derive_config(path, shapes, _family_told(file), is_copied)
+
+        def judge_as(config: VAEConfig) -> Verdict:
+            return VAEFile(file, keys, shapes, config, None, told=tuple(told)).verdict
+
+        config, family, unsure = _derive_config(path, shapes, told, judge_as, is_copied)
         source = "shapes"
     _check(path, config, source, shapes)
-    return VAEFile(file, keys, shapes, config, family, unsure)
+    return VAEFile(file, keys, shapes, config, family, unsure, tuple(told))
 
 
 def build_model(weights: Weights) -> AnyModel:
@@ -153,16 +176,21 @@ def config_json(config: VAEConfig) -> bytes:
     return (json.dumps(config.to_diffusers(), indent=2) + "\n").encode()
 
 
-def _read(vae: VAEFile) -> tuple[VAEConfig, dict[str, Tensor]]:
-    names = vae.keys.names.items()  # one by one: what is stored in fp16 is never in memory twice
+def _read(vae: VAEFile, name: str) -> Weights:
+    keys = vae.keys.names.items()  # one by one: what is stored in fp16 is never in memory twice
     entries = vae.file.entries
-    return vae.config, {name: fit_layout(name, entries[key].read(), "diffusers").float() for key, name in names}
+    tensors = {name: fit_layout(name, entries[key].read(), "diffusers").float() for key, name in keys}
+    return Weights(vae.config, tensors, name, vae.file.path, vae.told)
 
 
 def _derive_config(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], told: str | None, is_copied: bool
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    told: Sequence[Evidence],
+    judge_as: Callable[[VAEConfig], Verdict],
+    is_copied: bool,
 ) -> tuple[VAEConfig, str | None, tuple[str, ...]]:
-    """The config that these shapes have, its family where shapes and `told` leave no doubt, and what is in doubt."""
+    """The config that these shapes have, its family where something tells it, and what is in doubt."""
     found = _shape_fields(path, shapes)
     same = [name for name, family in FAMILIES.items() if _fields(family) == found]
     latents = found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1)
@@ -180,23 +208,47 @@ def _derive_config(
             f"{path} has no {CONFIG_NAME} beside it, and its widths {found['block_out_channels']} do not tell the "
             "number of its groups; put the file there, or name the family of these weights, for example sd1 or sdxl"
         )
-    certain = told if told in akin else akin[0] if len(akin) == 1 else None
-    family = certain or next(name for name in (*_COMMON, *akin) if name in akin)
+
+    def config_of(family: str) -> VAEConfig:
+        return FAMILIES[family] if same else replace(FAMILIES[family], norm_num_groups=num_groups, **found)
+
+    certain = _of_space(claimed_space(told), akin) or (akin[0] if len(akin) == 1 else None)
+    family = certain or _most_common(akin)
     if certain is None and not is_copied:
-        _warn_of_others(path, akin, family)
+        certain, family = _settle(path, judge_as(config_of(akin[0])), akin)
     unsure = SCALE_FIELDS if certain is None else ()
-    if same:
-        return FAMILIES[family], certain, unsure
-    config = replace(FAMILIES[family], norm_num_groups=num_groups, **found)
-    return config, certain, unsure if num_groups == 32 else (*unsure, "norm_num_groups")
+    unsure = unsure if same or num_groups == 32 else (*unsure, "norm_num_groups")
+    return config_of(family), certain, unsure
 
 
-def _warn_of_others(path: Path, akin: list[str], family: str) -> None:
+def _settle(path: Path, verdict: Verdict, akin: Sequence[str], *, is_quiet: bool = False) -> tuple[str | None, str]:
+    """The family of `akin` that a verdict names, and again or else the one to assume, with a warning."""
+    if certain := _of_space(verdict.claimed, akin):
+        return certain, certain
+    near = max(verdict.correlations, key=verdict.correlations.__getitem__, default=None)
+    is_near = near is not None and any(near in item.spaces for item in verdict.evidence if item.kind == "probe")
+    family = (_of_space(near, akin) if is_near else None) or _most_common(akin)
+    if not is_quiet:
+        _warn_of_others(path, verdict, akin, family)
+    return None, family
+
+
+def _warn_of_others(path: Path, verdict: Verdict, akin: Sequence[str], family: str) -> None:
     logger.warning(
-        "%s may be %s: these families have the same shapes and differ in the scale of their latents. sdvae assumes "
-        "%s; if that is wrong, give --family %s",
-        path, " or ".join(akin), family, next(name for name in akin if name != family),
+        "%s may be %s: these families have the same shapes and differ in the scale of their latents. Nothing proves "
+        "one: %s. sdvae assumes %s; if that is wrong, give --family %s",
+        path, " or ".join(akin), verdict.saw, family, next(name for name in akin if name != family),
     )  # fmt: skip
+
+
+def _of_space(space: str | None, akin: Sequence[str]) -> str | None:
+    """The family of a space among `akin`."""
+    by_name = (name for name in akin if name == space)
+    return next(by_name, None) or next((name for name in akin if space and known_space(FAMILIES[name]) == space), None)
+
+
+def _most_common(akin: Sequence[str]) -> str:
+    return next(name for name in (*_COMMON, *akin) if name in akin)
 
 
 def _open_tiny(file: TensorFile, family: str | None, is_copied: bool) -> VAEFile:
@@ -212,21 +264,20 @@ def _open_tiny(file: TensorFile, family: str | None, is_copied: bool) -> VAEFile
     if layout == "diffusers" and (path.parent / CONFIG_NAME).is_file():
         config.check_diffusers(read_json(path.parent / CONFIG_NAME))
     akin = [] if config.has_mid_pool else [name for name in LATENT_SPACES if _has_latents(name, config)]
-    certain = family
     if family is not None and not (_has_latents(family, config) and akin):
         raise WeightsError(
             f"{path} is a TAESD of {config.latent_channels} latent channels, not those of {family}; "
             f"it may be of {' or '.join(akin) or 'no family, leave --family out'}"
         )
-    if family is None and akin:  # else it is FLUX.2's, whose scaled latents are taken as they are
-        family, certain = _tiny_family(file, entries["encoder.layers.0.weight"].path, akin)
-        if certain is None and not is_copied:
-            _warn_of_others(path, akin, family)
-    config = config if family is None else TinyConfig.from_family(family)
+    told = told_by_file(file) if family is None else [*told_by_file(file), told_by_flag(family)]
     shapes = {name: entry.shape for name, entry in entries.items()}
     keys = VAEKeys("", layout, {name: name for name in entries})
-    unsure = SCALE_FIELDS if akin and certain is None else ()
-    return VAEFile(replace(file, entries=entries), keys, shapes, config, certain, unsure)
+    found = VAEFile(replace(file, entries=entries), keys, shapes, config, family, told=tuple(told))
+    certain = family
+    if family is None and akin:  # else it is FLUX.2's, whose scaled latents are taken as they are
+        certain, family = _settle(path, found.verdict, akin, is_quiet=is_copied)
+    config = config if family is None else TinyConfig.from_family(family)
+    return replace(found, config=config, family=certain, unsure=SCALE_FIELDS if akin and certain is None else ())
 
 
 def _both_halves(file: TensorFile) -> dict[str, Entry]:
@@ -240,14 +291,6 @@ def _both_halves(file: TensorFile) -> dict[str, Entry]:
         name = other.name if other else "its name with encoder for decoder"
         raise WeightsError(f"{file.path} is half a TAESD, its {halves.pop()}; put the other half beside it, as {name}")
     return entries | taesd.by_name(open_weights(other).entries)
-
-
-def _tiny_family(file: TensorFile, encoder: Path, akin: list[str]) -> tuple[str, str | None]:
-    """The family of `akin` whose latents a TAESD has, and again where it is certain; its config does not tell."""
-    found, told = identify(encoder), _family_told(file)
-    likely = found.latent_space if found.latent_space in akin else next(name for name in _COMMON if name in akin)
-    certain = likely if found.certainty == "certain" else told if told in akin else None
-    return certain or likely, certain
 
 
 def _has_latents(family: str, config: VAEConfig) -> bool:
@@ -297,17 +340,6 @@ def _family_of(config: VAEConfig) -> str | None:
         if _fields(family) == _fields(config) and all(getattr(family, f) == getattr(config, f) for f in SCALE_FIELDS)
     )
     return next(same, None)
-
-
-def _family_told(file: TensorFile) -> str | None:
-    """The family that a checkpoint's other tensors, or its metadata, point to."""
-    if FAMILY_KEY in file.metadata:
-        return file.metadata[FAMILY_KEY]
-    for neighbour, family in _NEIGHBOURS.items():
-        if any(key.startswith(neighbour) for key in file.entries):
-            return family
-    architecture = file.metadata.get("modelspec.architecture", "").lower()
-    return next((family for start, family in ARCHITECTURES.items() if architecture.startswith(start)), None)
 
 
 def _check(path: Path, config: VAEConfig, source: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
