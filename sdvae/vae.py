@@ -272,6 +272,7 @@ class VAE:
         return card(
             f"VAE {self.name}",
             {
+                "latent space": f"{self.verdict.name}, {self.verdict.certainty}",
                 "latents": f"{config.latent_channels} channels at 1/{config.downscale}",
                 "scaling factor": config.scaling_factor,
                 "parameters": f"{sum(values.numel() for values in self._model.parameters()):,}",

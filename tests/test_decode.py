@@ -218,13 +218,20 @@ def test_another_latent_space_is_refused_and_another_decoder_named(
 ) -> None:
     of_sdxl = replace(small_vae.config, scaling_factor=0.13025)
     other = VAE(random_model(of_sdxl), small_vae.device, small_vae.dtype, name="other VAE")
-    with pytest.raises(StoreError, match="holds latents of the space sd1, but other VAE decodes those of sdxl"):
+    with pytest.raises(
+        StoreError,
+        match=r"holds latents of the space vae-\w+ \(unknown, the probe correlates .*but other VAE decodes those of vae-",
+    ):
         decode_dataset(store, tmp_path / "out", other, DecodeSettings())
     assert not (tmp_path / "out").exists()
 
     other = VAE(random_model(small_vae.config, seed=1), small_vae.device, small_vae.dtype, name="other VAE")
+    space = small_vae.latent_space
+    assert space.startswith("vae-"), "its config has the scale of SD 1, and the probe denies it"
+    with pytest.raises(StoreError, match=rf"that is not proved to be one space.* give --space {space}"):
+        decode_dataset(store, tmp_path / "out", other)
     with caplog.at_level(logging.WARNING, "sdvae"):
-        decode_dataset(store, tmp_path / "out", other, DecodeSettings())
+        decode_dataset(store, tmp_path / "out", other, DecodeSettings(space=space))
     assert "encoded by another VAE" in caplog.text
     assert other.fingerprint[:12] in caplog.text
     assert len(files_in(tmp_path / "out")) == 4
@@ -353,7 +360,7 @@ def test_a_wrong_word_for_the_scaling_is_doubted_once_and_decoded(
     narrow = replace(VAEConfig.from_family(family), block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
     vae = VAE(random_model(replace(narrow, layers_per_block=1)), torch.device("cpu"), torch.float32, family)
     with caplog.at_level(logging.WARNING, "sdvae"):
-        report = decode_dataset(tmp_path / "in", tmp_path / "out", vae, DecodeSettings(latents=told))
+        report = decode_dataset(tmp_path / "in", tmp_path / "out", vae, DecodeSettings(latents=told, space=family))
     assert report.num_written == 6
     if says is None:
         assert report.remarks == () and caplog.messages == []

@@ -97,7 +97,7 @@ def test_half_precision_computes_and_what_is_not_finite_is_refused(data_dir: Pat
 def test_the_taesd_of_flux2_loads_with_a_latent_space_of_its_own(data_dir: Path, tmp_path: Path) -> None:
     vae = load(data_dir / "weights" / "taesd_other" / "taef2_decoder.pth")
     assert (vae.config.latent_channels, vae.config.scaling_factor) == (32, 1.0)
-    assert vae.latent_space == f"vae-{vae.fingerprint[:16]}"
+    assert vae.verdict.certainty == "unknown" and vae.latent_space == f"vae-{vae.verdict.encoder[:16]}"  # type: ignore[index]
     image = centre(data_dir, CROPS[0])
     assert psnr(np.asarray(vae.roundtrip([image])[0]), image) > 30.0
     with pytest.raises(ConfigError, match=r"FLUX\.2 cannot be saved"):
@@ -107,14 +107,14 @@ def test_the_taesd_of_flux2_loads_with_a_latent_space_of_its_own(data_dir: Path,
 
 def test_a_taesd_that_nothing_names_warns_and_names_the_flag(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     encoder, _ = random_halves(tmp_path)
-    assert load(encoder).latent_space == "sd1"
+    assert load(encoder).config.scaling_factor == FAMILIES["sd1"].scaling_factor
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "may be sd1 or sdxl" in caplog.text and "--family sdxl" in caplog.text
     caplog.clear()
     vae = load(encoder, family="sdxl")
-    assert (vae.latent_space, vae.config.scaling_factor) == ("sdxl", 0.13025)
+    assert (vae.verdict.claimed, vae.verdict.certainty, vae.config.scaling_factor) == ("sdxl", "unknown", 0.13025)
     vae.save(tmp_path / "out")  # its metadata tell what no config.json of a TAESD can
-    assert load(tmp_path / "out").latent_space == "sdxl"
+    assert load(tmp_path / "out").config == vae.config
     assert caplog.records == []
 
 

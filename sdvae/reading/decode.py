@@ -107,7 +107,6 @@ def decode_dataset(
     if is_store:
         series = _open_store(source, vae, settings.space)
     else:
-        warn_of_denied(vae, settings.space)
         series, skipped = _open_files(source, vae, settings.latents, spread)
     remarks = tuple(spread.doubts())
     for remark in remarks:
@@ -131,6 +130,8 @@ def decode_dataset(
         atomic.make_folder(path.parent)
         atomic.write_bytes(path, encode_image(image, format))
 
+    if not is_store:
+        warn_of_denied(vae, settings.space)
     start = time.perf_counter()
     num_written = 0
     progress("decode", 0, len(keys))
