@@ -258,6 +258,19 @@ def test_the_strongest_evidence_wins_and_the_rest_is_named() -> None:
     assert judge(None, untrained, told).space == "sdxl", "a config is stronger than neighbours"
 
 
+def test_a_taesd_under_another_scale_has_other_raw_latents(made: dict[str, Path], tmp_path: Path) -> None:
+    photos = [Image.effect_noise((64, 64), 60).convert("RGB")]
+    vae, scaled = (VAE.load(made["TAESD"], device="cpu", dtype="fp32", family=name) for name in ("sd1", "sdxl"))
+    assert vae.fingerprint == scaled.fingerprint
+    assert (vae.verdict.space, vae.verdict.certainty) == ("sd1", "proved")
+    assert scaled.verdict.certainty == "unknown" and scaled.verdict.claimed == "sdxl"
+    assert relate(vae.verdict, scaled.verdict).is_same is not True
+    settings = sdvae.EncodeSettings(sdvae.Preprocess(size_px=64), num_threads=1)
+    sdvae.encode_dataset(photos, tmp_path / "store", vae, settings, work=Work(num_workers=0))
+    with pytest.raises(StoreError, match="proved sd1"):
+        require_space(Store.open(tmp_path / "store"), scaled)
+
+
 def test_an_encoder_runs_once_in_a_process(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_SEEN", {})
     ran = []

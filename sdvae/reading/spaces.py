@@ -4,6 +4,7 @@ import logging
 
 from sdvae.errors import StoreError
 from sdvae.store.store import Store
+from sdvae.tiny import TinyConfig
 from sdvae.vae import VAE
 from sdvae.weights.evidence import Relation, Verdict, relate
 
@@ -17,7 +18,8 @@ def require_space(store: Store, vae: VAE, told: str | None = None) -> None:
     a proof, and not against one.
     """
     writer = store.manifest["vae"]
-    if writer["fingerprint"] == vae.fingerprint:
+    is_scaled_alike = store.latent_scaling == vae.config.latent_scaling  # a TAESD's raw latents depend on it
+    if writer["fingerprint"] == vae.fingerprint and (is_scaled_alike or not isinstance(vae.config, TinyConfig)):
         return
     theirs, ours = Verdict.from_json(writer), vae.verdict
     found = relate(theirs, ours)

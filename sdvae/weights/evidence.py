@@ -8,8 +8,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from sdvae.config import FAMILIES, VAEConfig
@@ -62,11 +63,10 @@ _ARCHITECTURES = {
     "stable-diffusion-3": "sd3", "stable-diffusion-v3": "sd3", "flux-1": "flux1",
 }  # fmt: skip
 
+# The strongest first.
 Kind = Literal["hash", "probe", "flag", "sdvae", "config", "neighbours", "modelspec", "shapes"]
 Certainty = Literal["proved", "declared", "unknown"]
-_STRENGTH: tuple[Kind, ...] = (
-    "hash", "probe", "flag", "sdvae", "config", "neighbours", "modelspec", "shapes",
-)  # fmt: skip
+_STRENGTH: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def judge(
     """
     encoder = {key: value for key, value in tensors.items() if key.startswith(ENCODER)}
     evidence = list(told)
-    digest = fingerprint(encoder) if encoder else None
+    digest = _encoder_fingerprint(config, encoder) if encoder else None
     if config is not None:
         is_scaled = any(item.kind in ("flag", "config") for item in told)  # and the scale may be of no space
         evidence.append(_shapes(config, is_scaled))
@@ -197,7 +197,8 @@ def relate(a: Verdict, b: Verdict) -> Relation:
     else:
         reason = "the encoders cannot both be run"
     for proved, other in ((a, b), (b, a)):
-        if proved.certainty == "proved" and other.space is None and proved.space in other.correlations:
+        seen = other.correlations.get(proved.name)
+        if proved.certainty == "proved" and seen is not None and seen < NEAR_CORRELATION:
             return Relation(False, "proved", None, f"one is proved {proved.space}, of the other {other.saw}")
     if a.space is not None and b.space is not None:
         return Relation(a.space == b.space, "declared", name, reason)
@@ -308,8 +309,24 @@ def _probed(config: VAEConfig, seen: Seen) -> Evidence:
 
 
 def _factor(config: VAEConfig, space: str) -> float:
-    """The spread of a space's scaled latents per spread of what the encoder gives."""
-    return 1.0 if isinstance(config, TinyConfig) else FAMILIES[space].scaling_factor
+    """The spread of a space's scaled latents per spread of what the encoder gives; a TAESD gives scaled ones."""
+    factor = FAMILIES[space].scaling_factor
+    if isinstance(config, TinyConfig):
+        return factor / config.scaling_factor if _is_scaled(config) else 1.0
+    return factor
+
+
+def _is_scaled(config: VAEConfig) -> bool:
+    """Whether it is settled what a TAESD's raw latents are."""
+    return config.scaling_factor != 1.0
+
+
+def _encoder_fingerprint(config: VAEConfig | None, encoder: Mapping[str, Tensor]) -> str:
+    """That of the weights; the scale that is given to a TAESD makes other raw latents, so it counts."""
+    if isinstance(config, TinyConfig) and _is_scaled(config):
+        scale = (config.scaling_factor, config.shift_factor or 0.0)
+        return fingerprint({**encoder, "scale": torch.tensor(scale, dtype=torch.float32, device="cpu")})
+    return fingerprint(encoder)
 
 
 def _two_digits(correlation: float) -> float:
