@@ -171,12 +171,13 @@ def test_one_image_may_go_to_a_picture_by_name(small_vae: VAE, tmp_path: Path, n
     assert not (tmp_path / "b.png").exists()
 
 
-def test_our_own_kohya_files_are_decoded(small_vae: VAE, tmp_path: Path) -> None:
+def test_our_own_kohya_files_are_decoded(tmp_path: Path) -> None:
+    vae = VAE.load(device="cpu", dtype="fp32")
     (tmp_path / "photos").mkdir()
     photo(64, 64).save(tmp_path / "photos/a.png")
-    encode_dataset(tmp_path / "photos", tmp_path / "store", small_vae, EncodeSettings(Preprocess(size_px=64)))
+    encode_dataset(tmp_path / "photos", tmp_path / "store", vae, EncodeSettings(Preprocess(size_px=64)))
     export(tmp_path / "store", "kohya", tmp_path / "kohya")
-    assert decode_dataset(tmp_path / "kohya", tmp_path / "out", small_vae, DecodeSettings()).num_written == 1
+    assert decode_dataset(tmp_path / "kohya", tmp_path / "out", vae, DecodeSettings()).num_written == 1
 
 
 def test_the_same_command_again_writes_the_same_files_anew(store: Path, small_vae: VAE, tmp_path: Path) -> None:
