@@ -71,7 +71,7 @@ def fine_tuned(data_dir: Path, space: str, num_steps: int) -> tuple[dict[str, Te
     """A TAESD trained on, to reconstruct crops of 64 px of photos, encoder and decoder both."""
     model = AutoencoderTiny(TinyConfig.from_family(space))
     model.load_state_dict({key: value.float() for key, value in named_as_diffusers(*halves(data_dir, space)).items()})
-    photos = sorted((data_dir / "train" / "cid22_train").iterdir())[:4]
+    photos = sorted((data_dir / "train" / "cid22_train").iterdir())[:2]
     pixels = to_pixels(np.stack([read_image(path)[:64, :64] for path in photos]))
     optimiser = torch.optim.Adam(model.parameters(), lr=2e-4)
     for _ in range(num_steps):
