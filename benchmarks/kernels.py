@@ -22,7 +22,8 @@ from sdvae.bench.timing import in_turns, median_seconds
 from sdvae.config import FAMILIES
 from sdvae.engine import ops
 from sdvae.engine.kernels import Kernels, Norm
-from sdvae.engine.plan import Level, make_plan
+from sdvae.engine.levels import Level
+from sdvae.engine.plan import make_plan
 from sdvae.engine.precision import DTYPES
 from sdvae.engine.program import choose_kernels
 from sdvae.engine.stages import KERNEL_PX, Network, Stage, build_network

@@ -3,14 +3,21 @@
 import difflib
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from sdvae import flux2
+from sdvae.diffusers_classes import CLASSES, as_class
 from sdvae.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+# What lies beyond the borders of a picture: torch's `padding_mode`, and a torus that is open in one direction.
+Padding = Literal["zeros", "reflect", "circular", "circular-x", "circular-y"]
+PADDINGS: tuple[Padding, ...] = get_args(Padding)
 
 # What diffusers' AutoencoderKL assumes for a field its config.json leaves out (0.42). They differ
 # from the defaults of VAEConfig, which are Stable Diffusion's.
@@ -20,8 +27,13 @@ _DIFFUSERS_DEFAULTS: dict[str, Any] = {
     "sample_size": 32,
 }
 _IMPLIED_FIELDS = {"act_fn", "down_block_types", "up_block_types", "double_z"}  # LDM's configs say double_z: true
+_OURS = {"attention_levels", "unused"}  # fields that a config.json does not have
+# What programs write into a config.json without any effect on the network, beside what is null or false there.
+_NO_EFFECT = {
+    "architectures", "dtype", "gradient_checkpointing", "latent_magnitude", "latent_shift", "library_name",
+    "model_type", "torch_dtype", "transformers_version", "use_slicing", "use_tiling",
+}  # fmt: skip
 _MAX_BYTES = 1 << 20  # of a config.json; diffusers' have 1 kB
-_CLASS_NAMES = {"AutoencoderKL", "FlaxAutoencoderKL"}  # SD 1.5's own config.json says Flax
 _PLAIN, _ATTENTION = "DownEncoderBlock2D UpDecoderBlock2D", "AttnDownEncoderBlock2D AttnUpDecoderBlock2D"
 
 
@@ -33,6 +45,21 @@ class LatentScaling:
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
+    latents_patch: int = 1  # side of the patches of raw latents that are one scaled latent each (FLUX.2: 2)
+
+    @property
+    def overall_factor(self) -> float:
+        """The one factor that scales about as much as all channels are scaled."""
+        stds = self.latents_std if self.latents_mean and self.latents_std else (1.0,)
+        return self.scaling_factor / math.hypot(*stds) * math.sqrt(len(stds))
+
+    def is_close(self, other: "LatentScaling") -> bool:
+        """Whether both scale the same latents alike, up to the rounding of statistics to bf16 or to four digits."""
+        ours, theirs = (
+            (scaling.scaling_factor, scaling.shift_factor or 0.0, scaling.latents_patch) for scaling in (self, other)
+        )
+        pairs = [(self.latents_mean, other.latents_mean), (self.latents_std, other.latents_std)]
+        return ours == theirs and all(map(_are_close, *zip(*pairs, strict=True)))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "LatentScaling":
@@ -42,15 +69,22 @@ class LatentScaling:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON's own types, for a manifest."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        if self.latents_patch == 1:
+            del values["latents_patch"]  # as stores have it that were written before FLUX.2
+        return values
 
 
 @dataclass(frozen=True)
 class VAEConfig:
     """One KL-VAE of the Stable Diffusion kind; the defaults are SD 1's.
 
-    `attention_levels` is the one field diffusers spells otherwise: the levels (0 is full resolution)
-    whose blocks are `AttnDownEncoderBlock2D` and `AttnUpDecoderBlock2D` there.
+    Fields that diffusers spells otherwise: `attention_levels`, the levels (0 is full resolution) whose blocks are
+    `AttnDownEncoderBlock2D` and `AttnUpDecoderBlock2D` there; `latents_patch`, one side of its `patch_size`; and
+    `decoder_layers_per_block`, its `layers_per_up_block`. Those of the decoder are the encoder's where they are None.
+    `padding`, that of all 3x3 convolutions but the downsamplers', is a field that diffusers does not have: there users
+    set `padding_mode` of each layer. `unused` are fields of a config.json that change nothing here: they are kept where
+    it is saved.
     """
 
     in_channels: int = 3
@@ -69,14 +103,25 @@ class VAEConfig:
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
     force_upcast: bool = True
+    padding: Padding = "zeros"
+    decoder_block_out_channels: tuple[int, ...] | None = None
+    decoder_layers_per_block: int | None = None
+    latents_patch: int = 1
+    batch_norm_eps: float = 1e-4
+    unused: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._require_sound()
-        odd = [width for width in self.block_out_channels if width % self.norm_num_groups]
-        if odd or not self.block_out_channels:
+        for name in ("block_out_channels", "decoder_block_out_channels"):
+            if any(width % self.norm_num_groups for width in getattr(self, name) or ()):
+                raise ConfigError(
+                    f"{name} {getattr(self, name)} cannot be split into "
+                    f"norm_num_groups={self.norm_num_groups} groups; each width must be a multiple of it"
+                )
+        if len(self.decoder_widths) != len(self.block_out_channels):
             raise ConfigError(
-                f"block_out_channels {self.block_out_channels} cannot be split into "
-                f"norm_num_groups={self.norm_num_groups} groups; each width must be a multiple of it"
+                f"its decoder has {len(self.decoder_widths)} levels and its encoder {len(self.block_out_channels)}; "
+                "sdvae runs VAEs whose images come back in the size they had"
             )
         outside = [level for level in self.attention_levels if level not in range(len(self.block_out_channels))]
         if outside:
@@ -85,8 +130,10 @@ class VAEConfig:
             )
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
-            if values is not None and len(values) != self.latent_channels:
-                raise ConfigError(f"{name} has {len(values)} values for {self.latent_channels} latent channels")
+            if values is not None and len(values) != self.scaled_channels:
+                raise ConfigError(
+                    f"{name} has {len(values)} values for {self.scaled_channels} channels of scaled latents"
+                )
         if self.latents_std is not None and min(self.latents_std) <= 0:
             raise ConfigError(f"latents_std has {min(self.latents_std)}; a standard deviation is above 0")
 
@@ -98,13 +145,25 @@ class VAEConfig:
             value = getattr(self, name)
             _require(name, value, type(value) is int and 1 <= value <= most)
         _require("block_out_channels", self.block_out_channels, _are_widths(self.block_out_channels))
+        widths, layers = self.decoder_block_out_channels, self.decoder_layers_per_block
+        _require("decoder_block_out_channels", widths, widths is None or _are_widths(widths))
+        _require("decoder_layers_per_block", layers, layers is None or (type(layers) is int and 1 <= layers <= 8))
+        _require("latents_patch", self.latents_patch, type(self.latents_patch) is int and 1 <= self.latents_patch <= 8)
+        _require("batch_norm_eps", self.batch_norm_eps, _is_number(self.batch_norm_eps) and self.batch_norm_eps >= 0)
         for name in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv", "force_upcast"):
             _require(name, getattr(self, name), isinstance(getattr(self, name), bool))
         factor, shift = self.scaling_factor, self.shift_factor
+        if factor is None:
+            raise ConfigError(
+                "scaling_factor is null, so nothing tells the scale of the latents; write the number into config.json "
+                "(SD 1 has 0.18215, SDXL 0.13025), or name a --family"
+            )
         _require("scaling_factor", factor, _is_number(factor) and factor != 0)
         _require("shift_factor", shift, shift is None or _is_number(shift))
         for name in ("latents_mean", "latents_std"):
             _require(name, getattr(self, name), getattr(self, name) is None or _are_numbers(getattr(self, name)))
+        if self.padding not in PADDINGS:
+            raise ConfigError(f"padding is {self.padding!r:.60}; choose one of {', '.join(PADDINGS)}")
 
     @property
     def downscale(self) -> int:
@@ -112,9 +171,38 @@ class VAEConfig:
         return int(2 ** (len(self.block_out_channels) - 1))
 
     @property
+    def scaled_downscale(self) -> int:
+        """Pixels of the image per scaled latent, along one side (16 for FLUX.2)."""
+        return self.downscale * self.latents_patch
+
+    @property
+    def scaled_channels(self) -> int:
+        """Channels of scaled latents (128 for FLUX.2)."""
+        return self.latent_channels * self.latents_patch**2
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """The widths of the decoder's levels, full resolution first."""
+        return self.decoder_block_out_channels or self.block_out_channels
+
+    @property
+    def decoder_layers(self) -> int:
+        """The decoder's layers in a block, in diffusers' count: it has one resnet more."""
+        return self.decoder_layers_per_block or self.layers_per_block
+
+    def with_batch_norm(self, mean: Sequence[float], variance: Sequence[float]) -> "VAEConfig":
+        """This config with the statistics of FLUX.2's BatchNorm, which lie among the weights."""
+        if not all(value >= 0 for value in variance):
+            raise ConfigError("bn.running_var holds a variance that is not 0 or above; the weights are damaged")
+        std = tuple(math.sqrt(value + self.batch_norm_eps) for value in variance)
+        return replace(self, latents_mean=tuple(mean), latents_std=std)
+
+    @property
     def latent_scaling(self) -> LatentScaling:
         """What makes scaled latents of this VAE's raw ones."""
-        return LatentScaling(self.scaling_factor, self.shift_factor, self.latents_mean, self.latents_std)
+        return LatentScaling(
+            self.scaling_factor, self.shift_factor, self.latents_mean, self.latents_std, self.latents_patch
+        )
 
     @classmethod
     def from_family(cls, name: str) -> "VAEConfig":
@@ -128,15 +216,16 @@ class VAEConfig:
     def from_diffusers(cls, config: Mapping[str, Any]) -> "VAEConfig":
         """Read the mapping of a diffusers `config.json`; what it leaves out gets diffusers' default.
 
+        That of an AutoencoderKLFlux2 does not tell the scale of its latents: `with_batch_norm` adds it.
         Raises ConfigError for another class, another activation, another block type, or unknown keys.
         """
-        name = config.get("_class_name")
-        if name is not None and str(name) not in _CLASS_NAMES:
-            raise ConfigError(f"the config describes a {name!s:.60}; sdvae reads AutoencoderKL")
-        known = {field.name for field in fields(cls)} - {"attention_levels"}
-        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        name = config.get("_class_name", "AutoencoderKL")
+        if not isinstance(name, str) or name not in CLASSES:
+            raise ConfigError(f"the config describes a {name!s:.60}; sdvae reads {', '.join(sorted(CLASSES))}")
+        known = {field.name for field in fields(cls)} - _OURS
+        given = CLASSES[name]({key: value for key, value in config.items() if not key.startswith("_")})
         unknown = sorted(given.keys() - known - _IMPLIED_FIELDS)
-        unused = [key for key in unknown if given[key] is None or given[key] is False]
+        unused = [key for key in unknown if given[key] is None or given[key] is False or _has_no_effect(key)]
         if unused:
             logger.warning("the config has fields that sdvae does not know, unused: %s", ", ".join(unused))
         if used := sorted(set(unknown) - set(unused)):
@@ -160,20 +249,27 @@ class VAEConfig:
             values["sample_size"] = values["sample_size"][0]
         _require("block_out_channels", values["block_out_channels"], _are_widths(values["block_out_channels"]))
         levels = _attention_levels(given, num_levels=len(values["block_out_channels"]))
-        return cls(**values, attention_levels=levels)
+        kept = {key: config[key] for key in config if key in unused or (key.startswith("_") and key != "_class_name")}
+        return cls(**values, attention_levels=levels, unused=kept)
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The mapping that diffusers' `AutoencoderKL.from_config` reads, and that `config.json` holds."""
+        """The mapping that the `from_config` of diffusers' class reads, and that `config.json` holds.
+
+        `padding` is in it where it is not zeros: diffusers warns that it ignores the field, which is true.
+        """
         down: list[str] = []
         up: list[str] = []
         for level in range(len(self.block_out_channels)):
             down_type, up_type = (_ATTENTION if level in self.attention_levels else _PLAIN).split()
             down.append(down_type)
             up.insert(0, up_type)
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "attention_levels"}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OURS}
         values |= {"act_fn": "silu", "down_block_types": down, "up_block_types": up}
+        if self.padding == "zeros":
+            del values["padding"]
+        name, values = as_class(values)
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        return {"_class_name": "AutoencoderKL"} | dict(sorted(plain.items()))
+        return {"_class_name": name} | dict(sorted(plain.items()))
 
 
 def read_config(path: Path) -> VAEConfig:
@@ -194,6 +290,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _has_no_effect(key: str) -> bool:
+    return key in _NO_EFFECT or key.startswith("tile_")  # diffusers' tiles are no part of the network
+
+
 def _require(name: str, value: Any, is_sound: bool) -> None:
     if not is_sound:
         raise ConfigError(f"{name} is {value!r:.60}, which no KL-VAE has; correct config.json, or name a --family")
@@ -205,6 +305,14 @@ def _is_number(value: Any) -> bool:
 
 def _are_numbers(values: Any) -> bool:
     return isinstance(values, tuple) and all(map(_is_number, values))
+
+
+def _are_close(ours: tuple[float, ...] | None, theirs: tuple[float, ...] | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return len(ours) == len(theirs) and all(
+        abs(a - b) <= 0.01 * max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _are_widths(values: Any) -> bool:
@@ -240,6 +348,20 @@ FAMILIES: dict[str, VAEConfig] = {
     "sdxl": replace(_SD1, sample_size=1024, scaling_factor=0.13025),
     "sd3": _SD3,
     "flux1": replace(_SD3, scaling_factor=0.3611, shift_factor=0.1159),
+    "flux2": replace(
+        _SD1, latent_channels=32, sample_size=1024, scaling_factor=1.0, latents_mean=flux2.MEAN,
+        latents_std=flux2.STD, latents_patch=2,
+    ),
+    # block_out_channels and layers: huggingface/diffusers, scripts/convert_cogview4_to_diffusers.py
+    "cogview4": replace(
+        _SD3, block_out_channels=(128, 512, 1024, 1024), layers_per_block=3, scaling_factor=1.0, shift_factor=None,
+        mid_block_add_attention=False,
+    ),
+    # playgroundai/playground-v2.5-1024px-aesthetic, vae/config.json
+    "playground": replace(
+        _SD1, sample_size=1024, scaling_factor=0.5, latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
+        latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
+    ),
     # CompVis trained with scale_by_std: the factor belongs to each diffusion run, the weights carry none.
     "kl-f4": replace(_SD1, latent_channels=3, block_out_channels=(128, 256, 512), sample_size=256, scaling_factor=1.0),
     "kl-f16": replace(

@@ -1,29 +1,72 @@
 """The only place where raw latents and scaled latents meet.
 
 Raw latents are what the encoder gives and the decoder takes. Scaled latents are what a diffusion model
-sees: about unit variance, `(latents - shift_factor) * scaling_factor`.
+sees: about unit variance, `(latents - shift_factor) * scaling_factor`. FLUX.2's model sees patches of 2x2 raw latents
+as one scaled latent of four times as many channels, each with a mean and a std of its own.
 """
 
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from sdvae.amounts import size_text
 from sdvae.config import LatentScaling, VAEConfig
+from sdvae.errors import ShapeError
 
 Scaling = LatentScaling | VAEConfig  # both say by what
 
 
-def scale(latents: Tensor, scaling: Scaling) -> Tensor:  # raw (N, C, h, w) -> scaled
-    """Raw latents to what the diffusion model of this VAE was trained on."""
+def scale(latents: Tensor, scaling: Scaling) -> Tensor:  # raw (N, C, h, w) -> scaled; of FLUX.2 (N, 4C, h/2, w/2)
+    """Raw latents to what the diffusion model of this VAE was trained on; ShapeError where they make no patches."""
+    return _patchify(standardise(latents, scaling), scaling.latents_patch)
+
+
+def unscale(scaled_latents: Tensor, scaling: Scaling) -> Tensor:  # scaled -> raw (N, C, h, w)
+    """What a diffusion model produced to what the decoder takes."""
+    return unstandardise(_unpatchify(scaled_latents, scaling.latents_patch), scaling)
+
+
+def standardise(latents: Tensor, scaling: Scaling) -> Tensor:  # (N, C, h, w) -> same
+    """The values of scaled latents, each where its raw one lies: those of `scale`, but in no patches."""
     shift, factor = _affine(latents, scaling)
     return (latents - shift) * factor
 
 
-def unscale(scaled_latents: Tensor, scaling: Scaling) -> Tensor:  # scaled (N, C, h, w) -> raw
-    """What a diffusion model produced to what the decoder takes."""
-    shift, factor = _affine(scaled_latents, scaling)
-    return scaled_latents / factor + shift
+def unstandardise(latents: Tensor, scaling: Scaling) -> Tensor:  # (N, C, h, w) -> same
+    """The inverse of `standardise`."""
+    shift, factor = _affine(latents, scaling)
+    return latents / factor + shift
+
+
+def gain(like: Tensor, scaling: Scaling) -> Tensor:  # of (N, C, h, w); broadcasts to it
+    """By what `standardise` multiplies."""
+    return _affine(like, scaling)[1]
+
+
+def scaled_shape(shape: Sequence[int], scaling: Scaling) -> tuple[int, int, int]:
+    """The shape that `scale` gives latents of (C, h, w)."""
+    (channels, height, width), patch = shape, scaling.latents_patch
+    return channels * patch**2, height // patch, width // patch
+
+
+def _patchify(latents: Tensor, patch: int) -> Tensor:
+    if patch == 1:
+        return latents
+    height, width = latents.shape[-2:]
+    if height % patch or width % patch:
+        raise ShapeError(
+            f"raw latents of {size_text(height, width)} cannot be scaled: a scaled latent of this VAE stands for "
+            f"{size_text(patch, patch)} of them; take images whose latents have sides that are multiples of {patch}"
+        )
+    return rearrange(latents, "... c (h p) (w q) -> ... (c p q) h w", p=patch, q=patch)
+
+
+def _unpatchify(scaled_latents: Tensor, patch: int) -> Tensor:
+    if patch == 1:
+        return scaled_latents
+    return rearrange(scaled_latents, "... (c p q) h w -> ... c (h p) (w q)", p=patch, q=patch)
 
 
 def _affine(like: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
@@ -31,9 +74,17 @@ def _affine(like: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
     factor = _numbers(scaling.scaling_factor)
     if scaling.latents_mean is not None and scaling.latents_std is not None:
         # Playground v2.5: whitened per channel, then scaled (diffusers' SDXL pipeline, decode).
-        shift = shift + _numbers(scaling.latents_mean).view(1, -1, 1, 1)
-        factor = factor / _numbers(scaling.latents_std).view(1, -1, 1, 1)
+        shift = shift + _placed(scaling.latents_mean, like, scaling.latents_patch)
+        factor = factor / _placed(scaling.latents_std, like, scaling.latents_patch)
     return shift.to(like), factor.to(like)
+
+
+def _placed(values: Sequence[float], like: Tensor, patch: int) -> Tensor:  # (1, C, 1, 1), or (1, C, h, w) for patches
+    """The number of each channel of scaled latents, where its raw latents lie."""
+    if patch == 1:
+        return _numbers(values).view(1, -1, 1, 1)
+    rows, columns = (torch.arange(side, dtype=torch.int64, device="cpu") % patch for side in like.shape[-2:])
+    return _numbers(values).view(1, -1, patch, patch)[:, :, rows][:, :, :, columns]
 
 
 def _numbers(values: float | Sequence[float]) -> Tensor:

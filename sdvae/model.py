@@ -12,21 +12,47 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sdvae.config import VAEConfig
+from sdvae.config import Padding, VAEConfig
 from sdvae.posterior import DiagonalGaussian
 
 NORM_EPS = 1e-6
+# What goes round, and the zeros, where only one direction is circular; F.pad and conv2d count the sides otherwise.
+_PADS = {"circular-x": ((1, 1, 0, 0), (1, 0)), "circular-y": ((0, 0, 1, 1), (0, 1))}
+
+
+class HalfCircularConv2d(nn.Conv2d):
+    """A 3x3 convolution whose input goes round in one direction, and is padded with zeros in the other."""
+
+    padding_mode: Padding  # type: ignore[assignment]  # torch knows fewer
+
+    def __init__(self, in_channels: int, out_channels: int, padding: Padding) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.padding_mode = padding
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding_mode not in _PADS:
+            out: Tensor = super()._conv_forward(x, weight, bias)
+            return out
+        pad, zeros = _PADS[self.padding_mode]
+        return F.conv2d(F.pad(x, pad, "circular"), weight, bias, padding=zeros)
+
+
+def conv3x3(in_channels: int, out_channels: int, padding: Padding) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size; `padding` is what lies beyond the border."""
+    if padding in _PADS:
+        return HalfCircularConv2d(in_channels, out_channels, padding)
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode=padding)  # type: ignore[arg-type]  # nor here
 
 
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int, padding: Padding) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(num_groups, in_channels, NORM_EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = conv3x3(in_channels, out_channels, padding)
         self.norm2 = nn.GroupNorm(num_groups, out_channels, NORM_EPS)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = conv3x3(out_channels, out_channels, padding)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in, H, W) -> (N, out, H, W)
@@ -64,7 +90,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # SD pads right and bottom only: the stride-2 convolution is asymmetric.
+        # SD pads right and bottom only: the stride-2 convolution is asymmetric. These are zeros whatever the padding
+        # of the VAE, as in diffusers, where this layer has no padding of its own that a mode could change.
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
         return out
 
@@ -72,9 +99,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width: nearest neighbour, then a convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, padding: Padding) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = conv3x3(channels, channels, padding)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -84,10 +111,10 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """One resolution: resnet blocks, each followed by attention where the level has it."""
 
-    def __init__(self, widths: list[int], num_groups: int, has_attention: bool) -> None:
+    def __init__(self, widths: list[int], num_groups: int, has_attention: bool, padding: Padding) -> None:
         super().__init__()
         pairs = list(pairwise(widths))
-        self.resnets = nn.ModuleList([ResnetBlock(before, after, num_groups) for before, after in pairs])
+        self.resnets = nn.ModuleList([ResnetBlock(before, after, num_groups, padding) for before, after in pairs])
         self.attentions = nn.ModuleList([Attention(widths[-1], num_groups) for _ in pairs] if has_attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,8 +128,10 @@ class Level(nn.Module):
 class DownLevel(Level):
     """A level of the encoder; all but the last end in a Downsample."""
 
-    def __init__(self, widths: list[int], num_groups: int, has_attention: bool, is_last: bool) -> None:
-        super().__init__(widths, num_groups, has_attention)
+    def __init__(
+        self, widths: list[int], num_groups: int, has_attention: bool, padding: Padding, is_last: bool
+    ) -> None:
+        super().__init__(widths, num_groups, has_attention, padding)
         self.downsamplers = nn.ModuleList([] if is_last else [Downsample(widths[-1])])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,9 +144,11 @@ class DownLevel(Level):
 class UpLevel(Level):
     """A level of the decoder; all but the last end in an Upsample."""
 
-    def __init__(self, widths: list[int], num_groups: int, has_attention: bool, is_last: bool) -> None:
-        super().__init__(widths, num_groups, has_attention)
-        self.upsamplers = nn.ModuleList([] if is_last else [Upsample(widths[-1])])
+    def __init__(
+        self, widths: list[int], num_groups: int, has_attention: bool, padding: Padding, is_last: bool
+    ) -> None:
+        super().__init__(widths, num_groups, has_attention, padding)
+        self.upsamplers = nn.ModuleList([] if is_last else [Upsample(widths[-1], padding)])
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
@@ -129,9 +160,9 @@ class UpLevel(Level):
 class MidBlock(nn.Module):
     """Resnet, attention where the config has it, resnet, at the lowest resolution."""
 
-    def __init__(self, channels: int, num_groups: int, has_attention: bool) -> None:
+    def __init__(self, channels: int, num_groups: int, has_attention: bool, padding: Padding) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, num_groups) for _ in range(2)])
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, num_groups, padding) for _ in range(2)])
         self.attentions = nn.ModuleList([Attention(channels, num_groups)] if has_attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,18 +179,20 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths, groups = list(config.block_out_channels), config.norm_num_groups
+        padding = config.padding
         self.gradient_checkpointing = False
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = conv3x3(config.in_channels, widths[0], padding)
         self.down_blocks = nn.ModuleList()
         before = widths[0]
         for level, width in enumerate(widths):
             is_last = level == len(widths) - 1
             level_widths = [before] + [width] * config.layers_per_block
-            self.down_blocks.append(DownLevel(level_widths, groups, level in config.attention_levels, is_last))
+            has_attention = level in config.attention_levels
+            self.down_blocks.append(DownLevel(level_widths, groups, has_attention, padding, is_last))
             before = width
-        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention, padding)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = conv3x3(widths[-1], 2 * config.latent_channels, padding)
 
     def forward(self, pixels: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, 2C, H/8, W/8)
         x = self.conv_in(pixels)
@@ -174,18 +207,20 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        widths, groups = list(config.block_out_channels), config.norm_num_groups
+        widths, groups = list(config.decoder_widths), config.norm_num_groups
+        padding = config.padding
         self.gradient_checkpointing = False
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_in = conv3x3(config.latent_channels, widths[-1], padding)
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention, padding)
         self.up_blocks = nn.ModuleList()
         before = widths[-1]
         for level, width in reversed(list(enumerate(widths))):
-            level_widths = [before] + [width] * (config.layers_per_block + 1)
-            self.up_blocks.append(UpLevel(level_widths, groups, level in config.attention_levels, is_last=level == 0))
+            level_widths = [before] + [width] * (config.decoder_layers + 1)
+            has_attention = level in config.attention_levels
+            self.up_blocks.append(UpLevel(level_widths, groups, has_attention, padding, is_last=level == 0))
             before = width
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = conv3x3(widths[0], config.out_channels, padding)
 
     def forward(self, latents: Tensor) -> Tensor:  # (N, C, h, w) -> (N, 3, 8h, 8w)
         x = self.conv_in(latents)
@@ -196,7 +231,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The whole VAE; its state dict is that of diffusers' AutoencoderKL with the same config.
+    """The whole VAE; its state dict is that of diffusers' AutoencoderKL (FLUX.2's: AutoencoderKLFlux2) of its config.
 
     Like diffusers, sizes that are no multiple of the downscale are floored; padding belongs to
     `VAE.encode_images`.
@@ -210,6 +245,9 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+        # FLUX.2 keeps the scale of its latents among its weights; `latents.py` applies it, the network never does.
+        patches = channels * config.latents_patch**2
+        self.bn = nn.BatchNorm2d(patches, config.batch_norm_eps, affine=False) if config.latents_patch > 1 else None
 
     def enable_gradient_checkpointing(self, is_enabled: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""

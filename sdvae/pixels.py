@@ -12,14 +12,18 @@ if TYPE_CHECKING:  # processes that only decode files should not pay for torch
     from torch import Tensor
 
 _CACHED_VALUES = 2**16  # that stay in a core's cache from one operation to the next
+_GREY = (0.299, 0.587, 0.114)  # Rec. 601, as Pillow's mode L
 _BAND_PIXELS = 2**20  # big images are converted in bands of rows, so that no second float copy is made
 
 
 def to_pixels(images: NDArray[np.uint8]) -> "Tensor":  # (N, H, W, 3) uint8 -> (N, 3, H, W) fp32 in [-1, 1]
-    """Images as the network reads them; bit for bit diffusers' `VaeImageProcessor.preprocess`."""
+    """Images as the network reads them; bit for bit diffusers' `VaeImageProcessor.preprocess`.
+
+    Of a fourth channel, alpha, 0 is clear as well: it becomes -1.
+    """
     import torch
 
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (3, 4):
         raise ShapeError(f"images must be (N, H, W, 3) uint8; these are {images.shape} {images.dtype}")
     planes = images.transpose(0, 3, 1, 2)
     pixels = np.empty(planes.shape, np.float32)
@@ -58,17 +62,31 @@ def from_levels(levels: "Tensor") -> "Tensor":  # (N, H, W, 3) uint8 -> (N, 3, H
     return pixels.permute(0, 3, 1, 2)
 
 
+def fit_channels(pixels: "Tensor", channels: int) -> "Tensor":  # (N, 3, H, W) -> (N, channels, H, W)
+    """Pixels of RGB photos for a VAE of so many channels: grey for 1. ShapeError for what no photo has."""
+    if channels == pixels.shape[1]:
+        return pixels
+    if channels != 1:
+        raise ShapeError(
+            f"this VAE takes images of {channels} channels, of which photos make none: they have 3 channels, or 1 as "
+            "grey, and in encode_images 4 with alpha"
+        )
+    red, green, blue = pixels[:, :3].unbind(1)
+    return (_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue)[:, None]
+
+
 def to_images(pixels: "Tensor") -> NDArray[np.uint8]:  # (N, 3, H, W) of any float dtype -> (N, H, W, 3) uint8
     """Pixels as images, clamped to [-1, 1]; bit for bit diffusers' `VaeImageProcessor.postprocess`.
 
+    One channel is grey, in all three; four keep their alpha.
     Raises ImageError for NaN or infinity, which a cast would turn into noise.
     """
     import torch
 
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3, 4) or not pixels.is_floating_point():
         raise ShapeError(f"pixels must be (N, 3, H, W) floats; these are {tuple(pixels.shape)} {pixels.dtype}")
-    num_images, _, height, width = pixels.shape
-    images = np.empty((num_images, height, width, 3), np.uint8)
+    num_images, channels, height, width = pixels.shape
+    images = np.empty((num_images, height, width, max(3, channels)), np.uint8)
     num_rows = max(1, _BAND_PIXELS // max(1, width))
     for i in range(num_images):
         for top in range(0, height, num_rows):
@@ -83,6 +101,8 @@ def to_levels(pixels: "Tensor") -> "Tensor":  # (..., 3, H, W) of any float dtyp
     """The levels of finite pixels, on their device."""
     import torch
 
+    if pixels.shape[-3] == 1:
+        pixels = pixels.expand(*pixels.shape[:-3], 3, -1, -1)
     unit = (pixels * 0.5 + 0.5).clamp(0, 1)  # in the dtype of the pixels, as diffusers does
     return unit.float().mul_(255).round_().to(torch.uint8).movedim(-3, -1)
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from sdvae.config import VAEConfig
 from sdvae.errors import ConfigError
-from sdvae.latents import scale, unscale
+from sdvae.latents import standardise, unstandardise
 from sdvae.posterior import LOGVAR_MIN, DiagonalGaussian
 
 T = TypeVar("T")
 
+TINY_FAMILIES = ("sd1", "sdxl", "sd3", "flux1", "flux2")  # those that have a TAESD
 CLAMP = 3.0  # scaled latents are squeezed into (-3, 3) before they are decoded
 
 
@@ -24,8 +25,8 @@ CLAMP = 3.0  # scaled latents are squeezed into (-3, 3) before they are decoded
 class TinyConfig(VAEConfig):
     """One TAESD; the defaults are the one for SD 1.
 
-    `scaling_factor` and `shift_factor` are those of the VAE whose latents it speaks: the network itself reads and
-    writes scaled latents. `has_mid_pool` is FLUX.2's: a normalised 1x1 branch in the blocks of the lowest resolution.
+    Its scaling is that of the VAE whose latents it speaks: the network itself reads and writes scaled latents, FLUX.2's
+    in no patches. `has_mid_pool` is FLUX.2's: a normalised 1x1 branch in the blocks of the lowest resolution.
     """
 
     block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
@@ -41,6 +42,8 @@ class TinyConfig(VAEConfig):
         super().__post_init__()
         if len(set(self.block_out_channels)) > 1:
             raise ConfigError(f"block_out_channels {self.block_out_channels} differ; a TAESD has one width throughout")
+        if self.padding != "zeros":
+            raise ConfigError(f"padding is {self.padding}; a TAESD is padded with zeros, so leave the padding out")
 
     @classmethod
     def from_family(cls, name: str) -> "TinyConfig":
@@ -51,6 +54,10 @@ class TinyConfig(VAEConfig):
             sample_size=family.sample_size,
             scaling_factor=family.scaling_factor,
             shift_factor=family.shift_factor,
+            latents_mean=family.latents_mean,
+            latents_std=family.latents_std,
+            latents_patch=family.latents_patch,
+            has_mid_pool=name == "flux2",
         )
 
     @classmethod
@@ -158,12 +165,12 @@ class AutoencoderTiny(nn.Module):
 
     def encode_moments(self, pixels: Tensor) -> Tensor:  # (N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8)
         """Mean and logvar, one after the other, as the encoder of a KL-VAE gives them."""
-        mean = unscale(self.encoder(pixels), self.config)
+        mean = unstandardise(self.encoder(pixels), self.config)
         return torch.cat([mean, torch.full_like(mean, LOGVAR_MIN)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:  # raw (N, C, h, w) -> (N, 3, 8h, 8w), about [-1, 1]
         """Pixels of raw latents; not clamped."""
-        out: Tensor = self.decoder(scale(latents, self.config))
+        out: Tensor = self.decoder(standardise(latents, self.config))
         return out
 
     def forward(self, pixels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:

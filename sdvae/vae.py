@@ -17,15 +17,15 @@ from torch import Tensor
 
 from sdvae import latents as latent_scaling
 from sdvae.amounts import count, size_text
-from sdvae.config import VAEConfig
-from sdvae.engine.plan import MAX_GROUP
+from sdvae.config import Padding, VAEConfig
+from sdvae.engine.plan import IMAGES_AT_ONCE
 from sdvae.engine.precision import choose_device, choose_dtype, inference
 from sdvae.engine.run import Budget, Engine
 from sdvae.engine.tiny_run import TinyEngine
 from sdvae.errors import LatentsError, ShapeError
-from sdvae.images.read import from_pil
+from sdvae.images.read import BACKGROUND, from_pil
 from sdvae.notebook import card
-from sdvae.pixels import pad_to_multiple, to_images, to_pixels
+from sdvae.pixels import fit_channels, pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.tiny import AutoencoderTiny
 from sdvae.weights import identity
@@ -76,7 +76,8 @@ class VAE:
         self.config: VAEConfig = model.config
         self.device = device
         self.dtype = dtype
-        self.fingerprint = identity.fingerprint(model.state_dict())
+        of_weights = identity.fingerprint(model.state_dict())
+        self.fingerprint = identity.padded_fingerprint(of_weights, model.config.padding)
         self._model = model
         self._path = path
         self._told = (told_by_config(model.config, "its config"),) if told is None else tuple(told)
@@ -101,6 +102,13 @@ class VAE:
         return self.verdict.name
 
     @property
+    def told_space(self) -> str:
+        """The name of its latent space as far as it is known without running the probe: for notes in passing."""
+        if "verdict" in vars(self):
+            return self.verdict.name
+        return judge(self.config, self._model.state_dict(), self._told, can_run=False).name
+
+    @property
     def model(self) -> AnyModel:
         """The weights as loaded. Who asks for them may change them: from then on each run of a KL-VAE looks first."""
         return cast(AnyModel, self.engine.source)
@@ -112,11 +120,13 @@ class VAE:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         family: str | None = None,
+        padding: Padding | None = None,
     ) -> "VAE":
         """The embedded VAE, or the one `spec` names: a diffusers folder, a VAE's file, a checkpoint, a hub id.
 
         A TAESD, too: in diffusers' form, or either of its author's two files beside the other. `device` and `dtype`
-        are "auto" or names ("cuda:1", "bf16"); `family` overrides the config.
+        are "auto" or names ("cuda:1", "bf16"); `family` overrides the config, and `padding` what it says of that:
+        "zeros", "reflect", or for textures and panoramas without a seam "circular", "circular-x", "circular-y".
         Raises WeightsError, ConfigError or DeviceError.
 
         >>> vae = VAE.load(device="cpu", dtype="fp32")
@@ -126,7 +136,7 @@ class VAE:
         place = choose_device(device)
         choice = choose_dtype(dtype, place)
         with torch.inference_mode(False):  # whose tensors can never be trained
-            weights = load_weights(spec, family)
+            weights = load_weights(spec, family, padding)
             return cls(
                 build_model(weights), place, choice.dtype, weights.name,
                 is_private=True, path=weights.path, told=weights.told,
@@ -165,33 +175,36 @@ class VAE:
             return self.engine.decode(latents, budget)
 
     @contextmanager
-    def deterministic(self, max_group: int = MAX_GROUP) -> Iterator[None]:
+    def deterministic(self, images_at_once: int = IMAGES_AT_ONCE) -> Iterator[None]:
         """Inside, results have the same bits whatever the batch and whatever memory is free.
 
         Stores are encoded with it. A budget that needs another plan is refused (BudgetError). With another number of
-        threads, another library or CPU, the last bits may differ; and with another `max_group`, the most small images
-        that a CPU runs together (0: each runs alone, in strips).
+        threads, another library or CPU, the last bits may differ; and with another `images_at_once`, the most small
+        images that a CPU runs together (0: each runs alone, in strips).
         """
         engines = self.engine, self.engine.in_float32()
-        before = self.engine.is_deterministic, self.engine.max_group
+        before = self.engine.is_deterministic, self.engine.images_at_once
         for engine in engines:
-            engine.is_deterministic, engine.max_group = True, max_group
+            engine.is_deterministic, engine.images_at_once = True, images_at_once
         try:
             yield
         finally:
             for engine in engines:
-                engine.is_deterministic, engine.max_group = before
+                engine.is_deterministic, engine.images_at_once = before
 
     def encode_images(self, images: Sequence[AnyImage], budget: Budget = None) -> Encoded:
         """Latents (the posterior's mode) of images of any size, each padded by reflection to a whole number of latents.
 
-        Takes PIL images of any mode and uint8 arrays (H, W, 3); one at a time, so memory follows the largest.
+        Takes PIL images of any mode and uint8 arrays (H, W, 3); one at a time, so memory follows the largest. A VAE of
+        one channel gets them in grey. One of four gets their alpha, too, also that of arrays (H, W, 4); any other gets
+        images over white.
         """
         if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
             raise ShapeError("encode_images takes a list of images, this is one; write encode_images([image])")
-        arrays = [_as_image(image) for image in images]
+        channels = self.config.in_channels
+        arrays = [_as_image(image, has_alpha=channels == 4) for image in images]
         padded = (pad_to_multiple(image, self.config.downscale) for image in arrays)
-        latents = [self.encode(to_pixels(image[None]), budget).mode() for image in padded]
+        latents = [self.encode(fit_channels(to_pixels(image[None]), channels), budget).mode() for image in padded]
         return Encoded(latents, [(image.shape[0], image.shape[1]) for image in arrays])
 
     def decode_images(self, encoded: Encoded, budget: Budget = None) -> list[Image.Image]:
@@ -214,12 +227,12 @@ class VAE:
         The prior knows nothing of space: expect the texture of this VAE's decoder. Pictures need the
         diffusion model that this VAE was made for.
         """
-        downscale = self.config.downscale
+        downscale = self.config.scaled_downscale
         if height % downscale or width % downscale:
             raise ShapeError(
                 f"cannot sample {size_text(height, width)} px: both sides must be multiples of {downscale}"
             )
-        shape = (1, self.config.latent_channels, height // downscale, width // downscale)
+        shape = (1, self.config.scaled_channels, height // downscale, width // downscale)
         generator = torch.Generator().manual_seed(seed)
         images = []
         for _ in range(num_images):
@@ -315,13 +328,15 @@ class VAE:
             raise LatentsError("the latents hold NaN or infinity; the model that made them overflowed, run it in fp32")
 
 
-def _as_image(image: AnyImage) -> NDArray[np.uint8]:
+def _as_image(image: AnyImage, has_alpha: bool) -> NDArray[np.uint8]:  # (H, W, 3), or (H, W, 4)
     if isinstance(image, Image.Image):
-        return from_pil(image)
+        image = from_pil(image, background=None if has_alpha else BACKGROUND)
     if not isinstance(image, np.ndarray):
         raise ShapeError(f"an image is a Pillow image or a uint8 array (H, W, 3), not {_kind(image)}")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 3 + has_alpha):
         raise ShapeError(f"an image is a uint8 array (H, W, 3), not {image.dtype} {image.shape}")
+    if has_alpha and image.shape[2] == 3:
+        return np.dstack([image, np.full_like(image[..., :1], 255)])
     return image
 
 

@@ -1,8 +1,12 @@
-"""Compiles what `triton_ops` would launch, for GPUs that need not be there; prints one line of JSON for each kernel."""
+"""Compiles what `triton_ops` would launch, for a GPU that need not be there; prints one line of JSON for each kernel.
+
+python -m tests.compile_kernels 90        its compute capability, without the dot
+"""
 
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,21 +85,19 @@ def resources(compiled: Any) -> dict[str, int]:
     return {"registers": int(found["REG"]), "spilled_bytes": int(found["STACK"])}
 
 
-def reports() -> Iterator[dict[str, Any]]:
+def reports(capability: int) -> Iterator[dict[str, Any]]:
     recorders = {name: Recorder(getattr(triton_ops, name)) for name in KERNELS}
     for name, recorder in recorders.items():
         setattr(triton_ops, name, recorder)
-    for capability, shared_bytes in MAX_SHARED_BYTES.items():
-        limits = divmod(capability, 10), shared_bytes
-        triton_ops._device_limits = lambda device, limits=limits: limits
-        for channels in (128, 512):
-            launch_everything(torch.float16, channels)
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            triton_ops.attend(torch.empty(1024, 512, dtype=dtype), torch.empty(4096, 512, dtype=dtype))
-        for name, recorder in recorders.items():
-            for launch in recorder.launches:
-                yield {"kernel": name, "capability": capability, **report(recorder, launch, capability)}
-            recorder.launches.clear()
+    limits = divmod(capability, 10), MAX_SHARED_BYTES[capability]
+    triton_ops._device_limits = lambda device: limits
+    for channels in (128, 512):
+        launch_everything(torch.float16, channels)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        triton_ops.attend(torch.empty(1024, 512, dtype=dtype), torch.empty(4096, 512, dtype=dtype))
+    for name, recorder in recorders.items():
+        for launch in recorder.launches:
+            yield {"kernel": name, "capability": capability, **report(recorder, launch, capability)}
 
 
 def report(recorder: Recorder, launch: dict[str, Any], capability: int) -> dict[str, Any]:
@@ -114,5 +116,5 @@ def report(recorder: Recorder, launch: dict[str, Any], capability: int) -> dict[
 
 
 if __name__ == "__main__":
-    for each in reports():
+    for each in reports(int(sys.argv[1])):
         print(json.dumps(each))

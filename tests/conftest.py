@@ -51,6 +51,10 @@ def random_model(config: VAEConfig, seed: int = 0) -> AutoencoderKL:
         else:
             values = noise * parameter[0].numel() ** -0.5
         parameter.data.copy_(values)
+    if model.bn is not None:
+        mean, variance = torch.randn(2, model.bn.num_features, generator=generator)
+        model.bn.running_mean, model.bn.running_var = 0.5 * mean, 0.5 + variance.square()
+        model.config = config.with_batch_norm(mean.mul(0.5).tolist(), (0.5 + variance.square()).tolist())
     return model
 
 

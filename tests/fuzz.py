@@ -31,10 +31,12 @@ from safetensors.torch import save
 from sdvae.config import FAMILIES, VAEConfig, read_config
 from sdvae.errors import ImageError, SdvaeError, WeightsError
 from sdvae.images.formats import FORMATS
+from sdvae.images.provenance import Provenance, read_facts
 from sdvae.images.read import read_image, read_size
 from sdvae.reading.latent_files import read_latents
+from sdvae.weights.beside import read_beside
 from sdvae.weights.files import open_weights
-from sdvae.weights.keymap import find_vae
+from sdvae.weights.keymap import VAEKeys, find_vae
 
 MAX_SECONDS, MAX_GROWTH_BYTES = 5, 200 << 20
 _NUMBERS = [
@@ -90,6 +92,8 @@ def _photo(format: str, draw: random.Random) -> bytes:
         options["compression"] = draw.choice([None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
     if format == "JPEG":
         options["progressive"] = draw.random() < 0.5
+    if format in ("JPEG", "WEBP"):
+        options["xmp"] = Provenance("ab" * 32, "sd1").to_xmp().encode()
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
@@ -235,14 +239,38 @@ def _read_latents(path: Path) -> None:
     read_latents(path, VAEConfig(), "raw")
 
 
+def _read_ldm_config(path: Path) -> None:
+    read_beside(path.with_suffix(".ckpt"), VAEKeys("", "ldm", {}), {})
+
+
 def _read_photo(path: Path) -> None:
     with suppress(ImageError):
         read_size(path)
+    with suppress(ImageError):
+        assert all(text.isprintable() for item in read_facts(path).texts.items() for text in item)
     read_image(path, max_pixels=2**22)
 
 
 _INDEX = {"metadata": {"total_size": 1}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.bin"}}
 _CONFIG = FAMILIES["kl-f16"].to_diffusers() | {"latents_mean": [0.5] * 16, "shift_factor": 0.1}
+_LDM_CONFIG = b"""
+model:
+  params: {scale_factor: 0.18215, linear_start: 0.00085, unet_config: {params: {attention: &a [4, 2, 1], again: *a}}}
+  first_stage_config:
+    embed_dim: 4
+    lossconfig: {target: torch.nn.Identity}
+    ddconfig:
+      double_z: true
+      z_channels: 4
+      resolution: 256
+      in_channels: 3
+      out_ch: 3
+      ch: 128
+      ch_mult: [1, 2, 4, 4]
+      num_res_blocks: 2
+      attn_resolutions: []
+      dropout: 0.0
+"""
 PARSERS: dict[str, tuple[str, Callable[[random.Random], bytes], Callable[[Path], object]]] = {
     "safetensors": ("a.safetensors", _odd_safetensors, _read_weights),
     "zip of torch": ("a.ckpt", _odd_zip, _read_weights),
@@ -250,6 +278,7 @@ PARSERS: dict[str, tuple[str, Callable[[random.Random], bytes], Callable[[Path],
     "bare pickle": ("c.ckpt", odd_pickle, _read_weights),
     "sharded index": ("a.safetensors.index.json", lambda draw: _odd_json(_INDEX, draw), _read_weights),
     "config.json": ("config.json", lambda draw: _odd_json(_CONFIG, draw), read_config),
+    "LDM's config": ("kl.yaml", lambda draw: damage(_LDM_CONFIG, draw), _read_ldm_config),
     "npy": ("a.npy", lambda draw: damage(_numpy(), draw), _read_latents),
     "npz": ("a.npz", lambda draw: damage(_numpy(draw.choice(["npz", "packed"])), draw), _read_latents),
     "latents of torch": ("a.pt", _odd_zip, _read_latents),

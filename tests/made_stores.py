@@ -55,6 +55,8 @@ def make_store(
         "store_dtype": store_dtype,
         "roster": entry,
     }
+    if config.latents_patch > 1:  # older stores, without this member, are of before FLUX.2
+        manifest["latent_scaling"] = config.latent_scaling.to_json()
     sealed.write_json(paths.manifest, manifest)
     place = 0
     for number, (bucket_px, members) in enumerate(shards):

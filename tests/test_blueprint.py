@@ -50,12 +50,11 @@ def put(name: str, **values: object) -> Callable[[nn.Module], None]:
     return alter
 
 
-def circular(model: nn.Module) -> None:
-    """As those who make seamless textures do, on every convolution."""
+def replicating(model: nn.Module) -> None:
+    """The one padding mode of torch's that the engine does not know."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            module.padding_mode = "circular"
-            module._reversed_padding_repeated_twice = [module.padding[1]] * 2 + [module.padding[0]] * 2  # type: ignore[list-item]
+            module.padding_mode = "replicate"
 
 
 def grouped(model: nn.Module) -> None:
@@ -120,7 +119,8 @@ def subclassed_weight(model: nn.Module) -> None:
 
 # What is altered, and what `describe` says of it.
 LAYERS: dict[str, tuple[Callable[[nn.Module], None], str]] = {
-    "padding mode": (circular, "has padding_mode 'circular' instead of 'zeros'"),
+    "padding mode": (replicating, "padding_mode of its convolutions is replicate"),
+    "mixed padding": (put(CONV, padding_mode="circular"), "padding_mode of its convolutions is circular and zeros"),
     "dilation": (dilated, r"has (dilation|padding) \(2, 2\) instead of \(1, 1\)"),
     "groups": (grouped, "has groups 2 instead of 1"),
     "kernel size": (wider, r"has (kernel_size \(5, 5\)|padding \(2, 2\)) instead of "),

@@ -123,20 +123,21 @@ def test_version(run: Run) -> None:
 def test_options_are_the_documented_ones() -> None:
     console = "--json -q --quiet -v --verbose"
     shared = f"--vae --family --device --dtype {console}"
+    runs = f"{shared} --padding"
     rewriting = f"{console} -o --output --family --dry-run --force"
     own = {
-        "encode": f"{shared} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
+        "encode": f"{runs} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
         "--resizer --jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit "
         "--runner --address --batch-size --budget --limit --dry-run --caption",
-        "decode": f"{shared} --format --latents --space --batch-size --budget",
-        "verify": f"{shared} --repair --source",
+        "decode": f"{runs} --format --latents --space --no-metadata --batch-size --budget",
+        "verify": f"{runs} --repair --source",
         "stats": console,
         "export": f"{console} --to -o --output --seed",
-        "roundtrip": f"{shared} -o --output --size --budget",
-        "sample": f"{shared} -n --num -o --output --size --seed --budget",
-        "interpolate": f"{shared} -o --output --steps --mode --size --budget",
+        "roundtrip": f"{runs} -o --output --size --no-metadata --budget",
+        "sample": f"{runs} -n --num -o --output --size --seed --no-metadata --budget",
+        "interpolate": f"{runs} -o --output --steps --mode --size --no-metadata --budget",
         "eval": f"{shared} -o --output --recipe --metrics --vary --explain-difference --limit --batch-size --budget",
-        "report": f"{shared} -o --output --space",
+        "report": f"{runs} -o --output --space",
         "app": f"{console} --vae --device --port --open",
         "inspect": f"{console} --family --tensors",
         "identify": console,

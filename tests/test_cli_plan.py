@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from sdvae import VAE
 from sdvae.cli.main import cli
 from sdvae.config import FAMILIES
-from sdvae.engine.plan import MAX_GROUP, make_plan
+from sdvae.engine.plan import IMAGES_AT_ONCE, make_plan
 from sdvae.engine.stages import build_network
 from sdvae.engine.verdict import find_need
 from sdvae.images.read import read_image
@@ -124,7 +124,7 @@ def test_the_shapes_of_a_file_are_planned(vae_folder: Path, small_vae: VAE) -> N
     result = run("plan", "--vae", vae_folder, "--size", "64", "--dtype", "fp32", "--json")
     assert result.exit_code == 0, result.output
     _, decode = json.loads(result.stdout)["plans"]
-    expected = make_plan(build_network(small_vae.config, "decode"), 8, 8, 4, max_group=MAX_GROUP)
+    expected = make_plan(build_network(small_vae.config, "decode"), 8, 8, 4, images_at_once=IMAGES_AT_ONCE)
     assert decode["predicted_bytes"] == expected.predict_bytes() and decode["group"] == expected.group == 1
 
 

@@ -11,10 +11,11 @@ from sdvae.errors import ConfigError
 
 
 def diffusers_config(config: VAEConfig) -> dict[str, object]:
-    """What diffusers itself records for a model built of our mapping, without its own bookkeeping."""
+    """What diffusers itself records for a model built of our mapping: of its own bookkeeping, the class alone."""
     with torch.device("meta"):  # a config needs no weights
-        recorded = dict(diffusers.AutoencoderKL.from_config(config.to_diffusers()).config)
-    return {key: value for key, value in recorded.items() if key[0] != "_"}
+        mapping = config.to_diffusers()
+        recorded = dict(getattr(diffusers, mapping["_class_name"]).from_config(mapping).config)
+    return {"_class_name": mapping["_class_name"]} | {key: recorded[key] for key in recorded if key[0] != "_"}
 
 
 def plain(values: object) -> object:
@@ -30,6 +31,9 @@ def plain(values: object) -> object:
         ("sdxl", 4, 8, 0.13025, None, True),
         ("sd3", 16, 8, 1.5305, 0.0609, False),
         ("flux1", 16, 8, 0.3611, 0.1159, False),
+        ("flux2", 32, 8, 1.0, None, True),
+        ("cogview4", 16, 8, 1.0, None, False),
+        ("playground", 4, 8, 0.5, None, True),
         ("kl-f4", 3, 4, 1.0, None, True),
         ("kl-f16", 16, 16, 1.0, None, True),
         ("x4-upscaler", 4, 4, 0.08333, None, True),
@@ -50,22 +54,92 @@ def test_families(
 
 
 def test_every_family_is_pinned_above() -> None:
-    assert set(FAMILIES) == {"sd1", "sdxl", "sd3", "flux1", "kl-f4", "kl-f16", "x4-upscaler", "small"}
+    assert set(FAMILIES) == {
+        "sd1", "sdxl", "sd3", "flux1", "flux2", "cogview4", "playground", "kl-f4", "kl-f16", "x4-upscaler", "small"
+    }  # fmt: skip
+
+
+# Configs of classes other than AutoencoderKL, as huggingface.co has them (names of their repositories).
+PUBLISHED: dict[str, tuple[dict[str, object], VAEConfig]] = {
+    "black-forest-labs/FLUX.2-dev": (
+        {
+            "_class_name": "AutoencoderKLFlux2", "act_fn": "silu", "batch_norm_eps": 0.0001, "batch_norm_momentum": 0.1,
+            "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "force_upcast": True, "in_channels": 3, "latent_channels": 32, "layers_per_block": 2,
+            "mid_block_add_attention": True, "norm_num_groups": 32, "out_channels": 3, "patch_size": [2, 2],
+            "sample_size": 1024, "up_block_types": ["UpDecoderBlock2D"] * 4, "use_post_quant_conv": True,
+            "use_quant_conv": True,
+        },
+        replace(FAMILIES["flux2"], latents_mean=None, latents_std=None),
+    ),
+    "black-forest-labs/FLUX.2-small-decoder": (
+        {
+            "_class_name": "AutoencoderKLFlux2", "block_out_channels": [128, 256, 512, 512],
+            "decoder_block_out_channels": [96, 192, 384, 384], "latent_channels": 32, "patch_size": [2, 2],
+        },
+        replace(
+            FAMILIES["flux2"], latents_mean=None, latents_std=None, decoder_block_out_channels=(96, 192, 384, 384)
+        ),
+    ),
+    "cross-attention/asymmetric-autoencoder-kl-x-2": (
+        {
+            "_class_name": "AsymmetricAutoencoderKL", "act_fn": "silu", "down_block_out_channels": [128, 256, 512, 512],
+            "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4,
+            "layers_per_down_block": 2, "layers_per_up_block": 5, "norm_num_groups": 32, "out_channels": 3,
+            "sample_size": 32, "scaling_factor": 0.18215, "up_block_out_channels": [256, 512, 1024, 1024],
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+        },
+        VAEConfig(
+            decoder_block_out_channels=(256, 512, 1024, 1024), decoder_layers_per_block=5, sample_size=32,
+            force_upcast=False,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_of_other_classes(name: str) -> None:
+    mapping, config = PUBLISHED[name]
+    assert VAEConfig.from_diffusers(mapping) == config
+    assert VAEConfig.from_diffusers(json.loads(json.dumps(config.to_diffusers()))) == config
+    with torch.device("meta"):
+        theirs = getattr(diffusers, str(mapping["_class_name"])).from_config(mapping)
+    assert VAEConfig.from_diffusers({**theirs.config, "_class_name": mapping["_class_name"]}) == config
+    ours = {key: value for key, value in config.to_diffusers().items() if key != "_class_name"}
+    assert plain(ours) == plain({key: theirs.config[key] for key in ours})
+
+
+def test_a_decoder_that_enlarges_and_patches_of_another_kind_are_a_sentence() -> None:
+    mapping = PUBLISHED["cross-attention/asymmetric-autoencoder-kl-x-2"][0]
+    five = {"up_block_out_channels": [128, 128, 256, 512, 512], "up_block_types": ["UpDecoderBlock2D"] * 5}
+    with pytest.raises(ConfigError, match="levels"):  # AiArtLab/simplevae2x
+        VAEConfig.from_diffusers(mapping | five)
+    mapping = PUBLISHED["black-forest-labs/FLUX.2-dev"][0]
+    for patch in ([1, 1], [2, 4], 2):
+        with pytest.raises(ConfigError, match=r"patch_size is .*; sdvae knows square patches"):
+            VAEConfig.from_diffusers(mapping | {"patch_size": patch})
+    with pytest.raises(ConfigError, match="a variance that is not 0 or above"):
+        FAMILIES["flux2"].with_batch_norm([0.0] * 128, [-1.0] * 128)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_to_diffusers_and_back(family: str) -> None:
-    config = FAMILIES[family]
+    config = without_statistics(FAMILIES[family])
     assert VAEConfig.from_diffusers(config.to_diffusers()) == config
     through_json = json.loads(json.dumps(config.to_diffusers()))
     assert VAEConfig.from_diffusers(through_json) == config
 
 
+def without_statistics(config: VAEConfig) -> VAEConfig:
+    """What a config.json tells: FLUX.2's statistics lie among the weights."""
+    return replace(config, latents_mean=None, latents_std=None) if config.latents_patch > 1 else config
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_reads_our_mapping_as_we_mean_it(family: str) -> None:
     """Every key is one that diffusers knows, none is left to its default, and reading its config gives ours back."""
-    config = FAMILIES[family]
-    ours = {key: value for key, value in config.to_diffusers().items() if key != "_class_name"}
+    config = without_statistics(FAMILIES[family])
+    ours = config.to_diffusers()
     assert plain(ours) == plain(diffusers_config(config))
     assert VAEConfig.from_diffusers(diffusers_config(config)) == config
 
@@ -82,14 +156,13 @@ def test_values_that_are_no_default_survive_the_round_trip() -> None:
         in_channels=1, out_channels=2, latent_channels=2, block_out_channels=(8, 16), layers_per_block=3,
         norm_num_groups=4, attention_levels=(0,), mid_block_add_attention=False, use_quant_conv=False,
         use_post_quant_conv=False, sample_size=64, scaling_factor=0.5, shift_factor=0.25, latents_mean=(0.1, 0.2),
-        latents_std=(1.5, 2.5), force_upcast=False,
+        latents_std=(1.5, 2.5), force_upcast=False, padding="reflect", unused={"use_tiling": True},
     )  # fmt: skip
     differing = {name for name in vars(config) if getattr(config, name) != getattr(VAEConfig(), name)}
-    assert differing == set(vars(config)), "every field must be tried"
+    of_other_classes = {"decoder_block_out_channels", "decoder_layers_per_block", "latents_patch", "batch_norm_eps"}
+    assert differing == set(vars(config)) - of_other_classes, "every field must be tried"
     assert VAEConfig.from_diffusers(json.loads(json.dumps(config.to_diffusers()))) == config
-    assert plain(diffusers_config(config)) == plain(
-        {key: value for key, value in config.to_diffusers().items() if key != "_class_name"}
-    )
+    assert plain(diffusers_config(config)) == plain(config.to_diffusers())
 
 
 @pytest.mark.parametrize(("file", "sample_size"), [("sd15_vae_config.json", 512), ("sd21base_vae_config.json", 768)])

@@ -21,7 +21,7 @@ def bytes_of(packed: Tensor) -> bytes:
 @pytest.mark.parametrize("num_channels", [8, 64, 128])
 def test_weights_lie_as_the_kernel_for_each_size_reads_them(num_channels: int) -> None:
     weight, bias = torch.randn(num_channels, num_channels, 3, 3), torch.randn(num_channels)
-    convolution = pack(weight, bias, ops, stride=1, padding_px=1, adds=False)
+    convolution = pack(weight, bias, ops, stride=1, zeros_px=(1, 1), adds=False)
     assert isinstance(convolution, OneDnnConvolution)
     for rows, width in SIZES + SIZES[::-1]:
         strip = torch.randn(1, num_channels, rows, width).to(memory_format=torch.channels_last)
@@ -33,7 +33,7 @@ def test_weights_lie_as_the_kernel_for_each_size_reads_them(num_channels: int) -
 
 
 def test_sizes_of_one_order_share_their_weights_and_few_orders_are_kept() -> None:
-    convolution = pack(torch.randn(64, 64, 3, 3), torch.zeros(64), ops, stride=1, padding_px=1, adds=False)
+    convolution = pack(torch.randn(64, 64, 3, 3), torch.zeros(64), ops, stride=1, zeros_px=(1, 1), adds=False)
     assert isinstance(convolution, OneDnnConvolution)
     for rows, width in SIZES:
         convolution.make(torch.randn(1, 64, rows, width).to(memory_format=torch.channels_last))

@@ -635,9 +635,9 @@ def test_the_manifest_says_what_the_bytes_depend_on(begun: Path, small_vae: VAE)
     manifest = json.loads((begun / "manifest.json").read_bytes())
     assert manifest["vae"]["fingerprint"] == small_vae.fingerprint
     assert VAEConfig.from_diffusers(manifest["vae"]["config"]) == small_vae.config
-    machine = {"device", "cpu_capability", "torch", "dtype", "batch_rows", "num_threads", "max_group"}
+    machine = {"device", "cpu_capability", "torch", "dtype", "batch_rows", "num_threads", "images_at_once"}
     assert manifest["compute"].keys() == machine
-    assert manifest["compute"]["max_group"] == min(8, manifest["compute"]["batch_rows"])
+    assert manifest["compute"]["images_at_once"] == min(8, manifest["compute"]["batch_rows"])
     assert (manifest["compute"]["dtype"], manifest["latent_error"]) == ("fp32", 0.0)
     assert Preprocess.from_json(manifest["preprocess"]) == SETTINGS.preprocess
     assert manifest["roster"]["num_records"] == NUM_PHOTOS + NUM_BROKEN
@@ -649,7 +649,7 @@ def test_a_store_begun_before_groups_goes_on_with_its_own_bytes(
     identify = manifest._identify_compute
 
     def as_before(*arguments: Any) -> dict[str, Any]:
-        return {name: value for name, value in identify(*arguments).items() if name != "max_group"}
+        return {name: value for name, value in identify(*arguments).items() if name != "images_at_once"}
 
     def stop(phase: str, num_done: int, num_all: int) -> None:
         if phase == "encode" and num_done > 5:
@@ -661,12 +661,12 @@ def test_a_store_begun_before_groups_goes_on_with_its_own_bytes(
         encode_dataset(photos, tmp_path / "old", small_vae, exact, progress=stop)
     encode_dataset(photos, tmp_path / "old", small_vae, exact)
     encode_dataset(photos, tmp_path / "new", small_vae, exact)
-    for name, max_group in {"old": 0, "new": exact.batch_rows}.items():
+    for name, images_at_once in {"old": 0, "new": exact.batch_rows}.items():
         store = Store.open(tmp_path / name)
-        assert store.manifest["compute"].get("max_group", 0) == max_group
+        assert store.manifest["compute"].get("images_at_once", 0) == images_at_once
         for key, (mean, _) in _rows(store).items():
             image = read_image(photos / key)
             crop = apply(image, plan_geometry(*image.shape[:2], exact.preprocess, 8))
-            with fixed_threads(1), small_vae.deterministic(max_group):
+            with fixed_threads(1), small_vae.deterministic(images_at_once):
                 assert np.array_equal(mean, small_vae.encode(to_pixels(crop[None])).mean[0].numpy()), (name, key)
     assert _files(tmp_path / "old").keys() == _files(tmp_path / "new").keys()

@@ -10,8 +10,11 @@ import pytest
 import torch
 import webdataset
 from click.testing import CliRunner
+from einops import rearrange
 from numpy.random import Generator
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sdvae import atomic
@@ -28,6 +31,12 @@ SQUARE = {(64, 64): 9}
 BUCKETS = {(512, 512): 2, (384, 640): 3, (640, 384): 2}
 BROKEN = ("dog/001.png",)
 SEED = 5
+
+
+def store_for(name: str, root: Path, num_records: Any = None, **made: Any) -> Store:
+    """A store of the first space that the format holds."""
+    space = (FORMATS[name].latent_spaces or ("sd1",))[0]
+    return make_store(root, num_records or SQUARE, latent_space=space, config=FAMILIES[space], **made)
 
 
 def truth(store: Store) -> dict[str, dict[str, Any]]:
@@ -257,6 +266,88 @@ def test_fast_dit_reads_scaled_samples_and_their_labels(tmp_path: Path) -> None:
         assert (latents - sample_of(record) * 0.18215).abs().max() < 1e-6
 
 
+# --- musubi-tuner: https://github.com/kohya-ss/musubi-tuner, commit 30c658c4f4b0bf05038b3346eff9670259b10fc7 ---
+
+MUSUBI = {  # dataset/architectures.py
+    "musubi-flux2-dev": ("f2d", "flux_2_dev"),
+    "musubi-flux2-klein-4b": ("f2k4b", "flux_2_klein_4b"),
+    "musubi-flux2-klein-9b": ("f2k9b", "flux_2_klein_9b"),
+    "musubi-z-image": ("zi", "z_image"),
+}
+
+
+def musubi_bucket(settings: dict[str, Any], image_size: tuple[int, int]) -> tuple[int, int]:
+    """dataset/bucket.py, BucketSelector.get_bucket_resolution, with bucket_no_upscale and in steps of 16."""
+    width, height = settings["resolution"]
+    assert settings["enable_bucket"] and settings["bucket_no_upscale"]
+    assert image_size[0] * image_size[1] <= width * height, "else the nearest of its table"
+    return image_size[0] // 16 * 16, image_size[1] // 16 * 16
+
+
+def musubi_items(cache_directory: Path, architecture: str) -> list[tuple[str, tuple[int, int], Path]]:
+    """dataset/image_video_dataset.py, ImageDataset.prepare_for_training: item key, size and file of each cache."""
+    items = []
+    for cache_file in sorted(cache_directory.glob(f"*_{architecture}.safetensors")):
+        tokens = cache_file.name.split("_")
+        image_width, image_height = map(int, tokens[-2].split("x"))
+        items.append(("_".join(tokens[:-2]), (image_width, image_height), cache_file))
+    return items
+
+
+def musubi_batch(cache_files: list[Path]) -> dict[str, Tensor]:
+    """dataset/bucket.py, BucketBatchManager.__getitem__, without text encoder outputs."""
+    batch: dict[str, list[Tensor]] = {}
+    for cache_file in cache_files:
+        for key, value in load_file(cache_file).items():
+            assert key.endswith("_float32")  # utils/model_utils.py, remove_dtype_suffix
+            content_key = key.removesuffix("_float32")
+            if content_key.startswith("latents_"):
+                content_key = content_key.rsplit("_", 1)[0]  # remove FxHxW
+            batch.setdefault(content_key, []).append(value)
+    return {key: torch.stack(values) for key, values in batch.items()}
+
+
+@pytest.mark.parametrize("name", MUSUBI)
+def test_musubi_tuner_reads_what_it_would_have_cached(tmp_path: Path, name: str) -> None:
+    store = store_for(name, tmp_path / "store", BUCKETS, has_flips=True, broken=BROKEN)
+    out = tmp_path / "out"
+    declared = export(store.paths.root, name, out, SEED)
+    architecture, full_name = MUSUBI[name]
+    records, found = truth(store), {}
+    for folder in ("cat", "dog", "owl"):
+        of_buckets: dict[tuple[int, int], list[tuple[str, Path]]] = {}
+        for item_key, image_size, cache_file in musubi_items(out / folder, architecture):
+            bucket = musubi_bucket(declared["settings"], image_size)
+            of_buckets.setdefault(bucket, []).append((f"{folder}/{item_key}.png", cache_file))
+            with safe_open(cache_file, "pt") as file:
+                width, height = (file.metadata()[side] for side in ("width", "height"))
+                assert (file.metadata()["architecture"], int(width), int(height)) == (full_name, *image_size)
+        for bucket, members in of_buckets.items():
+            batch = musubi_batch([file for _, file in members])
+            assert list(batch) == ["latents"]
+            for (key, _), latents in zip(members, batch["latents"], strict=True):
+                found[key] = bucket, latents
+    assert sorted(found) == sorted(records)
+    config = FAMILIES[store.manifest["vae"]["latent_space"]]
+    for key, ((width, height), latents) in found.items():
+        assert [height, width] == records[key]["bucket_px"]
+        mean = records[key]["mean"]
+        if name == "musubi-z-image":
+            assert torch.equal(latents, mean), "zimage_cache_latents.py stores what the encoder gives"
+            continue
+        # flux_2/flux2_models.py, AutoEncoder.encode
+        z = rearrange(mean, "... c (i pi) (j pj)  -> ... (c pi pj) i j", pi=2, pj=2)
+        running_mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (config.latents_mean, config.latents_std))
+        assert latents.shape == (128, height // 16, width // 16)
+        assert (latents - (z - running_mean) / std).abs().max() < 1e-5
+
+
+def test_musubi_tuner_has_no_buckets_between_its_steps(tmp_path: Path) -> None:
+    store = store_for("musubi-z-image", tmp_path / "store", {(64, 64): 1, (72, 64): 1})
+    with pytest.raises(StoreError, match="steps of 16 pixels, and this store has 64x72"):
+        export(store.paths.root, "musubi-z-image", tmp_path / "out")
+
+
 # --- WebDataset: the library itself ---
 
 
@@ -298,9 +389,8 @@ def test_webdataset_members_without_caption_or_class(tmp_path: Path) -> None:
 
 
 def test_no_export_tells_less_than_what_it_is(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store", SQUARE)
     for name, form in FORMATS.items():
-        out = tmp_path / name
+        store, out = store_for(name, tmp_path / f"{name}-store"), tmp_path / name
         declared = export(store.paths.root, name, out, SEED)
         assert json.loads((out / DECLARATION).read_text(encoding="utf-8")) == json.loads(json.dumps(declared))
         assert declared["value"] == form.value and declared["scaling"] == form.scaling
@@ -311,8 +401,8 @@ def test_no_export_tells_less_than_what_it_is(tmp_path: Path) -> None:
 
 
 def test_the_same_export_has_the_same_bytes(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store", SQUARE, has_flips=True)
     for name in FORMATS:
+        store = store_for(name, tmp_path / f"{name}-store", has_flips=True)
         outs = [tmp_path / f"{name}{turn}" for turn in range(2)]
         for out in outs:
             export(store.paths.root, name, out, SEED)
@@ -383,9 +473,9 @@ def test_keys_never_leave_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from tests import made_stores
 
     monkeypatch.setattr(made_stores, "LABELS", ("../../x", "/etc/y", "z"))
-    store = make_store(tmp_path / "store", SQUARE)
+    stores = {name: store_for(name, tmp_path / f"{name}-store") for name in FORMATS}
     before = set(tmp_path.rglob("*"))
-    for name in FORMATS:
+    for name, store in stores.items():
         export(store.paths.root, name, tmp_path / "exports" / name)
     new = {path for path in set(tmp_path.rglob("*")) - before if path.is_file()}
     assert len(new) > 4 * 9 and all(path.is_relative_to(tmp_path / "exports") for path in new)

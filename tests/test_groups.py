@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from sdvae.engine import ops
 from sdvae.engine import plan as planning
 from sdvae.engine.execute import execute
 from sdvae.engine.groups import execute_groups
-from sdvae.engine.plan import MAX_GROUP, make_plan
+from sdvae.engine.parallel import run_apart, torch_threads
+from sdvae.engine.plan import IMAGES_AT_ONCE, make_plan
 from sdvae.engine.program import Program, compile_program
 from sdvae.engine.stages import Direction, build_network
 from sdvae.engine.tiny_run import TinyEngine
@@ -59,25 +61,25 @@ def compiled(name: str, direction: Direction, dtype: torch.dtype = torch.float32
     return compile_program(CONFIGS[name], direction, MODELS[name].state_dict(), dtype, CPU)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     name=st.sampled_from(list(CONFIGS)),
     direction=st.sampled_from(["encode", "decode"]),
     height=st.integers(1, 9),
     width=st.integers(1, 9),
-    max_group=st.integers(1, 5),
+    images_at_once=st.integers(1, 5),
     order=st.permutations(range(7)),
     batch_rows=st.integers(1, 7),
     is_tight=st.booleans(),
 )
 def test_any_batch_order_and_budget_gives_the_same_bits(
-    name: str, direction: Direction, height: int, width: int, max_group: int, order: list[int], batch_rows: int,
+    name: str, direction: Direction, height: int, width: int, images_at_once: int, order: list[int], batch_rows: int,
     is_tight: bool,
 ) -> None:  # fmt: skip
     vae, images = VAES[name], inputs(CONFIGS[name], direction, height, width, 7)
-    with vae.deterministic(max_group):
+    with vae.deterministic(images_at_once):
         plan = vae.engine.plan(direction, *images.shape[2:])  # type: ignore[union-attr]
-        assert plan.group == max_group and plan.is_filled
+        assert plan.group == images_at_once and plan.is_filled  # the tests run on one thread
         expected = torch.cat([run(vae, direction, image[None]) for image in images])
         parts = torch.split(images[order], batch_rows)
         budgets = [f"{plan.predict_bytes(len(part))}B" if is_tight else None for part in parts]
@@ -94,28 +96,46 @@ def test_any_batch_order_and_budget_gives_the_same_bits(
     assert error(together, exact) <= 2e-5
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-def test_an_image_has_the_same_bits_at_each_place_of_a_group(
-    direction: Direction, dtype: torch.dtype, threads: int
-) -> None:
+def test_an_image_has_the_same_bits_at_each_place_of_a_group(direction: Direction, dtype: torch.dtype) -> None:
     program = compiled("all parts", direction, dtype)
     image = inputs(CONFIGS["all parts"], direction, 9, 7, 2)[1:]
     others = inputs(CONFIGS["all parts"], direction, 9, 7, 5)
-    plan = make_plan(program.network, *image.shape[2:], dtype.itemsize, is_deterministic=True, max_group=5)
+    plan = make_plan(program.network, *image.shape[2:], dtype.itemsize, is_deterministic=True, images_at_once=5)
     assert plan.group == 5
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            alone = execute_groups(program, plan, image)
-            for place in range(5):
-                batch = others.clone()
-                batch[place] = image[0]
-                assert execute_groups(program, plan, batch)[place].equal(alone[0])
-    finally:
-        torch.set_num_threads(before)
+    with torch.no_grad():
+        alone = execute_groups(program, plan, image)
+        for place in range(5):
+            batch = others.clone()
+            batch[place] = image[0]
+            assert execute_groups(program, plan, batch)[place].equal(alone[0])
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_threads_change_no_bit_of_deterministic_groups(direction: Direction) -> None:
+    program = compiled("all parts", direction)
+    images = inputs(CONFIGS["all parts"], direction, 9, 7, 7)
+    size = *images.shape[2:], 4
+    one = make_plan(program.network, *size, is_deterministic=True, images_at_once=2)
+    two = make_plan(program.network, *size, is_deterministic=True, images_at_once=6, num_threads=3)
+    assert (one.group, one.num_workers(7)) == (2, 1) and (two.group, two.num_workers(7)) == (2, 3)
+    with torch.no_grad():
+        expected = execute_groups(program, one, images)
+        for num_threads in (1, 3):
+            with torch_threads(num_threads):
+                assert execute_groups(program, two, images).equal(expected)
+                assert torch.get_num_threads() == num_threads
+
+
+def test_threads_agree_with_one_and_share_the_images() -> None:
+    vae, images = VAES["all parts"], inputs(CONFIGS["all parts"], "decode", 5, 4, 7)
+    expected = run(vae, "decode", images)
+    for num_threads, group in ((2, 4), (3, 2), (16, 1)):
+        with torch_threads(num_threads):
+            assert vae.engine.plan("decode", 5, 4, 7).group == group  # type: ignore[union-attr]
+            assert error(run(vae, "decode", images), expected) <= 1e-5
+            assert error(run(vae, "decode", images[:1]), expected[:1]) <= 1e-5  # all threads for one image
 
 
 def test_blocks_of_statistics_change_no_more_than_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +195,7 @@ def test_only_small_images_run_whole(direction: Direction) -> None:
     side = 1 if direction == "encode" else 8
 
     def group(network: planning.Network, px: int, element_bytes: int = 4, **arguments: bool) -> int:
-        plan = make_plan(network, px // side, px // side, element_bytes, num_images=8, max_group=8, **arguments)
+        plan = make_plan(network, px // side, px // side, element_bytes, num_images=8, images_at_once=8, **arguments)
         return plan.group
 
     assert [group(small, px) for px in (32, 64, 128, 256, 512)] == [8, *((4, 1, 1, 0) if side == 1 else (2, 1, 1, 0))]
@@ -186,13 +206,15 @@ def test_only_small_images_run_whole(direction: Direction) -> None:
 
 def test_a_budget_makes_groups_smaller_or_strips_of_them_but_never_deterministic_ones() -> None:
     network = build_network(SMALL, "decode")
-    sizes = {"height": 12, "width": 12, "element_bytes": 4, "num_images": 8, "max_group": 8}
+    sizes = {"height": 12, "width": 12, "element_bytes": 4, "num_images": 8, "images_at_once": 8}
     free = make_plan(network, **sizes)
     assert free.group == 8 and not free.is_filled
     fewer = make_plan(network, **sizes, budget_bytes=free.predict_bytes(8) - 1)
     assert fewer.group == 4
     strips = make_plan(
-        network, **sizes, budget_bytes=make_plan(network, **sizes | {"max_group": 0}, num_strips=12).predict_bytes(8)
+        network,
+        **sizes,
+        budget_bytes=make_plan(network, **sizes | {"images_at_once": 0}, num_strips=12).predict_bytes(8),
     )
     assert strips.group == 0
     with pytest.raises(BudgetError, match=f"needs at least {memory_text(free.predict_bytes(8))} beside"):
@@ -206,19 +228,20 @@ def test_strips_of_old_stores_are_what_execute_makes() -> None:
         assert run(VAES["plain"], "encode", images).equal(execute(program, plan, images)[:, :4])
 
 
-def test_small_work_runs_on_one_thread_and_gives_them_back() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with grouping._fitting_threads(grouping._ALONE_ELEMENTS - 1):
-            assert torch.get_num_threads() == 1
-        with grouping._fitting_threads(grouping._ALONE_ELEMENTS):
-            assert torch.get_num_threads() == 2
-        with pytest.raises(ZeroDivisionError), grouping._fitting_threads(1):
-            _ = 1 / 0
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+def test_each_piece_of_work_is_done_with_its_threads_and_an_error_is_raised() -> None:
+    seen = dict[int, tuple[int, bool]]()
+
+    def work(index: int) -> None:
+        seen[index] = torch.get_num_threads(), torch.is_grad_enabled()
+        if index == 8:
+            raise ZeroDivisionError
+
+    with torch_threads(4):
+        run_apart([partial(work, index) for index in range(7)], num_workers=3, num_threads=2)
+        assert seen == dict.fromkeys(range(7), (2, False))
+        with pytest.raises(ZeroDivisionError):
+            run_apart([partial(work, index) for index in (7, 8)], num_workers=2, num_threads=1)
+        assert torch.get_num_threads() == 4 and torch.is_grad_enabled()
 
 
 # --- TAESD ---
@@ -252,4 +275,4 @@ def test_a_taesd_keeps_a_budget_or_refuses_it() -> None:
     assert error(vae.decode(latents, budget=smallest), vae.decode(latents)) <= 1e-6
     with pytest.raises(BudgetError, match=f"needs at least {memory_text(smallest)} beside"):
         vae.decode(latents, budget=smallest - 1)
-    assert MAX_GROUP > 1 and vae.engine.max_group == MAX_GROUP and ops.NAME == "torch"
+    assert IMAGES_AT_ONCE > 1 and vae.engine.images_at_once == IMAGES_AT_ONCE and ops.NAME == "torch"

@@ -112,9 +112,10 @@ def test_another_scale_is_another_space(data_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["taesana_encoder", "taef2_encoder", "taef2_decoder"])
-def test_encoders_of_other_architectures_and_spaces_are_unknown(data_dir: Path, name: str) -> None:
+def test_without_a_reference_for_the_probe_shapes_are_all_there_is(data_dir: Path, name: str) -> None:
     found = identify(data_dir / "weights" / "taesd_other" / f"{name}.pth")
-    assert (found.latent_space, found.certainty) == ("unknown", "unknown")
+    expected = ("flux2", "declared", ["shapes"]) if name.startswith("taef2") else ("unknown", "unknown", [])
+    assert (found.latent_space, found.certainty, [item.kind for item in found.evidence]) == expected
     assert (found.fingerprint is None) == ("sana" in name)
 
 
@@ -158,9 +159,9 @@ def test_a_network_that_overflows_is_unknown(tmp_path: Path) -> None:
     assert identify(path).latent_space == "unknown"
 
 
-def test_the_shapes_of_full_size_vaes_leave_two_spaces() -> None:
+def test_the_shapes_of_full_size_vaes_leave_three_spaces() -> None:
     (shapes,) = judge(FAMILIES["sdxl"], {}).evidence
-    assert (shapes.kind, shapes.spaces, shapes.certainty) == ("shapes", ("sd1", "sdxl"), "unknown")
+    assert (shapes.kind, shapes.spaces, shapes.certainty) == ("shapes", ("sd1", "sdxl", "playground"), "unknown")
 
 
 def test_quant_convolutions_belong_to_the_encoder(tmp_path: Path) -> None:

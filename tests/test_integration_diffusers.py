@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import sdvae
 from sdvae.config import VAEConfig
 from sdvae.errors import ConfigError
-from sdvae.integrations.diffusers import AutoencoderKL
+from sdvae.integrations.diffusers import AutoencoderKL, AutoencoderKLFlux2
 from tests.conftest import random_model
 
 # Every block kind; a downscale of 2, so that 32 px are four tiles.
@@ -736,3 +737,50 @@ def test_a_compiled_decode_is_followed_from_its_first_call() -> None:
     with torch.no_grad():  # the engine is made inside
         found = torch.compile(vae.decode, backend="eager")(latents()).sample
     assert is_close(found, expected)
+
+
+# --- FLUX.2's class ---
+
+
+def make_flux2(cls: type[Any]) -> Any:
+    config = replace(CONFIG, scaling_factor=1.0, latents_patch=2, decoder_block_out_channels=(16, 16))
+    model = random_model(config)
+    vae = cls.from_config(model.config.to_diffusers())
+    vae.load_state_dict(model.state_dict())
+    return vae.eval()
+
+
+@torch.no_grad()
+def test_flux2s_class_runs_on_the_engine_and_saves_as_diffusers(tmp_path: Path) -> None:
+    theirs, ours = make_flux2(diffusers.AutoencoderKLFlux2), make_flux2(AutoencoderKLFlux2)
+    assert is_close(ours.encode(pixels()).latent_dist.mean, theirs.encode(pixels()).latent_dist.mean)
+    assert is_close(ours.decode(latents()).sample, theirs.decode(latents()).sample)
+    assert ours.engine.calls == 2 and "sdvae's engine" in ours.engine.describe()
+    for vae in (theirs, ours):
+        vae.enable_tiling()
+    assert is_close(ours.encode(pixels(32, 32)).latent_dist.mean, theirs.encode(pixels(32, 32)).latent_dist.mean)
+    assert is_close(ours.decode(latents(16, 16)).sample, theirs.decode(latents(16, 16)).sample)
+    assert ours.engine.calls > 4, "one a tile"
+    ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "AutoencoderKLFlux2"
+    again = diffusers.AutoencoderKLFlux2.from_pretrained(tmp_path)
+    assert torch.equal(again.bn.running_mean, ours.bn.running_mean)
+    assert AutoencoderKLFlux2.from_pretrained(tmp_path).engine.calls == 0
+
+
+@torch.no_grad()
+def test_flux2s_class_is_installed_and_taken_back() -> None:
+    pipe = SimpleNamespace(vae=make_flux2(diffusers.AutoencoderKLFlux2))
+    vae, expected = pipe.vae, pipe.vae.decode(latents()).sample
+    sdvae.install(pipe)
+    sdvae.install(pipe)
+    assert type(vae) is AutoencoderKLFlux2 and is_close(vae.decode(latents()).sample, expected)
+    assert vae.engine.calls == 1
+    vae.bn.register_forward_hook(lambda *_: None)
+    assert "bn has a hook" in str(vae.engine.departure())
+    sdvae.uninstall(pipe)
+    assert type(vae) is diffusers.AutoencoderKLFlux2 and torch.equal(vae.decode(latents()).sample, expected)
+    half = make_flux2(AutoencoderKLFlux2).half()
+    assert half.config.batch_norm_eps == 1e-4
+    assert is_close(half.decode(latents().half()).sample.float(), expected, 5e-3)
+    assert half.engine.calls == 1

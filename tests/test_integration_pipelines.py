@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import Decoder, Encoder
+from PIL import Image
 from torch import Tensor
 
 import sdvae
@@ -20,6 +21,7 @@ from tests.conftest import random_model
 TOLERANCE = 1e-4  # relative L2 in fp32; attention sums in another order, the rest is the same arithmetic
 SIDE_PX = 32
 KL = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, sample_size=SIDE_PX)
+FLUX2_KL = replace(KL, scaling_factor=1.0, latents_patch=2, decoder_block_out_channels=(8, 8))
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,20 @@ def flux() -> Any:
     )  # fmt: skip
 
 
+def flux2() -> Any:
+    model = random_model(FLUX2_KL)
+    ours = diffusers.AutoencoderKLFlux2.from_config(model.config.to_diffusers())
+    ours.load_state_dict(model.state_dict())
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+    ).eval()  # fmt: skip
+    return diffusers.Flux2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=ours.eval(), text_encoder=None, tokenizer=None,
+        transformer=transformer,
+    )  # fmt: skip
+
+
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -145,6 +161,14 @@ CASES = {
     ),
     "sd3": Case(stable_diffusion_3, lambda: prompt(is_pooled=True) | size()),
     "flux": Case(flux, lambda: prompt(is_pooled=True, has_negative=False) | size()),
+    "flux2": Case(flux2, lambda: prompt(has_negative=False) | size()),
+    "flux2 with an image": Case(
+        flux2,
+        lambda: (
+            prompt(has_negative=False) | size() | {"image": Image.radial_gradient("L").resize((64, 64)).convert("RGB")}
+        ),
+        num_encodes=1,
+    ),
 }
 
 
@@ -174,6 +198,7 @@ def test_a_pipeline_gives_the_same_images(case: Case, monkeypatch: pytest.Monkey
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("diffusers' own network ran")
 
+    kind = type(original)
     sdvae.install(pipe)
     with monkeypatch.context() as patch:
         patch.setattr(Encoder, "forward", refuse)
@@ -184,7 +209,7 @@ def test_a_pipeline_gives_the_same_images(case: Case, monkeypatch: pytest.Monkey
 
     sdvae.uninstall(pipe)
     assert pipe.vae is original
-    assert type(original) is diffusers.AutoencoderKL
+    assert type(original) is kind
     assert torch.equal(picture(pipe, case.inputs()), expected)
 
 

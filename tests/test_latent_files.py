@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 
 from sdvae.config import VAEConfig
 from sdvae.errors import LatentsError, SdvaeError, UnsafeFileError
+from sdvae.latents import scale
 from sdvae.reading import latent_files
 from sdvae.reading.latent_files import list_latent_files
+from sdvae.reading.spread import Spread
 
 SD1 = VAEConfig()
 FLUX = VAEConfig.from_family("flux1")
@@ -296,3 +298,35 @@ def test_nothing_to_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(LatentsError, match=r"its name ends with none of .safetensors"):
         read_latents(tmp_path / "a.txt", SD1, "raw")
+
+
+# --- FLUX.2, whose scaled latents are patches ---
+
+FLUX2 = VAEConfig.from_family("flux2")
+
+
+@pytest.mark.parametrize("told", [None, "raw", "scaled"])
+def test_latents_of_flux2_tell_by_their_channels_what_they_are(
+    tmp_path: Path, told: latent_files.Scaling | None
+) -> None:
+    raw = latents(1, 32, 4, 6)
+    files = {"raw": raw, "scaled": scale(raw, FLUX2)}
+    for says, tensor in files.items():
+        path = save(tmp_path / f"{says}.npy", tensor)
+        if told in (None, says):
+            found = latent_files.read_latents(path, FLUX2, told)
+            assert (found.scaling, found.raw.shape) == (says, raw.shape)
+            assert (found.raw - raw).abs().max() < 1e-5
+            spread = Spread(FLUX2)
+            spread.add(found)
+            assert spread.doubts() == []
+        else:
+            with pytest.raises(LatentsError, match=f"channels, so its latents are {says}, not {told}"):
+                read_latents(path, FLUX2, told)
+
+
+def test_latents_of_flux2_of_other_shapes_are_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(LatentsError, match=r"16 channels .* this VAE's latents have 32 \(raw\) or 128 \(scaled\)"):
+        read_latents(save(tmp_path / "a.npy", latents(1, 16, 4, 6)), FLUX2)
+    with pytest.raises(LatentsError, match=r"FLUX pipeline packs latents; unpack them to \(N, 128, h, w\) first"):
+        read_latents(save(tmp_path / "b.npy", latents(1, 6, 128)), FLUX2)

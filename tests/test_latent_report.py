@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -27,7 +26,6 @@ class Known:
 
     def __init__(self, forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> None:
         self.forth, self.back = forth, back
-        self.vae = SimpleNamespace(scale=lambda latents: latents)
 
     def encode(self, pixels: Tensor) -> DiagonalGaussian:
         mean = self.forth(pixels)

@@ -8,7 +8,7 @@ from PIL import Image
 
 import sdvae.pixels
 from sdvae.errors import ImageError, ShapeError
-from sdvae.pixels import pad_to_multiple, to_images, to_pixels
+from sdvae.pixels import fit_channels, pad_to_multiple, to_images, to_pixels
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -63,10 +63,27 @@ def test_wrong_shapes_are_named() -> None:
         to_pixels(noise(8, 8))
     with pytest.raises(ShapeError, match="float32"):
         to_pixels(noise(8, 8)[None].astype(np.float32))
-    with pytest.raises(ShapeError, match=r"\(1, 4, 8, 8\)"):
-        to_images(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(ShapeError, match=r"\(1, 2, 8, 8\)"):
+        to_images(torch.zeros(1, 2, 8, 8))
+    with pytest.raises(ShapeError, match="takes images of 6 channels, of which photos make none"):
+        fit_channels(torch.zeros(1, 3, 8, 8), 6)
     with pytest.raises(ShapeError, match="uint8"):
         to_images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_grey_is_that_of_pillow_and_comes_back_in_three_channels() -> None:
+    levels = noise(9, 7)
+    grey = fit_channels(to_pixels(levels[None]), 1)
+    assert grey.shape == (1, 1, 9, 7)
+    images = to_images(grey)
+    assert images.shape == (1, 9, 7, 3)
+    theirs = np.asarray(Image.fromarray(levels).convert("L")).astype(int)
+    assert np.abs(images[0].astype(int) - theirs[..., None]).max() <= 1  # Pillow rounds once more
+
+
+def test_alpha_survives() -> None:
+    levels = np.dstack([noise(9, 7), noise(9, 7)[..., :1]])
+    assert np.array_equal(to_images(to_pixels(levels[None]))[0], levels)
 
 
 def test_padding_reflects_and_repeats_the_edge_where_it_cannot() -> None:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from sdvae import atomic, sealed
-from sdvae.config import FAMILIES
+from sdvae.config import FAMILIES, VAEConfig
 from sdvae.errors import StoreError, VerifyError
 from sdvae.reading.dataset import LatentDataset
 from sdvae.store.paths import StorePaths
@@ -155,14 +155,19 @@ def test_the_reader_of_the_specification_works(store: Store, monkeypatch: pytest
         list(reader["read_store"]("OUT"))
 
 
-@pytest.mark.parametrize(("store_dtype", "has_flips"), [("fp16", True), ("fp32", False)])
+WHITENED = replace(FAMILIES["sd3"], latents_mean=(0.25,) * 16, latents_std=(2.0,) * 16)
+
+
+@pytest.mark.parametrize(
+    ("store_dtype", "has_flips", "config"),
+    [("fp16", True, WHITENED), ("fp32", False, WHITENED), ("fp32", False, FAMILIES["flux2"])],
+)
 def test_the_reader_of_the_specification_scales_as_the_dataset(
-    tmp_path: Path, store_dtype: str, has_flips: bool
+    tmp_path: Path, store_dtype: str, has_flips: bool, config: VAEConfig
 ) -> None:
-    whitened = replace(FAMILIES["sd3"], latents_mean=(0.25,) * 16, latents_std=(2.0,) * 16)
     sizes = {(64, 64): 5, (64, 96): 3}
     make_store(
-        tmp_path / "a", sizes, has_flips=has_flips, store_dtype=store_dtype, config=whitened, broken=("cat/000.png",)
+        tmp_path / "a", sizes, has_flips=has_flips, store_dtype=store_dtype, config=config, broken=("cat/000.png",)
     )
     (code,) = _python_of_the_specification()
     exec(code.partition("\nfor record, mean, std")[0], reader := {})

@@ -20,10 +20,12 @@ from sdvae.config import FAMILIES
 from sdvae.errors import ConfigError, WeightsError
 from sdvae.images.read import read_image
 from sdvae.metrics import psnr
+from sdvae.pixels import to_pixels
 from sdvae.tiny import AutoencoderTiny, TinyConfig, named_as_diffusers, named_as_taesd
 from sdvae.vae import VAE
 from sdvae.weights.edit import convert, extract, swap
 from sdvae.weights.find import find_file
+from sdvae.weights.identify import identify
 from sdvae.weights.identity import fingerprint
 from sdvae.weights.load import load_weights, open_vae
 from tests.test_keymap import assert_equal, ldm_state_dict, narrow
@@ -94,12 +96,26 @@ def test_half_precision_computes_and_what_is_not_finite_is_refused(data_dir: Pat
     assert vae.in_float32().fingerprint == vae.fingerprint
 
 
-def test_the_taesd_of_flux2_loads_with_a_latent_space_of_its_own(data_dir: Path, tmp_path: Path) -> None:
-    vae = load(data_dir / "weights" / "taesd_other" / "taef2_decoder.pth")
-    assert (vae.config.latent_channels, vae.config.scaling_factor) == (32, 1.0)
-    assert vae.verdict.certainty == "unknown" and vae.latent_space == f"vae-{vae.verdict.encoder[:16]}"  # type: ignore[index]
+def test_the_taesd_of_flux2_speaks_the_latents_of_flux2(data_dir: Path, tmp_path: Path) -> None:
+    path = data_dir / "weights" / "taesd_other" / "taef2_decoder.pth"
+    vae = load(path)
+    assert (vae.config.latent_channels, vae.config.latent_scaling) == (32, FAMILIES["flux2"].latent_scaling)
+    for verdict in (vae.verdict, open_vae(path).verdict, identify(path)):
+        assert verdict.certainty == "declared" and [item.kind for item in verdict.evidence] == ["shapes"]
+    assert vae.latent_space == identify(path).latent_space == "flux2"
+    assert load(path, family="flux2").config == vae.config
+    with pytest.raises(WeightsError, match="32 latent channels, not those of sdxl; it may be of flux2"):
+        load(path, family="sdxl")
     image = centre(data_dir, CROPS[0])
     assert psnr(np.asarray(vae.roundtrip([image])[0]), image) > 30.0
+    # The network itself writes scaled latents, in no patches: a std of about 1. FLUX.2's raw ones have 1.77.
+    pixels = to_pixels(image[None])
+    written = vae.model.encoder(pixels)
+    raw = vae.encode(pixels).mode()
+    assert 0.7 < written.std() < 1.1 and 1.6 < raw.std() / written.std() < 1.9
+    patched = vae.scale(raw)
+    assert patched.shape == (1, 128, raw.shape[2] // 2, raw.shape[3] // 2)
+    assert (patched[0, 4 * 5 + 2 + 1] - written[0, 5, 1::2, 1::2]).abs().max() < 1e-4
     with pytest.raises(ConfigError, match=r"FLUX\.2 cannot be saved"):
         vae.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -116,6 +132,12 @@ def test_a_taesd_that_nothing_names_warns_and_names_the_flag(tmp_path: Path, cap
     vae.save(tmp_path / "out")  # its metadata tell what no config.json of a TAESD can
     assert load(tmp_path / "out").config == vae.config
     assert caplog.records == []
+
+
+def test_a_taesd_of_no_family_is_a_sentence(tmp_path: Path) -> None:
+    encoder, _ = random_halves(tmp_path, 32)
+    with pytest.raises(WeightsError, match="a TAESD of 32 latent channels, of no family sdvae knows"):
+        load(encoder)
 
 
 def test_what_fits_no_taesd_is_a_sentence(data_dir: Path, tmp_path: Path) -> None:
@@ -206,7 +228,7 @@ def test_dtype_and_dry_run(data_dir: Path, tmp_path: Path) -> None:
     pth = data_dir / "weights" / "taesd_other" / "taef2_encoder.pth"
     pickled = torch.load(pth, weights_only=True)
     convert(pth, tmp_path / "taef2", "taesd")
-    assert_equal(load_file(tmp_path / "taef2" / "taesd_encoder.safetensors"), pickled)
+    assert_equal(load_file(tmp_path / "taef2" / "taef2_encoder.safetensors"), pickled)
     assert load(tmp_path / "taef2").fingerprint == load(pth).fingerprint
 
 

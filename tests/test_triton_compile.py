@@ -10,19 +10,20 @@ from typing import Any
 
 import pytest
 
-CAPABILITIES = {80, 90, 100}
+HOPPER = 90
+CAPABILITIES = [HOPPER, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))]
 KERNELS = {"_write_rows", "_merge_rows", "_normalise_tile", "_attend_block", "_merge_splits"}
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """One of each kernel, variant and GPU; compiled in a process of its own, for this one may have the interpreter."""
+@pytest.fixture(scope="module", params=CAPABILITIES)
+def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """One of each kernel and variant; compiled in a process of its own, for this one may have the interpreter."""
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     cache = tmp_path_factory.mktemp("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.compile_kernels"],
+        [sys.executable, "-m", "tests.compile_kernels", str(request.param)],
         cwd=Path(__file__).parents[1],
         env=environment | {"TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
@@ -32,9 +33,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in ran.stdout.splitlines()]
 
 
-def test_every_kernel_compiles_for_every_gpu(reports: list[dict[str, Any]]) -> None:
-    compiled = {(report["kernel"], report["capability"]) for report in reports}
-    assert compiled == {(kernel, capability) for kernel in KERNELS for capability in CAPABILITIES}
+def test_every_kernel_compiles(reports: list[dict[str, Any]]) -> None:
+    assert {report["kernel"] for report in reports} == KERNELS
 
 
 def test_shared_memory_is_not_exceeded(reports: list[dict[str, Any]]) -> None:
@@ -45,12 +45,14 @@ def test_shared_memory_is_not_exceeded(reports: list[dict[str, Any]]) -> None:
 def test_registers_suffice(reports: list[dict[str, Any]]) -> None:
     """The attention reloads some addresses in its loop; with half as many keys at a time it would not."""
     for report in reports:
-        limit = 64 if report["kernel"] == "_attend_block" and report["capability"] == 90 else 0
+        limit = 64 if report["kernel"] == "_attend_block" and report["capability"] == HOPPER else 0
         assert report["spilled_bytes"] <= limit, report
 
 
 def test_attention_runs_on_the_tensor_cores_of_hopper(reports: list[dict[str, Any]]) -> None:
-    attention = [each for each in reports if each["kernel"] == "_attend_block" and each["capability"] == 90]
+    if reports[0]["capability"] != HOPPER:
+        pytest.skip("only Hopper has these instructions")
+    attention = [each for each in reports if each["kernel"] == "_attend_block"]
     assert {tuple(each["types"]): each["has_wgmma"] for each in attention} == {
         ("*bf16", "*fp32"): True,
         ("*fp16", "*fp32"): True,

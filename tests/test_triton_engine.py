@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdvae.config import FAMILIES
+from sdvae.config import FAMILIES, Padding
 from sdvae.engine import arena, graphs, ops
 from sdvae.engine import calibrate as calibrating
 from sdvae.engine import plan as planning
@@ -25,7 +25,8 @@ from sdvae.engine.run import Engine
 from sdvae.engine.stages import Direction
 from sdvae.model import AutoencoderKL
 from tests import triton_interpreter
-from tests.test_execute import MODELS, compiled, error, inputs, reference
+from tests.parity.test_model import quiet_model
+from tests.test_execute import CONFIGS, MODELS, compiled, error, inputs, reference
 
 HEIGHT, WIDTH = 3, 2  # of latents: the interpreter takes a second for a hundred programs
 
@@ -54,6 +55,19 @@ def test_the_network_is_the_reference_in_any_number_of_strips(name: str, directi
     assert program.kernels is not ops
     assert error(whole, reference(name, direction, images)) <= 2e-5
     assert parts.equal(whole)
+
+
+@pytest.mark.parametrize(
+    "padding", ["circular", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("reflect", "circular-x"))]
+)
+def test_padding_is_the_references(padding: Padding) -> None:
+    model = quiet_model(replace(CONFIGS["all parts"], padding=padding))
+    latents = inputs("all parts", "decode", HEIGHT, WIDTH)
+    program = programs.compile_program(model.config, "decode", model.state_dict(), torch.float32, latents.device)
+    parts = execute(program, gpu_plan(program, latents, HEIGHT), latents)
+    assert program.kernels is not ops
+    with torch.no_grad():
+        assert error(parts, model.decode(latents)) <= 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,6 +1,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -194,3 +195,34 @@ def test_what_is_printed_of_them_is_short(small_vae: VAE) -> None:
     assert "VAE &lt;b&gt;" in small_vae._repr_html_()
     small_vae.name = name
     assert repr(small_vae.encode(torch.zeros(1, 3, 8, 8))).startswith("DiagonalGaussian((1, 4, 1, 1)")
+
+
+def vae_of_channels(channels: int) -> VAE:
+    config = replace(SMALL, in_channels=channels, out_channels=channels)
+    return VAE(random_model(config), CPU, torch.float32, f"{channels} channels")
+
+
+def test_a_vae_of_one_channel_sees_photos_in_grey() -> None:
+    vae, photo = vae_of_channels(1), noise_image(20, 12)
+    encoded = vae.encode_images([photo])
+    assert torch.equal(vae.encode_images([Image.fromarray(photo)]).latents[0], encoded.latents[0])
+    grey = np.asarray(Image.fromarray(photo).convert("L").convert("RGB"))
+    of_grey = vae.encode_images([grey]).latents[0]
+    assert (of_grey - encoded.latents[0]).norm() <= 0.01 * of_grey.norm()  # rounded to 256 levels
+    (image,) = vae.decode_images(encoded)
+    levels = np.asarray(image)
+    assert levels.shape == (20, 12, 3) and np.array_equal(levels[..., 0], levels[..., 2]) and levels.std() > 1
+
+
+def test_a_vae_of_four_channels_sees_alpha_and_gives_it_back() -> None:
+    vae, levels = vae_of_channels(4), np.dstack([noise_image(16, 8), noise_image(16, 8, 1)[..., :1]])
+    encoded = vae.encode_images([Image.fromarray(levels), levels])
+    pixels = torch.from_numpy(levels).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+    for latents in encoded.latents:
+        assert (latents - vae.encode(pixels).mode()).abs().max() < 1e-4
+    assert vae.decode_images(encoded)[0].mode == "RGBA"
+    opaque = levels.copy()
+    opaque[..., 3] = 255
+    assert torch.equal(vae.encode_images([levels[..., :3]]).latents[0], vae.encode_images([opaque]).latents[0])
+    with pytest.raises(ShapeError, match="takes images of 2 channels, of which photos make none"):
+        vae_of_channels(2).encode_images([levels[..., :3]])

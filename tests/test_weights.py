@@ -3,8 +3,10 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -61,7 +63,7 @@ def test_half_precision_files_load_as_fp32(folder: Path) -> None:
     path = folder / WEIGHTS_NAMES[0]
     halved = {key: value.half() for key, value in load_file(path).items()}
     path.unlink()
-    save_file(halved, folder / WEIGHTS_NAMES[1])
+    save_file(halved, folder / "diffusion_pytorch_model.fp16.safetensors")
     vae = load(folder)
     assert vae.fingerprint == fingerprint(halved)
     assert next(vae.model.parameters()).dtype == torch.float32
@@ -101,7 +103,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(remote / name, cache / name)
         return str(cache / name)
 
+    def list_repo_tree(repo_id: str, path_in_repo: str | None = None) -> Iterator[SimpleNamespace]:
+        if repo_id != "org/name":
+            raise RepositoryNotFoundError("401 Client Error.\n\nRepository Not Found", response=Mock())
+        if not (remote / (path_in_repo or "")).is_dir():
+            raise RemoteEntryNotFoundError(f"404 Client Error: {path_in_repo}", response=Mock())
+        for path in (remote / (path_in_repo or "")).iterdir():
+            size = {"size": path.stat().st_size} if path.is_file() else {}
+            yield SimpleNamespace(path=path.relative_to(remote).as_posix(), **size)
+
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("huggingface_hub.list_repo_tree", list_repo_tree)
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", Mock())
     return remote
 
@@ -131,7 +143,7 @@ def test_shards_on_the_hub_are_all_fetched(hub: Path, small_vae: VAE, tmp_path: 
     assert len(shards) > 1
     shutil.copytree(tmp_path / "sharded", hub / "vae", dirs_exist_ok=True)
     expected = load(tmp_path / "sharded").fingerprint
-    for spec in ("org/name", "org/name/vae", f"org/name/vae/{WEIGHTS_NAMES[2]}"):
+    for spec in ("org/name", "org/name/vae", f"org/name/vae/{WEIGHTS_NAMES[1]}"):
         assert load(spec).fingerprint == expected
         shutil.rmtree(tmp_path / "cache")
     (hub / "vae" / shards[0].name).unlink()
@@ -141,10 +153,47 @@ def test_shards_on_the_hub_are_all_fetched(hub: Path, small_vae: VAE, tmp_path: 
         load("org/name")
 
 
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("vae", "diffusion_pytorch_model.bf16.safetensors"), ("", "any_name.safetensors"), ("x/vae", "a.pt")],
+)
+def test_the_weights_of_a_repository_are_found_by_what_is_there(
+    hub: Path, small_vae: VAE, place: str, name: str
+) -> None:
+    small_vae.save(hub / place)
+    whole = hub / place / WEIGHTS_NAMES[0]
+    if name.endswith(".pt"):
+        torch.save(load_file(whole), hub / place / name)
+        whole.unlink()
+    else:
+        whole.rename(hub / place / name)
+    (hub / "README.md").write_text("")
+    spec = f"org/name/{place.partition('/')[0]}" if "/" in place else "org/name"
+    assert load(spec).fingerprint == small_vae.fingerprint
+    assert load(f"org/name/{place}/{name}".replace("//", "/")).config == small_vae.config
+
+
+def test_a_repository_of_several_models_gives_the_one_in_its_vae_folder(hub: Path, small_vae: VAE) -> None:
+    for name in ("model.safetensors", "ae.safetensors", "model_index.json"):
+        (hub / name).write_text("{}")
+    small_vae.save(hub / "vae")
+    assert load("org/name").fingerprint == small_vae.fingerprint
+    (hub / "model_index.json").unlink()
+    assert load("org/name").fingerprint == small_vae.fingerprint
+    shutil.rmtree(hub / "vae")
+    with pytest.raises(WeightsError, match=r"org/name holds several files of weights \(ae.safetensors, model.safeten"):
+        load("org/name")
+    (hub / "vae").mkdir()
+    (hub / "model_index.json").write_text("{}")
+    with pytest.raises(WeightsError, match="org/name holds no weights in vae; name the file: org/name/FILE"):
+        load("org/name")
+
+
 def test_what_the_hub_does_not_have_is_one_sentence(hub: Path) -> None:
     for spec, told in (
-        ("org/name", r"org/name is no local path, and the hub gave no VAE for it: 404 Client Error: vae/diff"),
-        ("org/name/a/b.safetensors", "the hub gave no VAE for it: 404 Client Error: a/b.safetensors$"),
+        ("org/name", "org/name holds no weights in vae; name the file: org/name/FILE"),
+        ("org/name/a/b.safetensors", "the hub gave no VAE for it: 404 Client Error: a$"),
+        ("org/name/b.safetensors", "the hub gave no VAE for it: 404 Client Error: b.safetensors$"),
         ("org/other", "org/other is no local path, and the hub refused it: 401 Client Error.$"),
         ("org/other/b.ckpt", "the hub refused it"),
     ):
@@ -210,7 +259,9 @@ def test_a_config_of_another_version_is_read_where_it_changes_nothing(
     assert "fields that sdvae does not know, unused: new, newer" in caplog.text
     for name in ("scaling_factor", "latent_channels", "force_upcast", "norm_num_groups"):
         path.write_text(json.dumps(whole | {name: None}))
-        with pytest.raises(ConfigError, match=f"{name} is None, which no KL-VAE has"):
+        with pytest.raises(
+            ConfigError, match=f"{name} is (None, which no KL-VAE has|null, so nothing tells the scale)"
+        ):
             load(folder)
 
 

@@ -57,15 +57,22 @@ def every_diffusers(model: AutoencoderKL, direction: Direction, device: torch.de
 
 
 def load_diffusers(model: AutoencoderKL, device: torch.device, dtype: str, memory_format: str) -> Any:
-    """`diffusers.AutoencoderKL` with the weights of `model`, on a device."""
+    """Diffusers' VAE with the weights of `model`, on a device."""
     try:
-        from diffusers import AutoencoderKL as TheirAutoencoderKL
+        import diffusers as theirs
     except ImportError as error:
         raise BenchError(f"diffusers cannot be imported: {error}; install it, or measure with --alone") from error
+    padding: Any = model.config.padding
+    if padding in ("circular-x", "circular-y"):
+        raise BenchError(f"diffusers cannot pad by {padding}; compare with nobody, or with another padding")
+    config = model.config.to_diffusers()
     with torch.device("meta"):
-        vae = TheirAutoencoderKL.from_config(model.config.to_diffusers())  # type: ignore[no-untyped-call]
+        vae = getattr(theirs, config["_class_name"]).from_config(config)
     weights = {name: values.to(device, DTYPES[dtype]) for name, values in model.state_dict().items()}
     vae.load_state_dict(weights, assign=True)
+    for layer in vae.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.padding_mode = padding
     return vae.requires_grad_(False).eval().to(memory_format=MEMORY_FORMATS[memory_format])
 
 

@@ -8,6 +8,7 @@ import click
 
 from sdvae.amounts import count
 from sdvae.cli.grouped import Grouped
+from sdvae.cli.pictures import METADATA
 from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, SPACE, Console, describe_vae, with_console, with_vae
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ _MOST_NAMED = 10
     help="For files that do not declare it: a VAE's raw latents, or a diffusion model's scaled latents.",
 )
 @SPACE
+@METADATA
 @BATCH_SIZE
 @BUDGET
 @with_vae
@@ -51,6 +53,7 @@ def decode(
     format: Literal["png", "jpeg", "webp"],
     latents: Literal["raw", "scaled"] | None,
     space: str | None,
+    no_metadata: bool,
     batch_size: int | None,
     budget: int | None,
     load_vae: "Callable[[], VAE]",
@@ -60,7 +63,8 @@ def decode(
 
     SRC is a store written by `sdvae encode`, a folder of latents that samplers and trainers save (.safetensors, .npy,
     .npz, .pt, ComfyUI's .latent), or one such file. Files of a folder that cannot be decoded are left out and named;
-    the exit code is then 3. For one image, OUT may be the name of a picture: out.png.
+    the exit code is then 3. For one image, OUT may be the name of a picture: out.png. `sdvae inspect` shows which VAE
+    decoded it.
     """
     console.note(f"decoding {source} into {out}")  # before the seconds that imports and weights take
     from sdvae.reading.decode import DecodeSettings, decode_dataset
@@ -68,7 +72,7 @@ def decode(
 
     vae = load_vae()
     console.note(describe_vae(vae))
-    settings = DecodeSettings(format, latents, batch_size, budget, space)
+    settings = DecodeSettings(format, latents, batch_size, budget, space, has_metadata=not no_metadata)
     with console.progress() as show:
         report = decode_dataset(local_copy(source), out, vae, settings, show)
     for told in report.skipped[:_MOST_NAMED]:

@@ -333,7 +333,7 @@ def _ray_runner(address: str | None) -> "Runner":
     from sdvae.encoding.runners import RayRunner, VAESpec
 
     given = click.get_current_context().params
-    return RayRunner(VAESpec(given["vae"], given["family"]), address)
+    return RayRunner(VAESpec(given["vae"], given["family"], given["padding"]), address)
 
 
 def _tell(console: Console, report: "EncodeReport", place: str, vae_name: str) -> None:

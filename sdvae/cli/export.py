@@ -13,9 +13,21 @@ from sdvae.cli.shared import PATH, Console, with_console
 @click.option(
     "--to",
     "name",
-    type=click.Choice(["kohya", "repa", "fast-dit", "webdataset"]),
+    type=click.Choice(
+        [
+            "kohya",
+            "repa",
+            "fast-dit",
+            "musubi-flux2-dev",
+            "musubi-flux2-klein-4b",
+            "musubi-flux2-klein-9b",
+            "musubi-z-image",
+            "webdataset",
+        ]
+    ),
     required=True,
-    help="The format: sd-scripts' .npz, REPA's and fast-DiT's .npy, WebDataset's tars.",
+    metavar="FORMAT",
+    help="kohya (sd-scripts), repa, fast-dit, musubi-flux2-dev (or -klein-4b, -klein-9b), musubi-z-image, webdataset.",
 )
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The new folder to write.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of samples.")

@@ -5,7 +5,9 @@ from typing import Any
 
 import click
 
-_RUNS = ("vae", "family", "device", "dtype", "batch_size", "budget", "workers", "on_oom", "runner", "address")
+_RUNS = (
+    "vae", "family", "padding", "device", "dtype", "batch_size", "budget", "workers", "on_oom", "runner", "address"
+)  # fmt: skip
 
 
 class Grouped(click.Command):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.argument("file")
 @with_console
 def identify(file: str, console: Console) -> None:
-    """Tell which latent space the VAE in FILE (also a folder or hub id) has: sd1, sdxl, sd3, flux1 or unknown.
+    """Tell which latent space the VAE in FILE (also a folder or hub id) has: sd1, sdxl, sd3, flux1, flux2 or unknown.
 
     A space is proved, declared or unknown. Names and shapes are the same in SD 1 and SDXL, so the encoder is run on an
     image whose latents are known; a decoder without an encoder shows that image.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from sdvae.cli.grouped import Grouped
-from sdvae.cli.pictures import check_output, grid, write_gif, write_picture
+from sdvae.cli.pictures import METADATA, check_output, grid, write_gif, write_picture
 from sdvae.cli.shared import BUDGET, OUTPUT, PATH, Console, with_console, with_vae
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 @click.option(
     "--size", type=click.IntRange(min=1), metavar="PX", default=512, show_default=True, help="Pixels along each side."
 )
+@METADATA
 @BUDGET
 @with_vae
 @with_console
@@ -56,6 +57,7 @@ def interpolate(
     steps: int,
     mode: Literal["slerp", "lerp"],
     size: int,
+    no_metadata: bool,
     budget: int | None,
     load_vae: "Callable[[], VAE]",
     console: Console,
@@ -74,9 +76,10 @@ def interpolate(
         return apply(photo, plan_geometry(height, width, Preprocess(size, "center"), downscale=1))
 
     start, end = read_square(a), read_square(b)
-    frames = [np.asarray(frame) for frame in load_vae().interpolate(start, end, steps, mode, budget)]
+    vae = load_vae()
+    frames = [np.asarray(frame) for frame in vae.interpolate(start, end, steps, mode, budget)]
     if output.suffix.lower() == ".gif":
         write_gif(output, frames)
     else:
-        write_picture(output, grid(frames, columns=len(frames)))
+        write_picture(output, grid(frames, columns=len(frames)), vae, has_metadata=not no_metadata)
     console.result(f"{steps} images from {a} to {b} written to {output}", output=str(output), steps=steps, mode=mode)

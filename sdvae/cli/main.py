@@ -33,6 +33,7 @@ from sdvae.cli.swap import swap
 from sdvae.cli.train import train
 from sdvae.cli.verify import verify
 from sdvae.errors import SdvaeError
+from sdvae.printable import printable
 
 
 class _Sdvae(click.Group):
@@ -56,8 +57,7 @@ class _Sdvae(click.Group):
 
     def _fail(self, ctx: click.Context, message: str, exit_code: int) -> NoReturn:
         # What a message quotes of a stranger's file must not move the cursor.
-        shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
-        click.echo(f"sdvae: {shown}", err=True)
+        click.echo(f"sdvae: {printable(message)}", err=True)
         ctx.exit(exit_code)
 
 

@@ -3,18 +3,26 @@
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from sdvae.amounts import size_text
 from sdvae.errors import OutputError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from sdvae.vae import VAE
+
     Image = NDArray[np.uint8]  # (H, W, 3)
+
+METADATA = click.option(
+    "--no-metadata", is_flag=True, help="Leave the VAE and sdvae's version out of the metadata of the image files."
+)
 
 _FORMATS: dict[str, Literal["png", "jpeg", "webp"]] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _GAP_PX = 8
@@ -33,12 +41,29 @@ def check_output(output: Path, *inputs: Path, others: tuple[str, ...] = ()) -> N
         raise OutputError(f"{output} is the input, too; give -o another name")
 
 
-def write_picture(path: Path, image: "Image") -> None:
-    """Write an image in the format its file name asks for."""
+def write_picture(path: Path, image: "Image", vae: "VAE", *, has_metadata: bool) -> None:
+    """Write an image that a VAE decoded, in the format its file name asks for."""
     from sdvae import atomic
+    from sdvae.images.provenance import Provenance
     from sdvae.images.write import encode_image
 
-    atomic.write_bytes(path, encode_image(image, _FORMATS[path.suffix.lower()]))
+    provenance = Provenance(vae.fingerprint, vae.told_space) if has_metadata else None
+    atomic.write_bytes(path, encode_image(image, _FORMATS[path.suffix.lower()], provenance))
+
+
+def picture_facts(path: Path) -> tuple[list[str], dict[str, Any]]:
+    """What the metadata of a picture say: lines for a person, and values for JSON."""
+    from sdvae.images.provenance import read_facts
+
+    found = read_facts(path)
+    lines = [f"{path}: {found.format} picture, {size_text(found.height, found.width)} px"]
+    if found.provenance is None:
+        lines.append("decoded by   unknown: its metadata name no VAE of sdvae's")
+    else:
+        lines.append(f"decoded by   the VAE {found.provenance.fingerprint}, sdvae {found.provenance.version}")
+        lines.append(f"latents      {found.provenance.latent_space}")
+    lines += [f"metadata     {name}: {text}" for name, text in found.texts.items()]
+    return lines, {"file": str(path)} | asdict(found)
 
 
 def write_gif(path: Path, frames: Sequence["Image"]) -> None:
@@ -64,7 +89,7 @@ def grid(images: Sequence["Image"], columns: int, captions: Sequence[str] = ()) 
     sheet = np.full((rows * row_px + _GAP_PX, columns * column_px + _GAP_PX, 3), 255, np.uint8)
     for index, image in enumerate(images):
         top, left = index // columns * row_px + _GAP_PX, index % columns * column_px + _GAP_PX
-        sheet[top : top + height, left : left + width] = image
+        sheet[top : top + height, left : left + width] = image[..., :3]  # alpha is for files
         if captions:
             strip = sheet[top + height : top + height + 2 * caption_px, left : left + width]
             strip[:] = _text(captions[index], strip.shape[0], width, caption_px)

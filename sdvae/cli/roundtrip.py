@@ -10,7 +10,7 @@ import click
 
 from sdvae.amounts import size_text
 from sdvae.cli.grouped import Grouped
-from sdvae.cli.pictures import check_output, grid, write_picture
+from sdvae.cli.pictures import METADATA, check_output, grid, write_picture
 from sdvae.cli.shared import BUDGET, OUTPUT, PATH, Console, with_console, with_vae
 
 if TYPE_CHECKING:
@@ -37,11 +37,18 @@ if TYPE_CHECKING:
     show_default=True,
     help="Shrink a photo whose shorter side has more pixels than this; 0 keeps every photo as it is.",
 )
+@METADATA
 @BUDGET
 @with_vae
 @with_console
 def roundtrip(
-    image: Path, output: Path, size: int, budget: int | None, load_vae: "Callable[[], VAE]", console: Console
+    image: Path,
+    output: Path,
+    size: int,
+    no_metadata: bool,
+    budget: int | None,
+    load_vae: "Callable[[], VAE]",
+    console: Console,
 ) -> None:
     """Encode and decode a photo, and write the photo and the result side by side."""
     check_output(output, image)
@@ -65,7 +72,8 @@ def roundtrip(
     value = psnr(after, photo)
     psnr_db = value if math.isfinite(value) else None  # JSON has no infinity
     quality = "no difference" if psnr_db is None else f"{psnr_db:.2f} dB"
-    write_picture(output, grid([photo, after], 2, [f"before: {image.name}", f"after {vae.name}: {quality}"]))
+    sheet = grid([photo, after], 2, [f"before: {image.name}", f"after {vae.name}: {quality}"])
+    write_picture(output, sheet, vae, has_metadata=not no_metadata)
     console.result(
         f"{image} at {size_text(height, width)} px: {quality} PSNR in {seconds:.2f} s; both are in {output}",
         image=str(image),

@@ -9,7 +9,7 @@ import click
 
 from sdvae.amounts import count
 from sdvae.cli.grouped import Grouped
-from sdvae.cli.pictures import check_output, grid, write_picture
+from sdvae.cli.pictures import METADATA, check_output, grid, write_picture
 from sdvae.cli.shared import BUDGET, OUTPUT, Console, with_console, with_vae
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="The same seed gives the same images.",
 )
+@METADATA
 @BUDGET
 @with_vae
 @with_console
@@ -48,6 +49,7 @@ def sample(
     output: Path,
     size: int,
     seed: int,
+    no_metadata: bool,
     budget: int | None,
     load_vae: "Callable[[], VAE]",
     console: Console,
@@ -59,6 +61,7 @@ def sample(
     check_output(output)
     import numpy as np
 
-    images = [np.asarray(image) for image in load_vae().sample(num, size, size, seed, budget)]
-    write_picture(output, grid(images, columns=math.ceil(math.sqrt(num))))
+    vae = load_vae()
+    images = [np.asarray(image) for image in vae.sample(num, size, size, seed, budget)]
+    write_picture(output, grid(images, columns=math.ceil(math.sqrt(num))), vae, has_metadata=not no_metadata)
     console.result(f"{count(num, 'image')} written to {output}", output=str(output), num=num, size=size, seed=seed)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvae.config import FAMILIES
+from sdvae.config import FAMILIES, PADDINGS, Padding
 from sdvae.errors import BudgetError, SdvaeError
 
 if TYPE_CHECKING:
@@ -165,7 +165,10 @@ def _parse_size(value: str) -> tuple[int, int]:  # "1024x768" -> (768, 1024)
 
 
 FAMILY = click.option(
-    "--family", type=click.Choice(list(FAMILIES)), help="The family of the VAE, if its file does not tell it."
+    "--family",
+    type=click.Choice(list(FAMILIES)),
+    metavar="FAMILY",
+    help=f"The family of the VAE, if its file does not tell it: {', '.join(FAMILIES)}.",
 )
 WEIGHTS_OUTPUT = click.option(
     "-o", "--output", type=PATH, required=True, metavar="OUT", help="The file or folder to write."
@@ -182,6 +185,11 @@ _VAE_OPTIONS = (
         "--vae", metavar="VAE", help="A folder, a VAE or checkpoint file, or a hub id.  [default: the embedded VAE]"
     ),
     FAMILY,
+    click.option(
+        "--padding",
+        type=click.Choice(PADDINGS),
+        help="What lies beyond the borders; circular joins them, also in x or y only.  [default: the VAE's, zeros]",
+    ),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps."),
     click.option(
         "--dtype",
@@ -244,11 +252,13 @@ def with_vae(function: Callable[..., None]) -> Callable[..., None]:
     """
 
     @wraps(function)
-    def run(*, vae: str | None, family: str | None, device: str, dtype: str, **arguments: Any) -> None:
+    def run(
+        *, vae: str | None, family: str | None, padding: Padding | None, device: str, dtype: str, **arguments: Any
+    ) -> None:
         def load_vae(auto_dtype: str = "auto") -> "VAE":
             from sdvae.vae import VAE
 
-            loaded = VAE.load(vae, device, auto_dtype if dtype == "auto" else dtype, family)
+            loaded = VAE.load(vae, device, auto_dtype if dtype == "auto" else dtype, family, padding)
             _LOG.info("%s on %s in %s, fingerprint %s", loaded.name, loaded.device, loaded.dtype, loaded.fingerprint)
             return loaded
 
@@ -259,7 +269,8 @@ def with_vae(function: Callable[..., None]) -> Callable[..., None]:
 
 def describe_vae(vae: "VAE") -> str:
     """What a run computes with, for its first lines."""
-    return f"VAE: {vae.name}, {str(vae.dtype).removeprefix('torch.')} on {vae.device}"
+    padding = "" if vae.config.padding == "zeros" else f", padding {vae.config.padding}"
+    return f"VAE: {vae.name}, {str(vae.dtype).removeprefix('torch.')} on {vae.device}{padding}"
 
 
 def take_own_gpu(ranks: "Ranks") -> None:

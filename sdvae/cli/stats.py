@@ -28,7 +28,7 @@ def stats(path: Path, console: Console) -> None:
     store = Store.open(local_copy(path))
     found = measure(store)
     num_shards = len(store.shards())
-    vae_factor = store.latent_scaling.scaling_factor
+    vae_factor = store.latent_scaling.overall_factor
     console.result(
         "\n".join(_lines(path, found, vae_factor)),
         store=str(path),

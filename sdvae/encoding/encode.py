@@ -79,7 +79,7 @@ def survey(
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "scan.jsonl"
         records = scan(source, entries, preprocess.max_pixels, journal, partial(progress, "scan"))
-    planned = list(plan_records(records, preprocess, vae.config.downscale))
+    planned = list(plan_records(records, preprocess, vae.config.scaled_downscale))
     new = find_new([roster.path for roster in store.rosters], planned) if store else planned
     num_tensors = 4 if preprocess.flip else 2
     sizes = Counter(record.bucket_px for record in new if record.bucket_px)

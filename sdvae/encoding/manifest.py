@@ -13,7 +13,7 @@ import torch
 
 from sdvae import atomic, sealed
 from sdvae.encoding.resize import choose_resizer
-from sdvae.engine.plan import MAX_GROUP
+from sdvae.engine.plan import IMAGES_AT_ONCE
 from sdvae.engine.precision import DTYPES
 from sdvae.errors import ConfigError, StoreError
 from sdvae.store import store as stores
@@ -65,7 +65,14 @@ def require_possible(settings: EncodeSettings, vae: VAE) -> None:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
     if settings.store_dtype not in STORE_DTYPES:
         raise ConfigError(f"store_dtype is {settings.store_dtype!r}; choose {' or '.join(STORE_DTYPES)}")
-    plan_geometry(512, 512, settings.preprocess, vae.config.downscale)  # says now what it would say after the scan
+    if vae.config.in_channels not in (1, 3):
+        raise ConfigError(
+            f"{vae.name} takes images of {vae.config.in_channels} channels; photos are encoded as RGB, or as grey "
+            "for a VAE of 1 channel"
+        )
+    plan_geometry(
+        512, 512, settings.preprocess, vae.config.scaled_downscale
+    )  # says now what it would say after the scan
 
 
 def identify_run(
@@ -104,8 +111,8 @@ def _identify_compute(
         "num_threads": settings.num_threads or recorded.get("num_threads") or max(1, num_cores() // num_neighbours),
     }
     if not recorded:
-        return compute | {"max_group": min(MAX_GROUP, batch_rows) if kind == "cpu" else 0}
-    return compute | ({"max_group": recorded["max_group"]} if "max_group" in recorded else {})  # older stores had none
+        return compute | {"images_at_once": min(IMAGES_AT_ONCE, batch_rows) if kind == "cpu" else 0}
+    return compute | {key: recorded[key] for key in ("images_at_once",) if key in recorded}  # older stores had none
 
 
 def require_same_vae(store: Store, vae: VAE) -> None:

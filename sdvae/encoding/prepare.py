@@ -109,7 +109,7 @@ def prepare(
         return store
     preprocess = settings.preprocess
     records = scan(source, entries, preprocess.max_pixels, paths.journal / "scan.jsonl", progress)
-    planned = list(plan_records(records, preprocess, vae.config.downscale))
+    planned = list(plan_records(records, preprocess, vae.config.scaled_downscale))
     tell_refused(planned)
     if store is None:
         store = begin(paths, identity, place(planned, partial(max_rows, vae, settings)), vae)

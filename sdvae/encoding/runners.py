@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from sdvae.config import Padding
 from sdvae.encoding.manifest import require_same_vae
 from sdvae.encoding.tasks import Count, Work, encode_tasks
 from sdvae.encoding.times import Times
@@ -113,6 +114,7 @@ class VAESpec:
 
     spec: str | None
     family: str | None
+    padding: Padding | None = None
 
 
 class RayRunner:
@@ -191,4 +193,4 @@ def _encode_on_worker(shared: tuple[Path, Source, VAESpec, str, str, Work], numb
 
 @lru_cache(maxsize=1)
 def _load_once(spec: VAESpec, device: str, dtype: str) -> VAE:
-    return VAE.load(spec.spec, device, dtype, spec.family)
+    return VAE.load(spec.spec, device, dtype, spec.family, spec.padding)

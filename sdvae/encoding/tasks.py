@@ -29,7 +29,7 @@ from sdvae.engine.run import Engine
 from sdvae.errors import BudgetError, DeviceError
 from sdvae.journal import Journal
 from sdvae.metrics import psnr
-from sdvae.pixels import to_device, to_images
+from sdvae.pixels import fit_channels, to_device, to_images
 from sdvae.sources.entries import Source
 from sdvae.store.buckets import Size
 from sdvae.store.geometry import Preprocess
@@ -83,7 +83,7 @@ def encode_tasks(
     left = deque(numbers)
     begun = time.monotonic()
     compute = store.manifest["compute"]
-    with fixed_threads(compute["num_threads"]), vae.deterministic(compute.get("max_group", 0)):
+    with fixed_threads(compute["num_threads"]), vae.deterministic(compute.get("images_at_once", 0)):
         while left:
             try:
                 run.encode(left)
@@ -157,7 +157,8 @@ class _Encoder:
         num_before += num_left
         for records in shard.task.batches(self.batch_rows):
             begun = time.monotonic()
-            pixels, failures = next(batches)
+            photos, failures = next(batches)
+            pixels = fit_channels(photos, self.vae.config.in_channels)
             ready = time.monotonic()
             moments = self._encode_batch(pixels, shard)
             if self.work.audit:

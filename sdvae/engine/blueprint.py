@@ -1,6 +1,6 @@
 """What the engine knows of a module: what its config builds. Of anything else the module itself has to make use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch.nn.modules import module as torch_module
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _ALL_HOOKS = (*_FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 _PLAIN_VALUES = (bool, int, float, str, tuple, type(None), torch.dtype)
-_FREE = {"training", "gradient_checkpointing", "_compiled_call_impl"}  # change no result, or are obeyed
+# Change no result, or are obeyed.
+_FREE = {"training", "gradient_checkpointing", "_compiled_call_impl", "padding_mode"}
 
 
 class Blueprint:
@@ -63,6 +64,11 @@ class Blueprint:
             if values.get(key) != known:
                 return f"has {key} {values.get(key)!r} instead of {known!r}"
         return None
+
+
+def padding_modes(layers: Iterable[nn.Module]) -> set[str]:
+    """What the convolutions among the layers pad with; of a downsampler, which pads nothing itself, it says nothing."""
+    return {layer.padding_mode for layer in layers if isinstance(layer, nn.Conv2d) and layer.padding != (0, 0)}
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

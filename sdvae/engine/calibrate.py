@@ -13,7 +13,7 @@ from sdvae.engine.program import Weights, compile_program
 from sdvae.engine.scaling import Exponents, choose_exponents, plan_scales
 from sdvae.engine.stages import Direction, Network
 from sdvae.errors import DeviceError
-from sdvae.latents import unscale
+from sdvae.latents import unstandardise
 
 _SIZE = 32  # of the calibration's latents; its pixels are as many as they stand for
 _MAX_ERROR_GROWTH = 1.5  # of a weight's rounding, when scaling makes it subnormal
@@ -36,7 +36,7 @@ def calibration_images(config: VAEConfig, direction: Direction) -> Tensor:  # (2
     generator = torch.Generator().manual_seed(0)
     if direction == "decode":
         rough = _noise((1, config.latent_channels, _SIZE, _SIZE), generator)
-        return unscale(torch.cat([_smooth(rough[..., ::4, ::4], 4), rough]), config)
+        return unstandardise(torch.cat([_smooth(rough[..., ::4, ::4], 4), rough]), config)
     rough = _noise((1, config.in_channels, _SIZE, _SIZE), generator)
     smooth = _smooth(rough, config.downscale)
     return torch.cat([smooth, _noise(smooth.shape, generator)]).clamp(-1, 1)

@@ -4,6 +4,7 @@ On a CPU the weights are packed once for each order that oneDNN's kernels read t
 """
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -36,7 +37,7 @@ class PackedConvolution(Protocol):
         """
 
     def convolve(self, images: Tensor, target: Tensor | None) -> Tensor:  # (N, C, H, W), channels_last
-        """The convolution of whole images, with zeros beyond their borders; added to `target` where the stage adds."""
+        """The convolution of whole images, added to `target` where the stage adds."""
 
 
 class Convolution:
@@ -45,9 +46,9 @@ class Convolution:
     _kernels_bias: Tensor | None  # that the library leaves to the kernels
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, kernels: Kernels, stride: int, padding_px: int, adds: bool
+        self, weight: Tensor, bias: Tensor, kernels: Kernels, stride: int, zeros_px: tuple[int, int], adds: bool
     ) -> None:
-        """`bias` is fp32; `padding_px` is left and right, for a strip has the rows beyond the image.
+        """`bias` is fp32; `zeros_px` are the rows and columns of zeros beside an image: a strip has its own rows.
 
         `adds`: the result is added to what the target holds.
         """
@@ -56,8 +57,7 @@ class Convolution:
         self.num_bytes = weight.nbytes + bias.nbytes
         self._kernels, self._kernels_bias, self._adds = kernels, bias, adds
         self._kernel_px = weight.shape[2]
-        self._stride, self._padding = [stride, stride], [0, padding_px]
-        self._whole_padding = [padding_px, padding_px]
+        self._stride, self._padding, self._whole_padding = [stride, stride], [0, zeros_px[1]], list(zeros_px)
 
     def write(self, strip: Tensor, target: Tensor, call_rows: int, statistics: RunningStatistics | None) -> None:
         """As `PackedConvolution.write`, one block of rows after the other."""
@@ -76,7 +76,7 @@ class Convolution:
         return self._apply(strip, self._padding), self._kernels_bias
 
     def make_whole(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same of whole images, with zeros beyond their borders."""
+        """The same of whole images."""
         return self._apply(images, self._whole_padding), self._kernels_bias
 
     def parts(self, strip: Tensor, call_rows: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -102,13 +102,14 @@ class OneDnnConvolution(Convolution):
     """The same in oneDNN, with weights in the order that its kernel reads; it adds bias and sum itself."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, kernels: Kernels, stride: int, padding_px: int, adds: bool
+        self, weight: Tensor, bias: Tensor, kernels: Kernels, stride: int, zeros_px: tuple[int, int], adds: bool
     ) -> None:
-        super().__init__(weight, bias, kernels, stride, padding_px, adds)
+        super().__init__(weight, bias, kernels, stride, zeros_px, adds)
         self.kernel = "oneDNN, packed"
         self._library_bias, self._kernels_bias = bias.to(weight.dtype), None
         self._packed: list[Tensor] = []  # one for each order
-        self._packed_for: dict[tuple[object, ...], Tensor] = {}  # by the size of the input, and its padding
+        self._packed_for: dict[tuple[object, ...], Tensor] = {}  # by the size of the input, its padding, and threads
+        self._packing = threading.Lock()
 
     def convolve(self, images: Tensor, target: Tensor | None) -> Tensor:
         """As `PackedConvolution.convolve`."""
@@ -143,10 +144,13 @@ class OneDnnConvolution(Convolution):
         It accepts them in another order, too, but then changes it in each call, which takes longer than a small
         convolution does.
         """
-        size = (images.shape, *padding)
+        size = (images.shape, *padding, torch.get_num_threads())
         known = self._packed_for.get(size)
         if known is None:
-            known = self._packed_for[size] = self._pack(images, padding)
+            with self._packing:
+                known = self._packed_for.get(size)
+                if known is None:
+                    known = self._packed_for[size] = self._pack(images, padding)
         return known
 
     def _pack(self, images: Tensor, padding: list[int]) -> Tensor:
@@ -215,10 +219,12 @@ class Upsampling:
         return out
 
 
-def pack(weight: Tensor, bias: Tensor, kernels: Kernels, stride: int, padding_px: int, adds: bool) -> Convolution:
+def pack(
+    weight: Tensor, bias: Tensor, kernels: Kernels, stride: int, zeros_px: tuple[int, int], adds: bool
+) -> Convolution:
     """The fastest convolution for the kernels, and for the device and dtype of `weight`."""
     is_onednn = kernels is ops and weight.device.type == "cpu" and ops.has_onednn() and not ops.is_emulated(weight)
-    return (OneDnnConvolution if is_onednn else Convolution)(weight, bias, kernels, stride, padding_px, adds)
+    return (OneDnnConvolution if is_onednn else Convolution)(weight, bias, kernels, stride, zeros_px, adds)
 
 
 def _have_same_bytes(packed: Tensor, other: Tensor) -> bool:

@@ -51,6 +51,7 @@ def _lines(plan: Plan, program: "Program | None", num_images: int) -> Iterator[s
     yield (
         f"{network.direction}: {size_text(height, width)}x{network.in_channels} to "
         f"{_by(plan, network.stages[-1])}x{network.out_channels}, {plan.element_bytes} bytes an element"
+        f"{'' if network.padding == 'zeros' else f', padding {network.padding}'}"
     )
     name_width = max(len(stage.name) for stage in network.stages)
     kernels = [""] * len(network.stages) if program is None else [_kernel(packed, program) for packed in program.stages]

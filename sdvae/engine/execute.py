@@ -8,8 +8,10 @@ from torch import Tensor
 from sdvae.engine import ops
 from sdvae.engine.arena import Memory, allocate
 from sdvae.engine.kernels import Kernels, RunningStatistics
-from sdvae.engine.plan import Level, Plan, input_rows, window_shape
+from sdvae.engine.levels import Level, input_rows, window_shape
+from sdvae.engine.plan import Plan
 from sdvae.engine.program import PackedStage, Program
+from sdvae.engine.stages import Border
 
 Peaks = dict[str, float]  # the largest absolute value that each stage and shortcut left behind
 
@@ -121,11 +123,12 @@ class _ImageRun:
         stage = packed.stage
         source, target = self._plan.levels[stage.source_level], self._plan.levels[stage.level]
         num_rows, _, _ = window_shape(stage, source, target)
-        width = source.width + (stage.kind == "down")
+        border = stage.border("y", source.height), stage.border("x", source.width)
+        width = source.width + (2 if border[1] else stage.kind == "down")
         num_elements = num_rows * width * (stage.in_channels + packed.has_ones)
         rows = ops.strip_of(self._memory.window[:num_elements], num_rows, width)
         rows[..., source.width :].zero_()
-        return _Window(rows, source.height, source.width, self._source(packed))
+        return _Window(rows, source.height, source.width, *border, self._source(packed))
 
     def _source(self, packed: PackedStage) -> Callable[[int, int, Tensor], None]:
         """A function that writes rows start..end of a stage's input (the image, or normalised x or h) into a strip."""
@@ -167,22 +170,55 @@ class _ImageRun:
 
 
 class _Window:
-    """The input rows of a strip. Rows that two strips share are read once: their source may be overwritten by then."""
+    """The input rows of a strip. Rows that two strips share are read once: their source may be overwritten by then.
 
-    def __init__(self, rows: Tensor, height: int, width: int, read: Callable[[int, int, Tensor], None]) -> None:
+    So may the rows that stand beyond the borders: they are read before the first strip, and kept behind the others.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        height: int,
+        width: int,
+        row_border: Border | None,
+        column_border: Border | None,
+        read: Callable[[int, int, Tensor], None],
+    ) -> None:
         self._rows, self._height, self._width, self._read = rows, height, width, read
+        self._column_border = column_border
         self._start = self._end = -1  # no strip begins above the row that pads the border
+        self._beyond: list[Tensor] = []
+        if row_border is not None:
+            self._rows, beyond = rows[:, :, :-2], rows[:, :, -2:]
+            self._beyond = list(torch.split(beyond, 1, 2))
+            for row, place in zip(row_border, self._beyond, strict=True):
+                self._read_inside(row, row + 1, place)
 
     def read(self, start: int, end: int) -> Tensor:
-        """Rows start..end, zeros beyond the border."""
+        """Rows start..end; beyond the border, what stands there."""
         shift, num_kept = start - self._start, max(0, self._end - start)
         if num_kept:
             kept = self._rows[:, :, shift : shift + num_kept]
             self._rows[:, :, :num_kept].copy_(kept if shift >= num_kept else kept.clone())
         self._start, self._end = start, end
         first, last = max(start + num_kept, 0), min(end, self._height)
-        self._rows[:, :, num_kept : first - start].zero_()
+        self._fill(self._rows[:, :, num_kept : first - start], 0)
         if first < last:
-            self._read(first, last, self._rows[:, :, first - start : last - start, : self._width])
-        self._rows[:, :, max(last, first) - start : end - start].zero_()
+            self._read_inside(first, last, self._rows[:, :, first - start : last - start])
+        self._fill(self._rows[:, :, max(last, first) - start : end - start], 1)
         return self._rows[:, :, : end - start]
+
+    def _fill(self, rows: Tensor, side: int) -> None:
+        """Write what stands above (0) or below (1) the image."""
+        if self._beyond:
+            rows.copy_(self._beyond[side])
+        else:
+            rows.zero_()
+
+    def _read_inside(self, first: int, last: int, out: Tensor) -> None:
+        """Rows of the image, with the columns that stand beside them."""
+        if self._column_border is None:
+            self._read(first, last, out[..., : self._width])
+        else:
+            self._read(first, last, out[..., 1:-1])
+            ops.fill_border(out, 3, self._column_border)

@@ -1,11 +1,11 @@
-"""Runs a program on groups of whole images: a stage is one call of the library for all of them, without windows.
+"""Runs a program on groups of whole images: a stage is one call of the library for a group, without windows.
 
-The statistics are those of each image. Groups of a plan have one size, because libraries order their sums by the size
-of a batch: the last group is filled up, and what it is filled with is thrown away.
+The statistics are those of each image. Groups run apart from each other, on threads. In deterministic plans each group
+has one thread and one size, because libraries order their sums by both: the last is filled up with zeros.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,20 +14,28 @@ from torch import Tensor
 
 from sdvae.engine import ops
 from sdvae.engine.execute import empty_output
+from sdvae.engine.parallel import run_apart, torch_threads
 from sdvae.engine.plan import Plan
 from sdvae.engine.program import PackedStage, Program
+from sdvae.engine.stages import Stage
 
 _UNUSED = torch.empty(0, dtype=torch.float32, device="cpu")  # for statistics that are known
 _ALONE_ELEMENTS = 2**18  # of an image, below which a second thread costs more than it does
 
 
 def execute_groups(program: Program, plan: Plan, images: Tensor) -> Tensor:
-    """All images (N, C, H, W) through the network, `plan.group` at a time -> (N, C', H', W') fp32."""
+    """All images (N, C, H, W) through the network, `plan.group` in each call -> (N, C', H', W') fp32."""
     out = empty_output(program, plan, len(images))
-    for group, target in zip(torch.split(images, plan.group), torch.split(out, plan.group), strict=True):
-        size = plan.group if plan.is_filled else len(group)
-        target.copy_(_run(program, plan, _input(program, group, size))[: len(group)])
+    groups = zip(torch.split(images, plan.group), torch.split(out, plan.group), strict=True)
+    work = [partial(_run_group, program, plan, *group) for group in groups]
+    num_workers = plan.num_workers(len(images))
+    run_apart(work, num_workers, 1 if plan.is_filled else max(1, torch.get_num_threads() // num_workers))
     return out
+
+
+def _run_group(program: Program, plan: Plan, images: Tensor, out: Tensor) -> None:
+    size = plan.group if plan.is_filled else len(images)
+    out.copy_(_run(program, plan, _input(program, images, size))[: len(images)])
 
 
 def _run(program: Program, plan: Plan, images: Tensor) -> Tensor:
@@ -43,6 +51,8 @@ def _run(program: Program, plan: Plan, images: Tensor) -> Tensor:
             continue
         if stage.kind == "down":
             source = F.pad(source, (0, 1, 0, 1))  # SD's stride-2 convolution is asymmetric
+        if stage.padding != "zeros":
+            source = _pad(stage, source)
         if packed.shortcut is not None:
             places["x"] = packed.shortcut.convolve(places["x"], None)
         assert packed.convolution is not None  # as in all stages but attention
@@ -68,7 +78,8 @@ def _normalise(packed: PackedStage, plan: Plan, images: Tensor) -> Tensor:
     stage, norm = packed.stage, packed.norm
     assert norm is not None
     out = images if stage.source == "h" else torch.empty_like(images)
-    with _fitting_threads(images.numel() // len(images)):
+    is_small = images.numel() // len(images) < _ALONE_ELEMENTS
+    with torch_threads(1 if is_small else torch.get_num_threads()):
         statistics = _statistics(images, plan.levels[stage.source_level].row_block, norm.num_groups)
         for image, target, mean, variance in zip(_singly(images), _singly(out), *statistics, strict=True):
             # Image by image: the ends of a thread's share are rounded otherwise, wherever they lie in a group.
@@ -104,6 +115,21 @@ def _statistics(images: Tensor, row_block: int, num_groups: int) -> Tensor:  # -
     return torch.from_numpy(merged).view(2, num_images, num_channels)
 
 
+def _pad(stage: Stage, images: Tensor) -> Tensor:
+    """The images with what stands beyond their borders; zeros are left to the libraries."""
+    num_images, num_channels, height, width = images.shape
+    rows, columns = stage.border("y", height), stage.border("x", width)
+    top, left = int(rows is not None), int(columns is not None)
+    size = num_images, num_channels, height + 2 * top, width + 2 * left
+    padded = torch.empty(size, dtype=images.dtype, device=images.device, memory_format=torch.channels_last)
+    padded[:, :, top : top + height, left : left + width] = images
+    if columns is not None:
+        ops.fill_border(padded[:, :, top : top + height], 3, columns)
+    if rows is not None:
+        ops.fill_border(padded, 2, rows)
+    return padded
+
+
 def _singly(images: Tensor) -> Sequence[Tensor]:
     """Each image as a batch of its own."""
     return [images] if len(images) == 1 else torch.split(images, 1)
@@ -117,17 +143,3 @@ def _attend(packed: PackedStage, images: Tensor, x: Tensor) -> None:
         mixed = ops.linear(ops.attend(ops.linear(tokens, *queries), tokens), *out)
         added = ops.strip_of(mixed.flatten(), *image.shape[2:])
         ops.write(added, None, target, adds=True, statistics=None)
-
-
-@contextmanager
-def _fitting_threads(num_elements: int) -> Iterator[None]:
-    """One thread for what is small: to wake another takes longer, and beside a busy core it is waited for."""
-    before = torch.get_num_threads()
-    if num_elements >= _ALONE_ELEMENTS or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -134,6 +134,12 @@ def strip_of(memory: Tensor, rows: int, width: int) -> Tensor:  # (rows * width 
     return memory.view(1, rows, width, -1).permute(0, 3, 1, 2)
 
 
+def fill_border(padded: Tensor, dim: int, border: tuple[int, int]) -> None:
+    """Copy what stands beyond the borders along `dim` to the first and the last place of `padded`."""
+    for place, source in zip((0, -1), border, strict=True):
+        padded.select(dim, place).copy_(padded.select(dim, 1 + source))
+
+
 def is_emulated(values: Tensor) -> bool:
     """Whether a CPU lacks arithmetic in this dtype: fp16 everywhere, bf16 before AVX512. Then fp32 sums are rounded."""
     return values.device.type == "cpu" and (

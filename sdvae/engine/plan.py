@@ -5,17 +5,18 @@ keeps x, and behind it h. A resnet that changes the width puts its shortcut and 
 block is read to the end before it is written. The regions of neighbouring levels overlap where rows are always read
 before they are written over; how far, integers decide.
 
-Small images need no strips: they run whole, in groups of one size, in memory of their own for each stage.
+Small images need no strips: they run whole, in groups of one size beside each other, in memory of their own for each
+stage.
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count, pairwise, takewhile
+from itertools import count
 
 from sdvae.amounts import memory_text, size_text
+from sdvae.engine.levels import Level, input_rows, made_elements, whole_elements, window_shape
 from sdvae.engine.stages import Direction, Network, Stage
 from sdvae.errors import BudgetError, ShapeError
 
@@ -25,48 +26,11 @@ STRIP_BYTES = 2**23
 GPU_STRIP_BYTES = 2**25
 ATTENTION_QUERIES = 1024  # at a time; fixed, so that no plan changes a sum
 GPU_ATTENTION_QUERIES = 2**14
-_SPLIT_TOKENS = 2**14
 _WHOLE_BYTES = 2**24  # that a stage reads of an image, up to which strips are no faster than whole images
-MAX_GROUP = 8  # images that run together
+IMAGES_AT_ONCE = 8  # images that run at once, on all threads
 GROUP_FLOPS = 2**32  # of a group, beyond which more images made none faster; one alone pays for a deterministic group
 _BLOCK_PX = 2**12  # that the statistics of a whole image are summed over at a time
 PIXEL_BYTES = 4  # images and latents enter and leave in fp32
-
-
-@dataclass(frozen=True, slots=True)
-class Level:
-    """One resolution: its strips, and its region of the arena in elements."""
-
-    height: int
-    width: int
-    bounds: tuple[int, ...]  # rows where strips begin, and the height
-    channels: int  # of the region, for each pixel: of x and h together
-    offset: int
-    row_block: int  # rows that statistics are summed over at a time: those of one row of latents, whatever the plan
-    call_rows: int  # rows that a convolution makes at a time, at most: those of a strip that memory did not cut short
-
-    @property
-    def strips(self) -> list[tuple[int, int]]:
-        """First and last row (exclusive) of each strip."""
-        return list(pairwise(self.bounds))
-
-    def strips_with(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The strips that hold any of the rows start..end."""
-        first = bisect_right(self.bounds, start) - 1
-        yield from takewhile(lambda strip: strip[0] < end, pairwise(self.bounds[first:]))
-
-    @property
-    def end(self) -> int:
-        """The first element behind the region."""
-        return self.offset + self.height * self.width * self.channels
-
-    def block_offset(self, row: int) -> int:
-        """Where the block that begins with `row` lies in the arena."""
-        return self.offset + row * self.width * self.channels
-
-    def keys_offset(self, channels: int) -> int:
-        """Where the arena has room for the keys of an attention: before the region, or behind it."""
-        return 0 if self.offset >= self.height * self.width * channels else self.end
 
 
 @dataclass(frozen=True)
@@ -82,8 +46,9 @@ class Plan:
     scratch_bytes: int  # the most that one strip of a stage needs beside those
     num_queries: int  # of an attention at a time
     is_on_host: bool  # whether the arena lies in pinned memory of the host, which a GPU reads and writes as it goes
-    group: int = 0  # whole images that run together; 0: none, they run in strips
+    group: int = 0  # whole images in each call of a library; 0: none, they run in strips
     is_filled: bool = False  # whether the last group is filled up to that size
+    most_workers: int = 1  # groups that run at a time, each on threads of its own
 
     @cached_property
     def image_bytes(self) -> int:
@@ -111,7 +76,11 @@ class Plan:
     def predict_bytes(self, num_images: int = 1) -> int:
         """Peak memory of a run on its device, beside the weights."""
         arena = 0 if self.is_on_host else self.arena_bytes
-        return arena + self.strip_bytes + num_images * self.image_bytes
+        return arena + self.num_workers(num_images) * self.strip_bytes + num_images * self.image_bytes
+
+    def num_workers(self, num_images: int) -> int:
+        """How many groups of so many images run at a time."""
+        return max(1, min(self.most_workers, -(-num_images // self.group))) if self.group else 1
 
     def num_strips(self, stage: Stage) -> int:
         """How many strips a stage runs in; the attention sees all rows at once."""
@@ -130,14 +99,14 @@ def make_plan(
     is_deterministic: bool = False,
     is_gpu: bool = False,
     host_bytes: int = 0,
-    max_group: int = 0,
+    images_at_once: int = 0,
+    num_threads: int = 1,
 ) -> Plan:
     """Plan a network for inputs of `height` x `width`.
 
-    Up to `max_group` images run together and whole, on a CPU, if a stage reads little of each. Groups of
-    deterministic plans have one size for a size of images; others have no more than `num_images`, or than the budget
-    allows.
-
+    Up to `images_at_once` images run at once and whole, on a CPU, if a stage reads little of each: in groups, on
+    `num_threads` threads. Groups of deterministic plans have one size for a size of images; others share `num_images`
+    out among the threads, and get smaller where the budget asks for it.
 
     Strips are as high as the cache allows, lower where a budget asks for it, or `num_strips` of them at every level (at
     most one for each row of latents). If the lowest strips are still too large, the arena lies in `host_bytes` of the
@@ -148,16 +117,21 @@ def make_plan(
     sizes = network.sizes(height, width)
     if not all(sizes[-1]):
         raise ShapeError(f"{size_text(height, width)} is too small: it has less than one row or column of latents")
+    if network.padding == "reflect" and min(sizes[-1]) == 1:
+        raise ShapeError(
+            f"{size_text(height, width)} is too small to be padded by reflection: that takes two rows and columns of "
+            "latents"
+        )
     draft = _Draft(network, sizes, element_bytes, is_gpu)
-    if max_group and num_strips is None and draft.is_small():
-        group = draft.group(height, width, max_group if is_deterministic else min(num_images, max_group))
-        while group:
-            together = draft.plan_group(group, is_deterministic)
+    if images_at_once and num_strips is None and draft.is_small():
+        flops = network.flops(height, width)
+        for group, num_workers in group_sizes(flops, num_images, images_at_once, num_threads, is_deterministic):
+            together = draft.plan_group(group, is_deterministic, num_workers)
             if budget_bytes is None or together.predict_bytes(num_images) <= budget_bytes:
                 return together
-            if is_deterministic:
-                raise _refusal(together, num_images, budget_bytes)
-            group //= 2
+        if is_deterministic:
+            assert budget_bytes is not None
+            raise _refusal(together, num_images, budget_bytes)
     liked = draft.strip_rows(0)
     if num_strips is not None:
         steps = liked if is_deterministic else [1] * len(sizes)
@@ -194,9 +168,26 @@ def _refusal(plan: Plan, num_images: int, budget_bytes: int) -> BudgetError:
     return budget_refusal(plan.network.direction, num_images, plan.size_px, least_bytes, budget_bytes)
 
 
-def fitting_group(flops: int, max_group: int) -> int:
-    """How many images of so many operations run together: a power of two, which divides most batches, or the most."""
-    return min(max_group, 1 << max(0, (GROUP_FLOPS // flops).bit_length() - 1))
+def group_sizes(
+    flops: int, num_images: int, images_at_once: int, num_threads: int, is_deterministic: bool
+) -> Iterator[tuple[int, int]]:
+    """How many images run in a call, and how many calls at a time, from the fastest to those that need least memory.
+
+    An image has so many operations. Deterministic groups have one size, whatever the number of images and the memory: a
+    power of two, which divides most batches.
+    """
+    group = max(1, min(images_at_once // num_threads, 1 << max(0, (GROUP_FLOPS // flops).bit_length() - 1)))
+    if not is_deterministic:
+        group = min(group, max(1, -(-num_images // num_threads)))
+    for num_workers in _halvings(num_threads):
+        for size in [group] if is_deterministic else _halvings(group):
+            yield size, num_workers
+
+
+def _halvings(most: int) -> Iterator[int]:
+    while most:
+        yield most
+        most //= 2
 
 
 def max_images(plan: Plan, budget_bytes: int) -> int:
@@ -231,18 +222,14 @@ class _Draft:
         most = max(height * width * widest for (height, width), widest in sides)
         return not self.is_gpu and most * self.element_bytes <= _WHOLE_BYTES
 
-    def group(self, height: int, width: int, max_group: int) -> int:
-        """How many images of the input's size are worth running together."""
-        return fitting_group(self.network.flops(height, width), max_group)
-
-    def plan_group(self, group: int, is_filled: bool) -> Plan:
-        """The plan for whole images, `group` at a time."""
+    def plan_group(self, group: int, is_filled: bool, num_workers: int) -> Plan:
+        """The plan for whole images, `group` in a call and `num_workers` groups at a time."""
         levels = tuple(
             Level(height, width, (0, height), 0, 0, _equal_blocks(height, _BLOCK_PX // width), height)
             for height, width in self.sizes
         )
         most = max(
-            _whole_elements(stage, levels[stage.source_level], levels[stage.level]) for stage in self.network.stages
+            whole_elements(stage, levels[stage.source_level], levels[stage.level]) for stage in self.network.stages
         )
         scratch_bytes = group * most * self.element_bytes
         return Plan(
@@ -257,6 +244,7 @@ class _Draft:
             is_on_host=False,
             group=group,
             is_filled=is_filled,
+            most_workers=num_workers,
         )
 
     def _widest(self) -> list[int]:
@@ -307,7 +295,7 @@ class _Draft:
             window_elements=max(math.prod(window_shape(*of_stage)) for of_stage in between),
             keys_elements=keys_elements if is_on_host else 0,
             scratch_bytes=self.element_bytes
-            * max(_made_elements(*of_stage, num_queries, self.is_gpu, is_on_host) for of_stage in between),
+            * max(made_elements(*of_stage, num_queries, self.is_gpu, is_on_host) for of_stage in between),
             num_queries=num_queries,
             is_on_host=is_on_host,
         )
@@ -342,15 +330,6 @@ def _region_channels(network: Network, level: int) -> int:
     return channels
 
 
-def input_rows(stage: Stage, start: int, end: int) -> tuple[int, int]:
-    """The rows of its source that rows start..end of a stage are made of; they may lie beyond the border."""
-    if stage.kind == "down":  # SD pads (0, 1, 0, 1): the stride-2 convolution is asymmetric
-        return 2 * start, 2 * end + 1
-    if stage.kind == "up":
-        return start // 2 - 1, end // 2 + 1
-    return start - 1, end + 1
-
-
 def _lead(stage: Stage, source: Level, target: Level) -> int:
     """How far behind the target's region its source's must begin, so that no row is written over before it is read."""
     lead = -source.end
@@ -362,44 +341,3 @@ def _lead(stage: Stage, source: Level, target: Level) -> int:
             written = target.width * (start * target.channels + (end - start) * stage.out_channels)
             lead = max(lead, written - position)
     return lead
-
-
-def window_shape(stage: Stage, source: Level, target: Level) -> tuple[int, int, int]:
-    """Rows, width and channels of the input of a stage's highest strip, with room for a column and a channel more."""
-    rows = max(end - start for start, end in target.strips)
-    first, last = input_rows(stage, 0, rows)
-    return last - first, source.width + 1, stage.in_channels + 1
-
-
-def _made_elements(stage: Stage, source: Level, target: Level, num_queries: int, is_gpu: bool, is_on_host: bool) -> int:
-    """The most that one strip needs beside the arena, for what cannot be made in its place."""
-    rows = max(end - start for start, end in target.strips)
-    if stage.kind == "attention":
-        num_tokens = source.height * source.width
-        num_queries = min(num_tokens, max(1, num_queries // source.width) * source.width)
-        # Torch's kernel for CPUs packs keys and values; Triton's splits the keys of few queries, and merges in fp32.
-        beside = _SPLIT_TOKENS if is_gpu else 2 * num_tokens
-        return (3 * num_queries + beside) * stage.out_channels
-    if stage.kind == "up":  # even and odd rows, with a column to spare
-        return 2 * rows * (source.width + 1) * stage.out_channels
-    made = stage.out_channels if is_gpu or stage.shortcut or stage.target == "output" else 0  # oneDNN writes in place
-    read = stage.in_channels if is_on_host and stage.shortcut else 0
-    return rows * target.width * (made + read)
-
-
-def _whole_elements(stage: Stage, source: Level, target: Level) -> int:
-    """The most that a stage of whole images needs at once, for each image."""
-    read = source.height * source.width * stage.in_channels
-    num_px = target.height * target.width
-    written = num_px * stage.out_channels
-    if stage.kind == "attention":  # x, its norm; queries, means and packed keys and values
-        return 2 * read + 4 * written
-    if stage.kind == "down":  # a row and a column more
-        return read + (source.height + 1) * (source.width + 1) * stage.in_channels + written
-    if stage.kind == "up":  # even and odd rows, each with a row and a column to spare
-        return read + 4 * (source.height + 1) * (source.width + 1) * stage.out_channels + written
-    if stage.source == "input":
-        return read + num_px + written  # with a channel of ones
-    if stage.source == "h":  # normalised in place, added in place
-        return read + written
-    return 2 * read + written * (2 if stage.shortcut or stage.target == "output" else 1)  # x, its norm, what is made

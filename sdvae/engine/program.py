@@ -106,11 +106,11 @@ class _Compiler:
             weight, bias = fold_after(weight, bias, *self._pair("quant_conv"))
         weight, bias = weight * scale.weight, bias * scale.bias
         if stage.kind == "up":
-            even, odd = (self._pack(half, bias.repeat(2), padding_px=1) for half in fold_upsample(weight))
+            even, odd = (self._pack(half, bias.repeat(2), zeros_px=stage.zeros_px) for half in fold_upsample(weight))
             return PackedStage(stage, Upsampling(even, odd, self._kernels))
         if stage.kind == "down":
             return PackedStage(stage, self._pack(weight, bias, stride=2))
-        convolution = self._pack(weight, bias, padding_px=1, adds=stage.adds)
+        convolution = self._pack(weight, bias, zeros_px=stage.zeros_px, adds=stage.adds)
         if stage.target == "output":  # fp32 in NCHW, which Triton's kernels do not write
             return PackedStage(stage, CopiedConvolution(convolution, ops), norm=norm)
         shortcut = None
@@ -132,10 +132,10 @@ class _Compiler:
         return fold_attention(q, k, v, out)
 
     def _pack(
-        self, weight: Tensor, bias: Tensor, stride: int = 1, padding_px: int = 0, adds: bool = False
+        self, weight: Tensor, bias: Tensor, stride: int = 1, zeros_px: tuple[int, int] = (0, 0), adds: bool = False
     ) -> Convolution:
         weight, bias = weight.to(self._device, self._dtype), bias.to(self._device)
-        return pack(weight, bias, self._kernels, stride, padding_px, adds)
+        return pack(weight, bias, self._kernels, stride, zeros_px, adds)
 
     def _place(self, weight: Tensor, bias: Tensor) -> Pair:
         return weight.to(self._device, self._dtype), bias.to(self._device, self._dtype)
@@ -161,7 +161,7 @@ def fold_before(
 ) -> Tensor:  # (O, I, 3, 3), (I, J, 1, 1) -> (O, J + 1, 3, 3)
     """A 1x1 convolution and the padded one after it as one, whose last input channel is 1 inside the image.
 
-    Beyond the border that channel is 0, like the bias that the padding of the second convolution never saw.
+    Beyond the border that channel is 0 where zeros are, like the bias that they never saw, and 1 where pixels are.
     """
     before = torch.cat([before.flatten(1), bias[:, None]], 1)
     return torch.einsum("oihw,ij->ojhw", weight, before)

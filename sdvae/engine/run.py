@@ -2,20 +2,21 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sdvae.config import VAEConfig
+from sdvae.config import PADDINGS, Padding, VAEConfig
 from sdvae.engine import ops
-from sdvae.engine.blueprint import Blueprint
+from sdvae.engine.blueprint import Blueprint, padding_modes
 from sdvae.engine.calibrate import calibrate
 from sdvae.engine.describe import describe_plan
 from sdvae.engine.graphs import Executor
 from sdvae.engine.memory import free_bytes, parse_bytes
-from sdvae.engine.plan import MAX_GROUP, Plan, make_plan
+from sdvae.engine.plan import IMAGES_AT_ONCE, Plan, make_plan
 from sdvae.engine.precision import full_precision, inference
 from sdvae.engine.program import Program, choose_kernels, compile_program
 from sdvae.engine.stages import Direction, build_network
@@ -40,8 +41,9 @@ class Engine:
     but not while nobody else holds the module (`is_private`). An image that overflows in a reduced dtype runs again in
     fp32.
 
-    Where gradients are wanted, or a layer is more than its weights (adapters, offload hooks, another padding mode), the
-    layers themselves run in the reference network; `obstacle` says why. `blueprint` tells what is known of each.
+    Where gradients are wanted, or a layer is more than its weights (adapters, offload hooks, another stride), the
+    layers themselves run in the reference network; `obstacle` says why. `blueprint` tells what is known of each. Only
+    `padding_mode`, where all layers have one that is known, becomes that of `config`.
 
     `calls` counts the runs of a network: one for each encode and decode, or for each tile of diffusers'.
     One call at a time: the engine holds no lock.
@@ -66,7 +68,7 @@ class Engine:
         self.calls = 0
         # Whether results have the same bits whatever memory is free; a budget that would change them is refused.
         self.is_deterministic = False
-        self.max_group = MAX_GROUP  # small images that may run together; 0: all run in strips
+        self.images_at_once = IMAGES_AT_ONCE  # small images that run at once; 0: all run in strips
         self._device, self._dtype = device, dtype
         with torch.device("meta"):
             self._model, blueprint = AutoencoderKL(config), self._build()
@@ -123,12 +125,13 @@ class Engine:
         if self._float32 is None:
             self._float32 = Engine(self._source, self.config, device, torch.float32)
             self._float32._original = self
-        self._float32.is_deterministic, self._float32.max_group = self.is_deterministic, self.max_group
+        self._float32.is_deterministic, self._float32.images_at_once = self.is_deterministic, self.images_at_once
         return self._float32
 
     def plan(self, direction: Direction, height: int, width: int, num_images: int = 1, budget: Budget = None) -> Plan:
         """The plan for inputs of this size; BudgetError where no plan keeps the budget."""
         device, dtype = self._place()
+        num_threads = torch.get_num_threads()
         make = partial(
             make_plan,
             build_network(self.config, direction),
@@ -138,10 +141,11 @@ class Engine:
             num_images=num_images,
             is_deterministic=self.is_deterministic,
             is_gpu=device.type != "cpu",
-            max_group=self.max_group,
+            images_at_once=self.images_at_once,
+            num_threads=num_threads,
         )
-        most_together = self.max_group if self.is_deterministic else min(num_images, self.max_group)
-        key = direction, height, width, device, dtype, self.is_deterministic, most_together
+        share = None if self.is_deterministic else min(-(-num_images // num_threads), self.images_at_once)
+        key = direction, height, width, device, dtype, self.images_at_once, num_threads, share
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) == _MOST_PLANS:
@@ -209,14 +213,25 @@ class Engine:
         """What the source is beside its weights, or how these are kept, that the engine cannot run; or None."""
         if isinstance(self._source, AutoencoderKL) and (reason := self.departure()):  # else `stands_in` has asked
             return reason
-        for name, layer in self._borrowed():
+        layers = dict(self._borrowed())
+        for name, layer in layers.items():
             if reason := self.blueprint.foreign_layer(name, layer):
                 return f"{name} {reason}"
+        modes = padding_modes(layers.values())
+        if len(modes) > 1 or not modes <= set(PADDINGS):
+            return f"the padding_mode of its convolutions is {' and '.join(sorted(modes))}"
+        self._set_padding(next(mode for mode in PADDINGS if mode in modes))
         parameters = list(self._source.parameters())
         dtypes = {parameter.dtype for parameter in parameters}
         if len(dtypes) > 1 or not dtypes <= set(_DTYPES) or any(parameter.is_meta for parameter in parameters):
             return f"the weights are {', '.join(sorted(map(str, dtypes)))}, or not here"
         return None
+
+    def _set_padding(self, padding: Padding) -> None:
+        if padding != self.config.padding:
+            self.config = replace(self.config, padding=padding)
+            self._plans.clear()
+            self.release()
 
     def describe(self) -> str:
         """What ran in the last call, or would run in a first: stages, strips, kernels and memory at 512x512 pixels."""

@@ -13,11 +13,13 @@ from functools import cache
 from itertools import pairwise
 from typing import Literal
 
-from sdvae.config import VAEConfig
+from sdvae.config import Padding, VAEConfig
 
 Direction = Literal["encode", "decode"]
 Kind = Literal["conv", "down", "up", "attention"]
 Place = Literal["input", "x", "h", "output"]
+Axis = Literal["y", "x"]
+Border = tuple[int, int]  # the rows (or columns) that stand before the first and behind the last
 
 KERNEL_PX = {"conv": 3, "down": 3, "up": 2, "attention": 1}  # "up" is folded: 2x2 convolutions before the upsampling
 
@@ -37,11 +39,26 @@ class Stage:
     adds: bool = False  # to what the target holds, which is the residual connection
     shortcut: str | None = None  # the 1x1 convolution that x goes through meanwhile
     has_statistics: bool = False  # whether a GroupNorm reads what it writes
+    padding: Padding = "zeros"  # of its source
 
     @property
     def source_level(self) -> int:
         """The level it reads from."""
         return self.level + {"up": 1, "down": -1}.get(self.kind, 0)
+
+    def border(self, axis: Axis, size: int) -> Border | None:
+        """What stands beyond the borders of a source of `size` rows ("y") or columns ("x"); None: zeros."""
+        if self.padding in ("circular", f"circular-{axis}"):
+            return size - 1, 0
+        if self.padding == "reflect":
+            # Of doubled rows the second, which stands above the first, is its twin: both are the first small row.
+            return (0, size - 1) if self.kind == "up" else (1, size - 2)
+        return None
+
+    @property
+    def zeros_px(self) -> tuple[int, int]:
+        """Rows of zeros above and below a whole source, and columns of zeros beside it."""
+        return int(self.border("y", 0) is None), int(self.border("x", 0) is None)
 
     @property
     def num_parameters(self) -> int:
@@ -83,6 +100,11 @@ class Network:
         return tuple((height << level, width << level) for level in reversed(halvings))
 
     @property
+    def padding(self) -> Padding:
+        """What lies beyond the borders, for all stages but downsamplers."""
+        return self.stages[0].padding
+
+    @property
     def num_parameters(self) -> int:
         """Weights in the model."""
         return sum(stage.num_parameters for stage in self.stages)
@@ -106,7 +128,8 @@ def build_network(config: VAEConfig, direction: Direction) -> Network:
         stages, channels = _encoder(config), (config.in_channels, 2 * config.latent_channels)
     else:
         stages, channels = _decoder(config), (config.latent_channels, config.out_channels)
-    return Network(direction, tuple(_with_statistics(list(stages))), num_levels, *channels)
+    padded = [_padded(stage, config.padding) for stage in stages]
+    return Network(direction, tuple(_with_statistics(padded)), num_levels, *channels)
 
 
 def _encoder(config: VAEConfig) -> Iterator[Stage]:
@@ -125,13 +148,13 @@ def _encoder(config: VAEConfig) -> Iterator[Stage]:
 
 
 def _decoder(config: VAEConfig) -> Iterator[Stage]:
-    widths, deepest = config.block_out_channels, len(config.block_out_channels) - 1
+    widths, deepest = config.decoder_widths, len(config.decoder_widths) - 1
     before = widths[-1]
     yield Stage("decoder.conv_in", "conv", deepest, config.latent_channels, before, source="input")
     yield from _mid_block("decoder.mid_block", deepest, before, config.mid_block_add_attention)
     for block, (level, width) in enumerate(reversed(list(enumerate(widths)))):
         name = f"decoder.up_blocks.{block}"
-        block_widths = [before] + [width] * (config.layers_per_block + 1)
+        block_widths = [before] + [width] * (config.decoder_layers + 1)
         # The model reads attention_levels by the width's level, the keys count blocks from the latents.
         yield from _resnets(name, level, block_widths, level in config.attention_levels)
         if level > 0:
@@ -166,6 +189,11 @@ def _attention(name: str, level: int, width: int) -> Stage:
 
 def _conv_out(half: str, level: int, width: int, out_channels: int) -> Stage:
     return Stage(f"{half}.conv_out", "conv", level, width, out_channels, target="output", norm=f"{half}.conv_norm_out")
+
+
+def _padded(stage: Stage, padding: Padding) -> Stage:
+    """The stage of a VAE with this padding; a downsampler has its zeros (0, 1, 0, 1) in each, as in diffusers."""
+    return replace(stage, padding=padding) if stage.kind in ("conv", "up") else stage
 
 
 def _with_statistics(stages: list[Stage]) -> Iterator[Stage]:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from sdvae.engine import ops
 from sdvae.engine.convolutions import PackedConvolution, Upsampling, pack
 from sdvae.engine.memory import parse_bytes
-from sdvae.engine.plan import MAX_GROUP, PIXEL_BYTES, budget_refusal, fitting_group
+from sdvae.engine.parallel import run_apart
+from sdvae.engine.plan import IMAGES_AT_ONCE, PIXEL_BYTES, budget_refusal, group_sizes
 from sdvae.engine.program import fold_upsample
 from sdvae.engine.stages import Direction
-from sdvae.latents import scale, unscale
+from sdvae.latents import standardise, unstandardise
 from sdvae.posterior import LOGVAR_MIN
 from sdvae.tiny import CLAMP, AutoencoderTiny, TinyBlock
 
@@ -32,7 +33,7 @@ class TinyEngine:
         self.source = source
         self.calls = 0
         self.is_deterministic = False  # whether groups have one size for a size of images
-        self.max_group = MAX_GROUP  # images that may run together; 0 and 1: each runs alone
+        self.images_at_once = IMAGES_AT_ONCE  # images that run at once
         self._device, self._dtype = device, dtype
         placed = copy.deepcopy(source).requires_grad_(False).eval().to(device, dtype)
         self._layers: dict[Direction, nn.Sequential] = {
@@ -47,12 +48,12 @@ class TinyEngine:
 
     def encode_moments(self, pixels: Tensor, budget: int | str | None = None) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 2C, H/8, W/8): mean and logvar of raw latents."""
-        mean = unscale(self._run("encode", (pixels + 1.0) / 2.0, budget), self.source.config)
+        mean = unstandardise(self._run("encode", (pixels + 1.0) / 2.0, budget), self.source.config)
         return torch.cat([mean, torch.full_like(mean, LOGVAR_MIN)], dim=1)
 
     def decode(self, latents: Tensor, budget: int | str | None = None) -> Tensor:
         """Raw (N, C, h, w) -> pixels (N, 3, 8h, 8w)."""
-        scaled = scale(latents.float(), self.source.config)
+        scaled = standardise(latents.float(), self.source.config)
         # Image by image: the end of a thread's share is rounded otherwise, wherever it lies in a batch.
         clamped = torch.cat([torch.tanh(image / CLAMP) * CLAMP for image in torch.split(scaled, 1)])
         return self._run("decode", clamped, budget) * 2.0 - 1.0
@@ -63,7 +64,7 @@ class TinyEngine:
             return self
         if self._float32 is None:
             self._float32 = TinyEngine(self.source, self._device, torch.float32)
-        self._float32.is_deterministic, self._float32.max_group = self.is_deterministic, self.max_group
+        self._float32.is_deterministic, self._float32.images_at_once = self.is_deterministic, self.images_at_once
         return self._float32
 
     def describe(self) -> str:
@@ -71,39 +72,49 @@ class TinyEngine:
         kernels = "oneDNN, packed" if self._device.type == "cpu" and ops.has_onednn() else "torch"
         return f"sdvae's TAESD, {str(self._dtype).removeprefix('torch.')} on {self._device}, {kernels}"
 
-    def predict_bytes(self, direction: Direction, height: int, width: int, num_images: int = 1, group: int = 1) -> int:
-        """Peak memory of a run on inputs of this size, beside the weights."""
+    def predict_bytes(
+        self, direction: Direction, height: int, width: int, num_images: int = 1, at_once: int = 1
+    ) -> int:
+        """Peak memory of a run on inputs of this size, so many of them at once, beside the weights."""
         config = self.source.config
         side = config.downscale if direction == "decode" else 1
         num_px = height * side * width * side
         latents_px = config.downscale**2
         of_image = num_px * config.in_channels + num_px * config.latent_channels // latents_px
         return (
-            group * _LIVE * config.block_out_channels[0] * num_px * self._dtype.itemsize
+            at_once * _LIVE * config.block_out_channels[0] * num_px * self._dtype.itemsize
             + 2 * num_images * of_image * PIXEL_BYTES
         )
 
-    def _group(self, direction: Direction, batch: Tensor, budget: int | str | None) -> int:
-        """How many images run together; BudgetError where they need more than the budget."""
+    def _group(self, direction: Direction, batch: Tensor, budget: int | str | None) -> tuple[int, int]:
+        """How many images run in a call, and how many calls at a time; BudgetError where they need more memory."""
         num_images, _, height, width = batch.shape
-        most = self.max_group if self.is_deterministic else min(self.max_group, num_images)
-        group = max(1, fitting_group(_flops(self._layers[direction], height, width), most))
-        if budget is None:
-            return group
-        predict = partial(self.predict_bytes, direction, height, width, num_images)
-        budget_bytes = parse_bytes(budget)
-        while not self.is_deterministic and group > 1 and predict(group) > budget_bytes:
-            group //= 2
-        if predict(group) > budget_bytes:
-            side = self.source.config.downscale if direction == "decode" else 1
-            raise budget_refusal(direction, num_images, (height * side, width * side), predict(group), budget_bytes)
-        return group
+        flops = _flops(self._layers[direction], height, width)
+        num_threads = torch.get_num_threads() if self._device.type == "cpu" else 1
+        budget_bytes = None if budget is None else parse_bytes(budget)
+        for group, most_workers in group_sizes(
+            flops, num_images, self.images_at_once, num_threads, self.is_deterministic
+        ):
+            num_workers = min(most_workers, -(-num_images // group))
+            num_bytes = self.predict_bytes(direction, height, width, num_images, group * num_workers)
+            if budget_bytes is None or num_bytes <= budget_bytes:
+                return group, num_workers
+        assert budget_bytes is not None
+        side = self.source.config.downscale if direction == "decode" else 1
+        raise budget_refusal(direction, num_images, (height * side, width * side), num_bytes, budget_bytes)
 
     def _run(self, direction: Direction, batch: Tensor, budget: int | str | None) -> Tensor:
         self.calls += 1
-        size = self._group(direction, batch, budget)
-        parts = [self._run_group(direction, part, size) for part in torch.split(batch, size)]
-        out = torch.cat(parts) if len(parts) > 1 else parts[0]
+        size, num_workers = self._group(direction, batch, budget)
+        parts = torch.split(batch, size)
+        done: list[Tensor] = [batch] * len(parts)
+
+        def run_part(index: int) -> None:
+            done[index] = self._run_group(direction, parts[index], size)
+
+        threads_each = 1 if self.is_deterministic else max(1, torch.get_num_threads() // num_workers)
+        run_apart([partial(run_part, index) for index in range(len(parts))], num_workers, threads_each)
+        out = torch.cat(done) if len(done) > 1 else done[0]
         if self._dtype != torch.float32 and not out.sum().isfinite():
             for index, image in enumerate(out):
                 if not image.isfinite().all():
@@ -160,14 +171,14 @@ def _convolve(packed: PackedConvolution, x: Tensor) -> Tensor:
 
 def _convolution(layer: nn.Module, adds: bool = False) -> PackedConvolution:
     assert isinstance(layer, nn.Conv2d)
-    return pack(layer.weight, _bias(layer), ops, stride=layer.stride[0], padding_px=1, adds=adds)
+    return pack(layer.weight, _bias(layer), ops, stride=layer.stride[0], zeros_px=(1, 1), adds=adds)
 
 
 def _upsampling(layer: nn.Conv2d) -> PackedConvolution:
     """Nearest-neighbour doubling and the convolution after it, folded."""
     bias = _bias(layer).repeat(2)
     folded = fold_upsample(layer.weight.float()).to(layer.weight.dtype)
-    even, odd = (pack(half, bias, ops, stride=1, padding_px=1, adds=False) for half in folded)
+    even, odd = (pack(half, bias, ops, stride=1, zeros_px=(1, 1), adds=False) for half in folded)
     return Upsampling(even, odd, ops)
 
 

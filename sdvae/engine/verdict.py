@@ -6,7 +6,7 @@ from typing import Literal
 
 from sdvae.amounts import memory_text, size_text
 from sdvae.config import VAEConfig
-from sdvae.engine.plan import MAX_GROUP, Plan, make_plan
+from sdvae.engine.plan import IMAGES_AT_ONCE, Plan, make_plan
 from sdvae.engine.stages import Direction, build_network
 from sdvae.engine.traffic import traffic_bytes
 from sdvae.errors import BudgetError
@@ -58,7 +58,7 @@ def find_need(
         host_bytes = _HOST_BYTES if is_gpu else 0
         return make_plan(
             network, height, width, ELEMENT_BYTES[dtype],
-            budget_bytes=budget_bytes, is_gpu=is_gpu, host_bytes=host_bytes, max_group=MAX_GROUP,
+            budget_bytes=budget_bytes, is_gpu=is_gpu, host_bytes=host_bytes, images_at_once=IMAGES_AT_ONCE,
         )  # fmt: skip
 
     try:

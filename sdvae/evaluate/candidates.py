@@ -94,10 +94,9 @@ class VAECandidate:
         return torch.split(batch.to(self.vae.device, self.vae.dtype), 1)
 
     def scaled(self, posterior: DiagonalGaussian) -> DiagonalGaussian:
-        """The posterior of scaled latents."""
-        mean = latent_scaling.scale(posterior.mean, self.config)
-        step = latent_scaling.scale(posterior.mean + 1.0, self.config) - mean  # the scale, also one per channel
-        return DiagonalGaussian(mean, posterior.logvar + 2.0 * step[:, :, :1, :1].abs().log())
+        """The posterior of scaled latents, each where its raw one lies: in no patches."""
+        mean = latent_scaling.standardise(posterior.mean, self.config)
+        return DiagonalGaussian(mean, posterior.logvar + 2.0 * latent_scaling.gain(mean, self.config).abs().log())
 
 
 def _load_tiled(vae: VAE, dtype: str, tile_px: int) -> Any:

@@ -11,6 +11,7 @@ from sdvae.evaluate.candidates import VAECandidate, to_levels
 from sdvae.evaluate.results import Curve, Equivariance
 from sdvae.metrics import psnr_of_levels
 from sdvae.pixels import to_pixels
+from sdvae.posterior import DiagonalGaussian
 
 Image = NDArray[np.uint8]  # (H, W, 3)
 
@@ -65,8 +66,9 @@ def _follow(candidate: VAECandidate, name: str, images: Sequence[Image]) -> Equi
         pixels = to_pixels(image[None])
         wanted = transform(pixels)
         of_transformed = candidate.scaled(candidate.encode(wanted)).mode().cpu().double()
-        raw = transform(candidate.encode(pixels).mode())
-        transformed = candidate.vae.scale(raw).cpu().double()
+        posterior = candidate.encode(pixels)
+        raw = transform(posterior.mode())
+        transformed = candidate.scaled(DiagonalGaussian(raw, transform(posterior.logvar))).mode().cpu().double()
         missed += float((of_transformed - transformed).square().sum())
         spread += float((of_transformed - of_transformed.mean((2, 3), keepdim=True)).square().sum())
         levels = to_levels(candidate.decode(raw).cpu(), "8-bit")

@@ -52,7 +52,7 @@ def read_image(
     (height, width): quicker, and a little softer. Raises ImageError with the reason. Where `source` is a Path the
     message begins with it; a reason for bytes or a stream depends on nothing but those bytes.
     """
-    with _opened(source, max_pixels) as image:
+    with open_image(source, max_pixels) as image:
         if image.format in ("JPEG", "MPO"):
             with PillowFailures(image):
                 orientation = read_orientation(image)
@@ -69,7 +69,7 @@ def read_image(
 
 def read_size(source: Path | bytes | BinaryIO, *, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
     """(height, width) of what `read_image` would return, from the header; raises ImageError for a bad header."""
-    with _opened(source, max_pixels) as image:
+    with open_image(source, max_pixels) as image:
         with PillowFailures(image):
             if image.format == "PNG" and has_late_metadata(image.fp):
                 image.load()  # the one way to the orientation of a PNG that tells it after the picture
@@ -101,8 +101,8 @@ def from_pil(image: Image.Image, *, background: tuple[int, int, int] | None = BA
 
 
 @contextmanager
-def _opened(source: Path | bytes | BinaryIO, max_pixels: int) -> Iterator[Any]:
-    """The image of a file, identified and small enough, not yet decoded."""
+def open_image(source: Path | bytes | BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Any]:
+    """Pillow's image of a file, identified and small enough, not yet decoded; raises ImageError."""
     try:
         with _stream(source) as stream:
             with PillowFailures(None):

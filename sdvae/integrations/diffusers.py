@@ -1,4 +1,4 @@
-"""A drop-in for diffusers' AutoencoderKL whose encode and decode run on sdvae's engine.
+"""Drop-ins for diffusers' AutoencoderKL and AutoencoderKLFlux2 whose encode and decode run on sdvae's engine.
 
     from sdvae.integrations.diffusers import AutoencoderKL      # for diffusers.AutoencoderKL, or
     sdvae.install(pipe)                                          # for a pipeline that is there already
@@ -7,14 +7,15 @@ Everything around the network (files, tiling, slicing, offload, output types) is
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as TheirAutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2 as TheirAutoencoderKLFlux2
 from torch import Tensor, nn
 
 from sdvae.config import VAEConfig
@@ -45,7 +46,7 @@ class DropInEngine(Engine):
 
     def _build(self) -> nn.Module:
         source: Any = self._source
-        built: nn.Module = TheirAutoencoderKL.from_config(source._internal_dict)
+        built: nn.Module = source._theirs.from_config(source._internal_dict)
         return built
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile again for each block that is looked at
@@ -63,20 +64,16 @@ class DropInEngine(Engine):
         return super().describe() if reason is None else f"diffusers' own blocks, because {reason}"
 
 
-class AutoencoderKL(TheirAutoencoderKL):
-    """`diffusers.AutoencoderKL`, running on sdvae's engine: same files, same arguments, same results to rounding.
+class _OnEngine(nn.Module):
+    """What encodes and decodes for a VAE of diffusers' class `_theirs`, of which the whole is a subclass."""
 
-    `vae.engine.calls` counts its runs and `vae.engine.describe()` says what runs. Tiles (`enable_tiling`) and slices
-    (`enable_slicing`) are cut and blended by diffusers, each computed by the engine. With gradients wanted the network
-    is differentiable as ever. `force_upcast` reads False in fp16: the engine scales the range of what it carries, and
-    what overflows all the same runs again in fp32.
-    """
+    _theirs: Any
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "AutoencoderKL":
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """A VAE that is saved under diffusers' name."""
-        vae = super().__new__(cls)
+        vae: Any = super().__new__(cls)
         _sign(vae)
-        return vae
+        return vae  # type: ignore[no-any-return]
 
     @property
     def engine(self) -> DropInEngine:
@@ -92,42 +89,70 @@ class AutoencoderKL(TheirAutoencoderKL):
 
         What is saved is the original.
         """
-        config: dict[str, Any] = self._internal_dict  # type: ignore[has-type]
-        if config["force_upcast"] and self.dtype == torch.float16 and self.engine.departure() is None:
+        config: Any = self._internal_dict
+        if config.get("force_upcast") and self.dtype == torch.float16 and self.engine.departure() is None:
             return FrozenDict(config | {"force_upcast": False})  # type: ignore[no-untyped-call]
         return config
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoencoderKL":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if "_engine" in vars(self):
             self.engine.release()  # what is packed must not stay on a device that the weights leave
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def _encode(self, x: Tensor) -> Tensor:
-        moments: Tensor = TheirAutoencoderKL._encode(self._inside(), x)
+        moments: Tensor = self._theirs._encode(self._inside(), x)
         return moments
 
     def _decode(self, z: Tensor, return_dict: bool = True) -> Any:  # DecoderOutput or (pixels,)
-        return TheirAutoencoderKL._decode(self._inside(), z, return_dict)
+        return self._theirs._decode(self._inside(), z, return_dict)
 
     def _tiled_encode(self, x: Tensor) -> Tensor:
-        moments: Tensor = TheirAutoencoderKL._tiled_encode(self._inside(), x)
+        moments: Tensor = self._theirs._tiled_encode(self._inside(), x)
         return moments
 
     def tiled_encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """Encode tile by tile; deprecated by diffusers."""
-        return TheirAutoencoderKL.tiled_encode(self._inside(), x, return_dict)
+        return self._theirs.tiled_encode(self._inside(), x, return_dict)
 
     def tiled_decode(self, z: Tensor, return_dict: bool = True) -> Any:  # DecoderOutput or (pixels,)
         """Decode tile by tile, blending the overlaps."""
-        return TheirAutoencoderKL.tiled_decode(self._inside(), z, return_dict)
+        return self._theirs.tiled_decode(self._inside(), z, return_dict)
 
     def _inside(self) -> Any:
         return _Inside(self) if self.engine.stands_in() else self
 
 
+class AutoencoderKL(_OnEngine, TheirAutoencoderKL):  # type: ignore[misc]  # diffusers' bases disagree
+    """`diffusers.AutoencoderKL`, running on sdvae's engine: same files, same arguments, same results to rounding.
+
+    `vae.engine.calls` counts its runs and `vae.engine.describe()` says what runs. Tiles (`enable_tiling`) and slices
+    (`enable_slicing`) are cut and blended by diffusers, each computed by the engine. With gradients wanted the network
+    is differentiable as ever. `force_upcast` reads False in fp16: the engine scales the range of what it carries, and
+    what overflows all the same runs again in fp32.
+    """
+
+    _theirs = TheirAutoencoderKL
+
+
+class AutoencoderKLFlux2(_OnEngine, TheirAutoencoderKLFlux2):  # type: ignore[misc]  # as above
+    """`diffusers.AutoencoderKLFlux2`, running on sdvae's engine as `AutoencoderKL` does.
+
+    Its BatchNorm, by which pipelines scale latents, is left to them.
+    """
+
+    _theirs = TheirAutoencoderKLFlux2
+
+
+_OURS: dict[type, Any] = {ours._theirs: ours for ours in (AutoencoderKL, AutoencoderKLFlux2)}
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it cannot follow how a network is built
-def _make_engine(vae: AutoencoderKL) -> DropInEngine:
-    return DropInEngine(vae, VAEConfig.from_diffusers(vae._internal_dict))  # type: ignore[has-type]
+def _make_engine(vae: Any) -> DropInEngine:
+    return DropInEngine(vae, _read_config(vae._theirs, vae._internal_dict))
+
+
+def _read_config(theirs: type, values: Mapping[str, Any]) -> VAEConfig:
+    return VAEConfig.from_diffusers({**values, "_class_name": theirs.__name__})
 
 
 class _Inside:
@@ -136,7 +161,7 @@ class _Inside:
     quant_conv = post_quant_conv = None
     config = SimpleNamespace(use_quant_conv=False, use_post_quant_conv=False)
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Any) -> None:
         self.vae = vae
         self.encoder, self.decoder = vae.engine.encode_moments, vae.engine.decode
 
@@ -148,30 +173,31 @@ def install(pipe: Any) -> None:
     """Let a pipeline's own VAE run on sdvae's engine; its weights, hooks and settings stay where they are.
 
     `pipe.vae` remains the same object, so whatever else holds it (another pipeline, an offload hook) runs on the
-    engine too. Raises ConfigError for a pipeline without a plain `diffusers.AutoencoderKL`.
+    engine too. Raises ConfigError for a pipeline without a plain `diffusers.AutoencoderKL` or `AutoencoderKLFlux2`.
     """
     vae: Any = getattr(pipe, "vae", None)
-    if type(vae) is AutoencoderKL:
+    kind = type(vae)
+    if kind in _OURS.values():
         return
-    if type(vae) is not TheirAutoencoderKL:
+    if kind not in _OURS:
         raise ConfigError(
-            f"install needs a pipeline whose vae is a diffusers.AutoencoderKL, and this one's is of type "
-            f"{type(vae).__name__}; leave it as it is"
+            "install needs a pipeline whose vae is a diffusers.AutoencoderKL or AutoencoderKLFlux2, and this one's is "
+            f"of type {kind.__name__}; leave it as it is"
         )
-    VAEConfig.from_diffusers(vae.config)  # refused now, not in the middle of a picture
-    vae.__class__ = AutoencoderKL
+    _read_config(kind, vae.config)  # refused now, not in the middle of a picture
+    vae.__class__ = _OURS[kind]
     _sign(vae)
 
 
 def uninstall(pipe: Any) -> None:
     """Give a pipeline's VAE its diffusers code back; a VAE that `install` has not changed is left alone."""
     vae: Any = getattr(pipe, "vae", None)
-    if type(vae) is AutoencoderKL:
-        vae.__class__ = TheirAutoencoderKL
+    if type(vae) in _OURS.values():
+        vae.__class__ = vae._theirs
         for name in ("_engine", "__module__"):
             vars(vae).pop(name, None)
 
 
-def _sign(vae: AutoencoderKL) -> None:
+def _sign(vae: Any) -> None:
     # diffusers writes this name into a pipeline's model_index.json: saved pipelines load where there is no sdvae.
-    vars(vae)["__module__"] = TheirAutoencoderKL.__module__
+    vars(vae)["__module__"] = vae._theirs.__module__

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from sdvae.amounts import count, size_text
 from sdvae.errors import ConfigError, DeviceError, ShapeError, StoreError, VerifyError
-from sdvae.latents import scale
+from sdvae.latents import scale, scaled_shape
 from sdvae.notebook import card
 from sdvae.posterior import DiagonalGaussian
 from sdvae.store.buckets import Size
@@ -40,7 +40,8 @@ class LatentDataset(Dataset[Example]):
     `dataset[i]` is a record in the epoch of `set_epoch`, `dataset[i, epoch]` in that one, and `dataset[[...]]` a
     batch of either. A record is a dict:
 
-        latents        (C, h, w) float32, (latents - shift_factor) * scaling_factor, by the store's `latent_scaling`
+        latents        (C, h, w) float32, (latents - shift_factor) * scaling_factor, by the store's `latent_scaling`;
+                       of FLUX.2 in patches, (4C, h/2, w/2)
         key, caption   str; the caption is "" where there is none
         label          index into `classes`, -1 where there is none
         original_size  (height, width) of the photo, as SDXL is conditioned; int64, like
@@ -174,7 +175,8 @@ class LatentDataset(Dataset[Example]):
             return torch.stack([shard.tensors[name + "_flip" * flip][row] for shard, row, flip in places]).float()
 
         device = "cuda" if self.preload == "cuda" else "cpu"
-        batch = torch.empty((len(rows), *shards[0].shape), dtype=torch.float32, device=device)
+        shape = scaled_shape(shards[0].shape, self.latent_scaling)
+        batch = torch.empty((len(rows), *shape), dtype=torch.float32, device=device)
         with torch.autocast(device, enabled=False):  # a CPU's in bf16 would round what is stacked in fp16
             for start in range(0, len(rows), _CHUNK_ROWS):
                 chunk = slice(start, start + _CHUNK_ROWS)

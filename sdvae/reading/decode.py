@@ -20,6 +20,7 @@ from torch import Tensor
 from sdvae import atomic
 from sdvae.engine.memory import parse_bytes
 from sdvae.errors import LatentsError, OutputError, StoreError
+from sdvae.images.provenance import Provenance
 from sdvae.images.write import encode_image
 from sdvae.progress import Progress, silent
 from sdvae.reading.latent_files import FoundLatents, Scaling, list_latent_files, read_latents
@@ -47,7 +48,7 @@ class DecodeSettings:
     """What `sdvae decode` was asked for.
 
     `latents` speaks for files that do not say it themselves; `space`, for the latents and the VAE, where it is not
-    proved that they have one.
+    proved that they have one. `has_metadata`: the image files name the VAE, its latent space and sdvae's version.
     """
 
     format: Format = "png"
@@ -55,6 +56,7 @@ class DecodeSettings:
     batch_size: int | None = None  # None: chosen for the device
     budget_bytes: int | None = None  # None: what the device has free
     space: str | None = None
+    has_metadata: bool = True
 
     def __post_init__(self) -> None:
         if self.budget_bytes is not None:
@@ -125,10 +127,12 @@ def decode_dataset(
         _claim(out, set(names.values()))
         out = out.absolute()
 
+    provenance = Provenance(vae.fingerprint, vae.told_space) if settings.has_metadata else None
+
     def write(key: str, image: NDArray[np.uint8]) -> None:
         path = out / names[key]
         atomic.make_folder(path.parent)
-        atomic.write_bytes(path, encode_image(image, format))
+        atomic.write_bytes(path, encode_image(image, format, provenance))
 
     if not is_store:
         warn_of_denied(vae, settings.space)

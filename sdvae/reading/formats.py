@@ -26,6 +26,7 @@ from sdvae.posterior import DiagonalGaussian
 from sdvae.reading.dataset import LatentDataset, record_stream
 from sdvae.store.buckets import Size
 from sdvae.store.shard import Shard
+from sdvae.weights.write import OutputTensor, safetensors_bytes
 
 Settings = dict[str, Any]
 File = tuple[str, bytes | Iterator[bytes]]  # path below the folder of the export, content
@@ -71,7 +72,7 @@ class Format:
     """What a format holds, whose reader says so, and what a store must be for it to hold the truth."""
 
     reader: str
-    value: Literal["sample", "mean and std", "mean and logvar"]
+    value: Literal["sample", "mean", "mean and std", "mean and logvar"]
     scaling: str
     flips: str
     latent_spaces: tuple[str, ...] | None  # None: any
@@ -179,6 +180,66 @@ def _fast_dit_files(dataset: LatentDataset, rows: Iterator[Row]) -> Iterator[Fil
         yield f"imagenet256_labels/{name}", _npy(torch.tensor([row.label], dtype=torch.int64, device="cpu"))
 
 
+# --- kohya-ss/musubi-tuner ---
+
+
+@dataclass(frozen=True)
+class _Musubi:
+    """One of its architectures: what its caches are called, and how their latents are written."""
+
+    ending: str  # of file names
+    architecture: str  # in the metadata
+    is_scaled: bool
+    has_frames: bool  # whether the key of the latents counts them
+
+    def settings(self, dataset: LatentDataset) -> Settings:
+        """A resolution under which musubi-tuner puts every record into a bucket of its own size."""
+        height, width = map(max, zip(*dataset.buckets, strict=True))
+        if odd := next((size for size in dataset.buckets if size[0] % 16 or size[1] % 16), None):
+            raise StoreError(
+                f"musubi-tuner has buckets in steps of 16 pixels, and this store has {size_text(*odd)}; "
+                "encode with --buckets, or with --size and a crop"
+            )
+        records = map(dataset.record, range(len(dataset)))
+        folders = sorted({str(PurePosixPath(record["key"]).parent) for record in records})
+        return {
+            "resolution": [width, height],
+            "enable_bucket": True,
+            "bucket_no_upscale": True,
+            "cache_directory": "OUT" if folders == ["."] else f"one [[datasets]] for each of {', '.join(folders[:5])}",
+            "text_encoder_outputs": "cache them into the same folders with musubi-tuner's own script",
+        }
+
+    def files(self, dataset: LatentDataset, rows: Iterator[Row]) -> Iterator[File]:
+        """One file a record, as its script caches it: the mean of the posterior, in fp32."""
+        for row in rows:
+            latents = row.posterior().mean
+            if self.is_scaled:
+                latents = scale(latents[None], dataset.latent_scaling)[0]
+            size = f"{latents.shape[1]}x{latents.shape[2]}"
+            key = f"latents_{'1x' if self.has_frames else ''}{size}_float32"
+            height, width = row.size_px
+            # musubi-tuner picks the bucket by the size in the name. It would write the photo's own there; ours makes
+            # it pick the bucket that this record was resized for.
+            metadata = {
+                "architecture": self.architecture, "format_version": "1.0.1", "height": str(height), "width": str(width)
+            }  # fmt: skip
+            name = f"{row.name}_{width:04d}x{height:04d}_{self.ending}.safetensors"
+            yield name, safetensors_bytes({key: OutputTensor.of(latents)}, metadata)
+
+    def format(self, model: str, space: str) -> Format:
+        """Its entry in FORMATS."""
+        return Format(
+            reader=f"kohya-ss/musubi-tuner, {model}",
+            value="mean",
+            scaling="scaled" if self.is_scaled else "raw; musubi-tuner scales while it trains",
+            flips="left out",
+            latent_spaces=(space,),
+            settings=self.settings,
+            files=self.files,
+        )
+
+
 # --- WebDataset ---
 
 
@@ -245,6 +306,14 @@ FORMATS = {
         settings=_class_settings,
         files=_fast_dit_files,
     ),
+    "musubi-flux2-dev": _Musubi("f2d", "flux_2_dev", is_scaled=True, has_frames=False).format("FLUX.2 dev", "flux2"),
+    "musubi-flux2-klein-4b": _Musubi("f2k4b", "flux_2_klein_4b", is_scaled=True, has_frames=False).format(
+        "FLUX.2 klein 4B", "flux2"
+    ),
+    "musubi-flux2-klein-9b": _Musubi("f2k9b", "flux_2_klein_9b", is_scaled=True, has_frames=False).format(
+        "FLUX.2 klein 9B", "flux2"
+    ),
+    "musubi-z-image": _Musubi("zi", "z_image", is_scaled=False, has_frames=True).format("Z-Image", "flux1"),
     "webdataset": Format(
         reader="webdataset",
         value="mean and logvar",

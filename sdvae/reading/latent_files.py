@@ -69,7 +69,11 @@ def read_latents(path: Path, config: VAEConfig, told: Scaling | None = None) -> 
         found, says = reader(path)
     except OSError as error:
         raise LatentsError(f"{path} cannot be read: {error.strerror or error}") from error
-    latents = _check(path, found, config.latent_channels)
+    latents = _check(path, found, (config.latent_channels, config.scaled_channels))
+    if config.latents_patch > 1:  # FLUX.2's scaled latents have four times as many channels: that is proof
+        says = "raw" if latents.shape[1] == config.latent_channels else "scaled"
+        if told not in (None, says):
+            raise LatentsError(f"{path} has {latents.shape[1]} channels, so its latents are {says}, not {told}")
     match says or told:
         case "raw":
             return FoundLatents(latents, "raw", is_told=says is None)
@@ -81,18 +85,21 @@ def read_latents(path: Path, config: VAEConfig, told: Scaling | None = None) -> 
     )
 
 
-def _check(path: Path, found: Tensor, channels: int) -> Tensor:
+def _check(path: Path, found: Tensor, known_channels: tuple[int, int]) -> Tensor:
+    """The latents as (N, C, h, w) fp32, with as many channels as raw or as scaled ones have."""
+    channels, patched = known_channels
     if not found.is_floating_point():
         raise LatentsError(f"{path} holds {found.dtype} numbers, latents are floating-point tensors")
     shape = tuple(found.shape)
-    if len(shape) == 3 and shape[0] != channels and shape[2] == 4 * channels:
+    if len(shape) == 3 and shape[0] not in known_channels and shape[2] == 4 * channels:
         raise LatentsError(
-            f"{path} has shape {shape}, as a FLUX pipeline packs latents; unpack them to (N, {channels}, h, w) first"
+            f"{path} has shape {shape}, as a FLUX pipeline packs latents; unpack them to (N, {patched}, h, w) first"
         )
     if len(shape) not in (3, 4):
         raise LatentsError(f"{path} has shape {shape}; latents are (N, {channels}, h, w) or ({channels}, h, w)")
-    if shape[-3] != channels:
-        raise LatentsError(f"{path} has {shape[-3]} channels {shape}, but this VAE's latents have {channels}")
+    if shape[-3] not in known_channels:
+        told = f"{channels} (raw) or {patched} (scaled)" if patched != channels else str(channels)
+        raise LatentsError(f"{path} has {shape[-3]} channels {shape}, but this VAE's latents have {told}")
     if 0 in shape:
         raise LatentsError(f"{path} is empty: its shape is {shape}")
     latents = found.to(torch.float32).reshape(-1, *shape[-3:])

@@ -7,7 +7,7 @@ from statistics import median
 from torch import Tensor
 
 from sdvae.config import VAEConfig
-from sdvae.latents import scale
+from sdvae.latents import standardise
 from sdvae.reading.latent_files import FoundLatents
 
 # Std of scaled latents: of photos 0.46 to 1.06, by five VAEs of four spaces; a diffusion model's about 1.
@@ -25,10 +25,12 @@ class Spread:
         self._stds: defaultdict[tuple[str, bool], list[tuple[float, float, float]]] = defaultdict(list)
 
     def add(self, found: FoundLatents) -> None:
-        """Take in the images of a file."""
-        scaled = scale(found.raw, self._config)
+        """Take in the images of a file; where its shape says what it holds, there is no doubt."""
+        if self._config.latents_patch > 1:
+            return
+        scaled = standardise(found.raw, self._config)
         if found.scaling == "scaled":
-            stored, otherwise = scaled, scale(scaled, self._config)
+            stored, otherwise = scaled, standardise(scaled, self._config)
         else:
             stored, otherwise = found.raw, found.raw
         stds = zip(*map(_std, (stored, scaled, otherwise)), strict=True)
@@ -36,7 +38,7 @@ class Spread:
 
     def doubts(self) -> list[str]:
         """A sentence where latents look like what they were not read as."""
-        raw_std = _USUAL_STD / self._config.scaling_factor
+        raw_std = _USUAL_STD / self._config.latent_scaling.overall_factor
         usual = f"raw latents of this VAE have about {raw_std:.2g}, scaled ones about {_USUAL_STD:g}"
         told = []
         for (scaling, is_told), stds in self._stds.items():

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sdvae.latents import gain, standardise
 from sdvae.pixels import to_images
 from sdvae.progress import Progress, silent
 from sdvae.reading.decode import without_padding
@@ -77,7 +78,7 @@ def store_page(store: Store, vae: VAE, progress: Progress = silent, space: str |
 
 def _caption(stats: StoreStats, store: Store) -> str:
     space = store.manifest["vae"]["latent_space"]
-    own = store.latent_scaling.scaling_factor * stats.overall_std
+    own = store.latent_scaling.overall_factor * stats.overall_std
     return (
         f"{stats.num_written:,} records in the latent space {space}. {stats.num_quarantined:,} more were quarantined. "
         f"Scaled by the VAE's own factor, the latents have a std of {own:.3f}."
@@ -117,8 +118,8 @@ def _decode(line: Line, mean: NDArray[np.float32], logvar: NDArray[np.float32], 
     latents = torch.from_numpy(mean)[None]
     height, width = without_padding(line["resized_px"], line["crop_px"])
     image = to_images(vae.decode(latents))[0, :height, :width]
-    scaled = vae.scale(latents)[0].numpy()
-    unit = (vae.scale(torch.ones_like(latents)) - vae.scale(torch.zeros_like(latents)))[0].numpy()
+    scaled = standardise(latents, vae.config)[0].numpy()
+    unit = gain(latents, vae.config).expand_as(latents)[0].numpy()
     return Decode(
         key=line["key"],
         caption=_shortened(line["caption"] or line["label"] or ""),

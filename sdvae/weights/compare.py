@@ -19,7 +19,7 @@ _ROUNDED = {
     "fp16": torch.float16, "bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2"}
-_NOT_OF_THE_VAE = {"sample_size", "force_upcast"}  # advice to a pipeline; no number depends on it
+_NOT_OF_THE_VAE = {"sample_size", "force_upcast", "unused"}  # advice to a pipeline; no number depends on it
 
 Verdict = Literal["equal", "rounded", "different"]
 

@@ -7,7 +7,6 @@ safetensors whose metadata name their sources.
 import hashlib
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,18 +17,21 @@ from torch import Tensor
 from sdvae import __version__, atomic
 from sdvae.errors import OutputError, WeightsError
 from sdvae.tiny import TinyConfig, named_as_taesd
+from sdvae.weights.beside import CONFIG_NAME
 from sdvae.weights.evidence import FAMILY_KEY, relate
 from sdvae.weights.files import DTYPES, Entry, TensorFile, as_bytes, dtype_name, opened
-from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES
+from sdvae.weights.find import WEIGHTS_NAMES
 from sdvae.weights.keymap import Layout, fit_shape, ldm_names, some
-from sdvae.weights.load import SHAPE_FIELDS, VAEFile, config_json, open_vae
+from sdvae.weights.load import PADDING_KEY, VAEFile, config_json, open_vae, padding_metadata
+from sdvae.weights.shapes import SHAPE_FIELDS
 from sdvae.weights.taesd import SUFFIXES
 from sdvae.weights.write import OutputTensor, write_safetensors
 
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
-_TAESD_NAMES = {"sd1": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1"}  # their author's, and ComfyUI's
+# As their author calls them.
+_TAESD_NAMES = {"sd1": "taesd", "sdxl": "taesdxl", "sd3": "taesd3", "flux1": "taef1", "flux2": "taef2"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def swap(
             stored = DTYPES[entry.dtype] if dtype is None else dtype
             planned[key] = _plan(new.file.entries[keys[old.keys.names[key]]], entry.shape, stored)
     told = {"sdvae.vae_sha256": sha256(new.file)} if not is_dry_run else {}
-    metadata = old.file.metadata | told
+    metadata = _with_padding(old.file.metadata, new) | told
     return _write("swap", output, planned, metadata, old, len(keys), old.keys.layout, family, is_dry_run)
 
 
@@ -147,20 +149,20 @@ def _write_vae(
         entry = vae.file.entries[key]
         shape = fit_shape(name, fit_shape(name, entry.shape, "diffusers"), layout)
         planned[names[name]] = _plan(entry, shape, DTYPES[entry.dtype] if dtype is None else dtype)
-    metadata = vae.file.metadata if not vae.keys.prefix else {}
+    metadata = _with_padding(vae.file.metadata if not vae.keys.prefix else {}, vae)
     target = output / WEIGHTS_NAMES[0] if is_folder else output
     content = config_json(vae.config) if is_folder else b""
     if is_folder and not is_dry_run:
         atomic.make_folder(output)
         atomic.write_bytes(output / CONFIG_NAME, content)
     written = _write(verb, target, planned, metadata, vae, len(planned), layout, vae.family, is_dry_run)
-    return replace(written, left_out=_left_out(vae))
+    return replace(written, left_out=vae.left_out)
 
 
-def _left_out(vae: VAEFile) -> dict[str, int]:
-    """How many tensors of a file are no part of its VAE, by the first part of their names: {"loss.*": 130}."""
-    others = (key.partition(".") for key in vae.file.entries if key not in vae.keys.names)
-    return dict(Counter(f"{first}.*" if rest else first for first, _, rest in others).most_common())
+def _with_padding(metadata: dict[str, str], vae: VAEFile) -> dict[str, str]:
+    """The metadata of a file with this VAE in it."""
+    others = {key: value for key, value in metadata.items() if key != PADDING_KEY}
+    return others | padding_metadata(vae.config)
 
 
 def _write_tiny(
@@ -255,8 +257,10 @@ def _plan(entry: Entry, shape: tuple[int, ...], dtype: torch.dtype) -> OutputTen
             raise WeightsError(f"{entry.path} holds numbers too large for {dtype}; keep a wider --dtype")
         yield as_bytes(narrower)
 
+    stored = DTYPES[entry.dtype]
+    dtype = dtype if stored.is_floating_point else stored  # a counter stays one
     num_bytes = math.prod(shape) * dtype.itemsize
-    return OutputTensor(dtype_name(dtype), shape, num_bytes, entry.chunks if DTYPES[entry.dtype] == dtype else cast)
+    return OutputTensor(dtype_name(dtype), shape, num_bytes, entry.chunks if stored == dtype else cast)
 
 
 def _num_finite(tensor: Tensor) -> int:

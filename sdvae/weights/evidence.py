@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sdvae.config import FAMILIES, VAEConfig
-from sdvae.latents import unscale
-from sdvae.tiny import TinyConfig
+from sdvae.latents import unstandardise
+from sdvae.tiny import TINY_FAMILIES, TinyConfig
 from sdvae.weights.files import TensorFile, opened
-from sdvae.weights.identity import LATENT_SPACES, fingerprint, known_space
+from sdvae.weights.identity import KNOWN_BY_SHAPE, LATENT_SPACES, fingerprint, known_space
 from sdvae.weights.probe import NEAR_CORRELATION, Seen, agreement, look
 
 FAMILY_KEY = "sdvae.family"  # in the metadata of files that sdvae wrote
@@ -54,6 +54,7 @@ _NEIGHBOURS = {
     "cond_stage_model.": "sd1",
     "conditioner.embedders.": "sdxl",
     "model.diffusion_model.joint_blocks.": "sd3",
+    "model.diffusion_model.double_stream_modulation_img.": "flux2",
     "model.diffusion_model.double_blocks.": "flux1",
     "model.diffusion_model.label_emb.": "sdxl",  # SDXL without its text encoders
 }
@@ -61,6 +62,7 @@ _NEIGHBOURS = {
 _ARCHITECTURES = {
     "stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd1", "stable-diffusion-xl": "sdxl",
     "stable-diffusion-3": "sd3", "stable-diffusion-v3": "sd3", "flux-1": "flux1",
+    "flux-2": "flux2",
 }  # fmt: skip
 
 # The strongest first.
@@ -112,7 +114,8 @@ class Verdict:
     def contradictions(self) -> tuple[Evidence, ...]:
         """The evidence that the verdict is against: a wrong config, for example."""
         if self.space is None:
-            return tuple(item for item in self.evidence if item.certainty == "declared" and item.kind != "shapes")
+            told = (item for item in self.evidence if item.certainty == "declared" and item.kind != "shapes")
+            return tuple(item for item in told if item.spaces)
         against = (item for item in self.evidence if self.space not in item.spaces)
         return tuple(item for item in against if item.spaces or self.space in item.denies)
 
@@ -169,7 +172,7 @@ def judge(
         seen = look(config, encoder or tensors, digest or fingerprint(tensors))
         latents = seen.output
         if latents is not None and isinstance(config, TinyConfig):
-            latents = unscale(latents[None], config)[0]
+            latents = unstandardise(latents[None], config)[0]
         correlations = {match.space: _two_digits(match.correlation) for match in seen.matches}
         if seen.matches:
             evidence.append(_probed(config, seen))
@@ -223,8 +226,13 @@ def told_by_flag(family: str) -> Evidence:
 
 
 def told_by_config(config: VAEConfig, where: str) -> Evidence:
-    """The space whose scale a config has."""
-    return Evidence("config", _spaces(config), "declared", f"{where} tells scaling_factor {config.scaling_factor:g}")
+    """The space whose scale a config has; FLUX.2's is that of a BatchNorm."""
+    spaces = _spaces(config)
+    reason = f"{where} tells scaling_factor {config.scaling_factor:g}"
+    if config.latents_patch == 1:
+        return Evidence("config", spaces, "declared", reason)
+    reason = f"its BatchNorm has {f'the statistics of {spaces[0]}' if spaces else 'statistics of its own'}"
+    return Evidence("config", spaces, "declared", reason, () if spaces else ("flux2",))
 
 
 def told_by_file(file: TensorFile) -> list[Evidence]:
@@ -259,17 +267,31 @@ def _spaces(config: VAEConfig) -> tuple[str, ...]:
 
 def _shapes(config: VAEConfig, is_scaled: bool) -> Evidence:
     """The spaces whose latents have this shape; of an architecture that families have, only theirs."""
-    latents = config.latent_channels, config.downscale
-    akin = [name for name in LATENT_SPACES if (FAMILIES[name].latent_channels, FAMILIES[name].downscale) == latents]
-    same = [name for name, family in FAMILIES.items() if _architecture(family) == _architecture(config)]
-    if config.in_channels != 3 or config.out_channels != 3 or (isinstance(config, TinyConfig) and config.has_mid_pool):
-        akin = []
-    elif same and not isinstance(config, TinyConfig):
-        akin = [name for name in akin if name in map(known_space, (FAMILIES[each] for each in same))]
-    is_told = len(akin) == 1 and bool(same) and not is_scaled
-    reason = f"{latents[0]} channels at 1/{latents[1]}, as {' and '.join(akin) or 'no space that has a name'}"
+    akin, is_known = _akin(config)
+    is_told = len(akin) == 1 and is_known and not is_scaled
+    told = " and ".join(akin) or "no space that has a name"
+    reason = f"{config.latent_channels} channels at 1/{config.downscale}, as {told}"
     others = tuple(name for name in LATENT_SPACES if name not in akin)
     return Evidence("shapes", tuple(akin), "declared" if is_told else "unknown", reason, others)
+
+
+def _akin(config: VAEConfig) -> tuple[list[str], bool]:
+    """The spaces whose latents have this shape, and whether the network is one that families have."""
+    if config.in_channels != 3 or config.out_channels != 3:
+        return [], False
+    if isinstance(config, TinyConfig):
+        ours = config.latent_channels, config.has_mid_pool
+        tiny = {name: TinyConfig.from_family(name) for name in TINY_FAMILIES}
+        return [name for name, known in tiny.items() if (known.latent_channels, known.has_mid_pool) == ours], True
+    akin = [name for name in LATENT_SPACES if _latents(FAMILIES[name]) == _latents(config)]
+    same = [known_space(family) for family in FAMILIES.values() if _architecture(family) == _architecture(config)]
+    if same:
+        return [name for name in akin if name in same], True
+    return [name for name in akin if name not in KNOWN_BY_SHAPE], False
+
+
+def _latents(config: VAEConfig) -> tuple[int, int, int]:
+    return config.latent_channels, config.downscale, config.latents_patch
 
 
 def _architecture(config: VAEConfig) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sdvae.errors import UnsafeFileError, WeightsError
+from sdvae.weights.foreign import NUM_BYTES, explain, explain_zip
 from sdvae.weights.pickles import DAMAGED_PICKLE, PickledTensor, Storage, Unpickled, named_tensors, unpickle
 
 Container = Literal["safetensors", "torch zip", "torch legacy"]
@@ -38,7 +39,6 @@ _MAX_AXES = 64  # torch's own limit
 _CHUNK_BYTES = 8 << 20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _INDEX_NAME = re.compile(r".+\.index(\.[\w-]+)?\.json")  # diffusers puts the variant before .json
-_LFS_MAGIC = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ def open_weights(path: Path) -> TensorFile:
     with opened(path) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
-        start = file.read(512)
+        start = file.read(NUM_BYTES)
         if start[7:9] == b"\0{":
             return _index_safetensors(path, file, size)
         is_pickle = start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")
         if not is_pickle or len(start) < 2:
-            raise _explain(path, start)
+            raise explain(path, start)
         if path.suffix == ".safetensors":
             raise UnsafeFileError(
                 f"{path} is a pickle, which can run code, under a safe name; find its real .safetensors"
@@ -148,19 +148,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _fill(buffer: memoryview, file: io.BufferedReader, path: Path) -> None:
     if file.readinto(buffer) != len(buffer):
         raise WeightsError(f"{path} became shorter while it was read; download it again")
-
-
-def _explain(path: Path, start: bytes) -> WeightsError:
-    if start.startswith(_LFS_MAGIC):
-        return WeightsError(f"{path} is a Git LFS pointer, not the weights; fetch the real file with `git lfs pull`")
-    if start.lstrip()[:1] == b"<":
-        return WeightsError(f"{path} is a web page, not weights; the download needs a login or another address")
-    if start.startswith(b"\x1f\x8b"):
-        return WeightsError(f"{path} is compressed with gzip; unpack it first")
-    if start and start.isascii() and b"\0" not in start:
-        return WeightsError(f"{path} is a text file, not safetensors weights; check the path")
-    what = "is not a readable safetensors file" + (" (it is empty)" if not start else "")
-    return WeightsError(f"{path} {what}, nor one of torch.save; download it again")
 
 
 # --- safetensors: eight bytes of length, a JSON header, tensors without gaps ---
@@ -264,7 +251,7 @@ def _index_zip(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
         ) from None
     pickles = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1:
-        raise WeightsError(f"{path} is a zip archive, but not one of torch.save; unpack it first")
+        raise explain_zip(path, [record.filename for record in records])
     root = pickles[0].filename.removesuffix("data.pkl")
     if any(record.filename == f"{root}constants.pkl" for record in records):
         raise UnsafeFileError(

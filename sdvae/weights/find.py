@@ -1,26 +1,30 @@
 """From what a user names (a folder, a file, a hub id) to a weights file on this machine."""
 
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
+from sdvae.config import read_json
 from sdvae.errors import WeightsError
 from sdvae.weights import taesd
+from sdvae.weights.beside import CONFIG_NAME, config_names
 from sdvae.weights.files import is_index, shard_names
 from sdvae.weights.keymap import some
 
-CONFIG_NAME = "config.json"
 _STEM = "diffusion_pytorch_model"
+# What diffusers' `save_pretrained` writes without a variant, in the order in which its `from_pretrained` prefers them.
 WEIGHTS_NAMES = (
-    f"{_STEM}.safetensors", f"{_STEM}.fp16.safetensors", f"{_STEM}.safetensors.index.json",
-    f"{_STEM}.bin", f"{_STEM}.fp16.bin", f"{_STEM}.bin.index.json",
+    f"{_STEM}.safetensors", f"{_STEM}.safetensors.index.json", f"{_STEM}.bin", f"{_STEM}.bin.index.json",
 )  # fmt: skip
-_VARIANTS = tuple(
-    f"{_STEM}.{name}" for variant in ("fp16", "bf16", "ema")
-    for name in (f"{variant}.safetensors", f"safetensors.index.{variant}.json", f"{variant}.bin")
-)  # fmt: skip
-_SHARD = re.compile(r".+-\d{5}-of-\d{5}\.\w+")
+_PIPELINES = ("model_index.json", "modular_model_index.json")
+_SHARD = re.compile(r".+-\d{5}-of-\d{5}(\.[\w-]+)+")
+# Variants that are the same weights in another precision; any other variant ("ema", "non_ema") is other weights.
+_PRECISION = re.compile(r"(fp|bf)\d+\w*")
+_PRECISIONS = ("", "fp64", "fp32", "fp16", "bf16")  # no word first, then the more digits the better
+# Formats that hold a network but are not read: such a file is chosen only to be called what it is.
+_OTHER_FORMATS = (".msgpack", ".gguf", ".onnx", ".engine", ".plan", ".trt", ".h5", ".tflite")
 
 
 def find_file(spec: str | Path) -> Path:
@@ -28,35 +32,88 @@ def find_file(spec: str | Path) -> Path:
     path = Path(spec).expanduser()
     if path.is_file():
         return path
-    if not path.is_dir():
-        if _looks_like_hub_id(str(spec)):
-            return _download(str(spec))
-        raise WeightsError(f"{spec} is not a folder, file or hub id (org/name); check the path")
-    folder = path / "vae" if (path / "model_index.json").is_file() else path
-    for name in WEIGHTS_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    pairs = taesd.find_pairs(folder)
-    if len(pairs) == 1:
-        return pairs[0]
-    if pairs:
-        raise WeightsError(
-            f"{folder} holds several TAESDs; name the file of one: {some([str(pair) for pair in pairs])}"
-        )
-    return _only_weights(folder)
+    if path.is_dir():
+        return _in_folder(path)
+    if _looks_like_hub_id(str(spec)):
+        return _download(str(spec))
+    raise WeightsError(f"{spec} is not a folder, file or hub id (org/name); check the path")
 
 
-def _only_weights(folder: Path) -> Path:
-    """The one file of weights in a folder, whatever its name; WeightsError where there is none, or several."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not _SHARD.fullmatch(path.name))
-    found = [name for name in names if name.endswith(taesd.SUFFIXES) or is_index(name)]
+def choose(names: Collection[str]) -> str | None:
+    """The weights among the files of one folder; None where there are none.
+
+    As diffusers does: safetensors before pickles, and what has no variant before any variant. Of variants that differ
+    in precision only, the most precise. WeightsError where several files are left, which hold different weights.
+    """
+    plain = next((name for name in WEIGHTS_NAMES if name in names), None)
+    if plain is not None:
+        return plain
+    found = [name for name in sorted(names) if _is_weights(name) and not _SHARD.fullmatch(name)]
     safe = [name for name in found if ".safetensors" in name]
-    for names in (safe, found):
-        if len(names) == 1:
-            return folder / names[0]
-        if names:
-            raise WeightsError(f"{folder} holds several files of weights ({some(names)}); name the one that is meant")
+    diffusers = [name for name in found if name.startswith(f"{_STEM}.")]
+    found = [name for name in safe if name in diffusers] or diffusers or safe or found
+    groups: dict[str, list[str]] = {}
+    for name in found:
+        groups.setdefault(_which(name), []).append(name)
+    if len(groups) > 1 and _STEM not in groups:
+        raise WeightsError(f"holds several files of weights ({some(found)}); name the one that is meant")
+    least = groups.get(_STEM) or next(iter(groups.values()), None)
+    return min(least, key=_preference) if least else None
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(taesd.SUFFIXES) or is_index(name)
+
+
+def _which(name: str) -> str:
+    """The name without its format and the words of its precision: equal for files that hold the same weights."""
+    parts = re.sub(r"\.(safetensors|bin|pth|pt|ckpt|index|json)(?=\.|$)", "", name).split(".")
+    return ".".join(part for part in parts if not _PRECISION.fullmatch(part))
+
+
+def _preference(name: str) -> tuple[int, bool]:
+    words = [part for part in name.split(".") if _PRECISION.fullmatch(part)]
+    known = [_PRECISIONS.index(word) if word in _PRECISIONS else len(_PRECISIONS) for word in words or [""]]
+    return max(known), is_index(name)
+
+
+def _in_folder(folder: Path) -> Path:
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    inside = folder / "vae"
+    if pipeline := next((name for name in _PIPELINES if name in names), None):
+        if inside.is_dir():
+            return _in_folder(inside)
+        raise WeightsError(f"{folder} is a pipeline without a VAE beside it; {_vae_elsewhere(folder / pipeline)}")
+    plain = next((name for name in WEIGHTS_NAMES if name in names), None)
+    pairs = [] if plain else taesd.find_pairs(names)
+    if len(pairs) > 1:
+        raise WeightsError(f"{folder} holds several TAESDs; name the file of one: {some(pairs)}")
+    found = None
+    try:
+        found = plain or next(iter(pairs), None) or choose(names)
+    except WeightsError as error:
+        if not inside.is_dir():
+            raise WeightsError(f"{folder} {error}") from None
+    if found is not None:
+        return folder / found
+    if inside.is_dir():
+        return _in_folder(inside)
+    if other := next((name for name in sorted(names) if name.endswith(_OTHER_FORMATS)), None):
+        return folder / other
+    if shard := next((name for name in sorted(names) if _SHARD.fullmatch(name)), None):
+        raise WeightsError(f"{folder} holds shards ({shard}) without their index, a .index.json; download it, too")
     raise WeightsError(f"{folder} holds no {WEIGHTS_NAMES[0]}; give the folder of a diffusers VAE")
+
+
+def _vae_elsewhere(index: Path) -> str:
+    """Where the index of a modular pipeline says that its VAE lies."""
+    entry = read_json(index).get("vae")
+    told = entry[-1] if isinstance(entry, list) and entry and isinstance(entry[-1], dict) else {}
+    repository = told.get("pretrained_model_name_or_path") or told.get("repo")
+    if not isinstance(repository, str):
+        return "give the folder or hub id of its VAE"
+    subfolder = told.get("subfolder")
+    return f"its index says {repository[:99]}{f'/{subfolder[:99]}' if isinstance(subfolder, str) else ''}, give that"
 
 
 def _looks_like_hub_id(spec: str) -> bool:
@@ -70,27 +127,53 @@ def _download(spec: str) -> Path:
     `spec` is org/name, org/name/subfolder, or org/name/path of one file. Where the hub cannot be reached, the cache
     alone is asked.
     """
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
     owner, name, *parts = spec.split("/")
     repository = f"{owner}/{name}"
-    file = parts[-1] if parts and parts[-1].endswith((*taesd.SUFFIXES, ".index.json")) else None
+    file = parts[-1] if parts and _is_weights(parts[-1]) else None
     place = "/".join(parts[:-1] if file else parts)
-    problem: Exception | None = None
+    why_offline = None
     try:
         why_offline = _why_offline(repository)
-        for folder in [place] if parts else ["", "vae"]:
-            for weights_name in [file] if file else [*WEIGHTS_NAMES, *_VARIANTS]:
-                try:
-                    return _fetch(repository, folder, weights_name, is_offline=why_offline is not None)
-                except EntryNotFoundError as error:
-                    problem = error
+        if why_offline is None:
+            return _fetch(repository, *_in_repository(repository, place, file))
+        if file is None:
+            return _in_folder(Path(snapshot_download(repository, local_files_only=True)) / place)
+        return _fetch(repository, place, file, None)
+    except EntryNotFoundError as error:
+        why = _first_line(error)
+        if why_offline:
+            why = f"it cannot be reached ({why_offline}), and no such file is in the local cache"
+        raise WeightsError(f"{spec} is no local path, and the hub gave no VAE for it: {why}") from error
     except (OSError, HFValidationError) as error:
         raise WeightsError(f"{spec} is no local path, and the hub refused it: {_first_line(error)}") from error
-    why = _first_line(problem)
-    if why_offline:
-        why = f"it cannot be reached ({why_offline}), and no such file is in the local cache"
-    raise WeightsError(f"{spec} is no local path, and the hub gave no VAE for it: {why}") from problem
+
+
+def _in_repository(repository: str, place: str, file: str | None) -> tuple[str, str, set[str]]:
+    """The folder and name of the weights in a folder of a repository, and all names there.
+
+    As in a folder of this machine, `vae` below it may hold them. Raises huggingface_hub's EntryNotFoundError for a
+    folder that is not there, WeightsError for one without weights.
+    """
+    from huggingface_hub import list_repo_tree
+
+    listed = list(list_repo_tree(repository, place or None))
+    names = {item.path.rpartition("/")[2] for item in listed if hasattr(item, "size")}  # folders have none
+    if file is not None:
+        return place, file, names
+    inside = f"{place}/vae" if place else "vae"
+    has_inside = any(item.path == inside for item in listed)
+    try:
+        if not names & set(_PIPELINES) and (found := choose(names)):
+            return place, found, names
+    except WeightsError as error:
+        if not has_inside:
+            raise WeightsError(f"{repository} {error}") from None
+    if has_inside:
+        return _in_repository(repository, inside, None)
+    raise WeightsError(f"{repository} holds no weights in {place or inside}; name the file: {repository}/FILE")
 
 
 def _why_offline(repository: str) -> str | None:
@@ -110,13 +193,16 @@ def _why_offline(repository: str) -> str | None:
     return None
 
 
-def _fetch(repository: str, folder: str, name: str, *, is_offline: bool) -> Path:
-    """One weights file of the hub, and beside it in the cache its config, its shards, its other half."""
+def _fetch(repository: str, folder: str, name: str, there: Collection[str] | None) -> Path:
+    """One weights file of the hub, and beside it in the cache its config, its shards, its other half.
+
+    `there` are the names in that folder of the repository; None where the cache alone is asked.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     def fetch(name: str) -> Path:
-        return Path(hf_hub_download(repository, name, subfolder=folder or None, local_files_only=is_offline))
+        return Path(hf_hub_download(repository, name, subfolder=folder or None, local_files_only=there is None))
 
     path = fetch(name)
     for shard in shard_names(path):
@@ -127,9 +213,10 @@ def _fetch(repository: str, folder: str, name: str, *, is_offline: bool) -> Path
                 f"{path} names the shard {shard}, and the hub gave none: {_first_line(error)}"
             ) from error
     other = taesd.other_half(path)
-    for optional in [CONFIG_NAME] + ([other.name] if other else []):
-        with suppress(EntryNotFoundError):  # files of LDM's layout have no config
-            fetch(optional)
+    for optional in [*config_names(path), *([other.name] if other else [])]:
+        if there is None or optional in there:
+            with suppress(EntryNotFoundError):  # of a cache that holds only a part
+                fetch(optional)
     return path
 
 

@@ -11,11 +11,21 @@ from sdvae.config import FAMILIES
 from sdvae.errors import WeightsError
 from sdvae.model import AutoencoderKL
 from sdvae.weights import taesd
-from sdvae.weights.evidence import UNKNOWN, Certainty, Evidence, Verdict, judge, known_bytes, told_by_file
+from sdvae.weights.evidence import (
+    UNKNOWN,
+    Certainty,
+    Evidence,
+    Verdict,
+    judge,
+    known_bytes,
+    told_by_config,
+    told_by_file,
+)
 from sdvae.weights.files import TensorFile, open_weights
 from sdvae.weights.identity import fingerprint, sign_sketch
-from sdvae.weights.keymap import VAEKeys, find_vae, fit_layout
-from sdvae.weights.load import SHAPE_FIELDS, open_vae
+from sdvae.weights.keymap import STATISTICS, VAEKeys, find_vae, fit_layout
+from sdvae.weights.load import open_vae
+from sdvae.weights.shapes import fields_of
 
 _HALVES = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
 
@@ -51,11 +61,7 @@ def identify(path: Path) -> Identity:
     if len(sides) < len(_HALVES):
         return _identify_half(file, keys, sides[0])
     vae = open_vae(path, is_copied=True)
-    same = [
-        name
-        for name, family in FAMILIES.items()
-        if all(getattr(family, field) == getattr(vae.config, field) for field in SHAPE_FIELDS)
-    ]
+    same = [name for name, family in FAMILIES.items() if fields_of(family) == fields_of(vae.config)]
     return _identity(vae.verdict, f"KL-VAE with the shapes of {', '.join(same) or 'no family'}", vae.read())
 
 
@@ -75,9 +81,14 @@ def _identify_half(file: TensorFile, keys: VAEKeys, side: str) -> Identity:
     """The encoder or the decoder of a KL-VAE alone: it can run where a family has its shapes."""
     entries = file.entries
     tensors = {name: fit_layout(name, entries[key].read(), "diffusers") for key, name in keys.names.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(_HALVES[side])}
     same = [name for name in FAMILIES if _half_shapes(name, side) == shapes]
-    verdict = judge(FAMILIES[same[0]] if same else None, tensors, [*known_bytes(file.path), *told_by_file(file)])
+    config = FAMILIES[same[0]] if same else None
+    told = [*known_bytes(file.path), *told_by_file(file)]
+    if config is not None and tensors.keys() >= set(STATISTICS):
+        config = config.with_batch_norm(*(tensors[name].double().tolist() for name in STATISTICS))
+        told.append(told_by_config(config, "it"))
+    verdict = judge(config, tensors, told)
     return _identity(verdict, f"{side} of a KL-VAE with the shapes of {', '.join(same) or 'no family'}", tensors)
 
 

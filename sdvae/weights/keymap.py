@@ -21,6 +21,11 @@ _ANCHOR = "encoder.conv_in.weight"  # by which a VAE is found under any other pr
 _WRAPPERS = {"_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Beside the VAE when CompVis' trainer saved it: LPIPS and discriminator, and averages under flattened names.
 _TRAINING_STATE = ("loss.", "model_ema.")
+# Of AsymmetricAutoencoderKL; without a mask nothing reads it.
+_MASK_ENCODER = "decoder.condition_encoder."
+# FLUX.2's statistics, under one name everywhere; black-forest-labs keeps its quant convolutions inside the two halves.
+STATISTICS = ("bn.running_mean", "bn.running_var")
+_INNER = {"quant_conv": "encoder.quant_conv", "post_quant_conv": "decoder.post_quant_conv"}
 _RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 # Other names of these parts, in either layout: diffusers' before 0.17, and what half a conversion leaves behind
@@ -51,7 +56,7 @@ def find_vae(keys: Collection[str]) -> VAEKeys:
         told = f"{count(len(keys), 'tensor')} ({some(sorted(keys), 3)})"
         raise WeightsError(f"no KL-VAE among its {told}; {_what_else(keys)}")
     inside = {key: name.removeprefix(prefix) for key, name in plain.items() if name.startswith(prefix)}
-    inside = {key: name for key, name in inside.items() if not name.startswith(_TRAINING_STATE)}
+    inside = {key: name for key, name in inside.items() if not name.startswith((*_TRAINING_STATE, _MASK_ENCODER))}
     is_ldm = any(re.match(r"(encoder|decoder)\.mid\.", name) for name in inside.values())
     layout: Layout = "ldm" if is_ldm else "diffusers"
     known = _known_modules(layout, num_levels=_count_levels(inside.values()))
@@ -60,6 +65,8 @@ def find_vae(keys: Collection[str]) -> VAEKeys:
         module, _, kind = inside[key].rpartition(".")
         if module in known and kind in ("weight", "bias"):
             names[key] = f"{known[module]}.{kind}"
+        elif inside[key] in (*STATISTICS, "bn.num_batches_tracked"):
+            names[key] = inside[key]
         else:
             leftovers.append(key)
     if leftovers:
@@ -79,7 +86,9 @@ def unwrapped(key: str) -> str:
 def ldm_names(keys: Iterable[str]) -> dict[str, str]:
     """LDM's name for each of diffusers' keys. Takes all keys of a VAE: LDM numbers the decoder's levels in reverse."""
     keys = list(keys)
-    table = _table(_count_levels(keys))
+    table = _table(_count_levels(keys)) | {"bn": "bn"}
+    if STATISTICS[0] in keys:
+        table |= _INNER
     return {key: f"{table[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}" for key in keys}
 
 
@@ -132,6 +141,7 @@ def _known_modules(layout: Layout, num_levels: int) -> dict[str, str]:
     known = {}
     for name, ldm in _table(num_levels).items():
         known[ldm if layout == "ldm" else name] = name
+    known |= {inner: name for name, inner in _INNER.items()}
     for name, ldm in _table(num_levels).items():
         part = next((part for part in _SPELLINGS if name.endswith(f".{part}")), None)
         if part is not None:

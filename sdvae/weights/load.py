@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 
 from sdvae import atomic
-from sdvae.config import FAMILIES, VAEConfig, read_config, read_json
+from sdvae.config import FAMILIES, Padding, VAEConfig, read_json
 from sdvae.errors import ConfigError, WeightsError
 from sdvae.model import AutoencoderKL
-from sdvae.tiny import AutoencoderTiny, TinyConfig
+from sdvae.tiny import TINY_FAMILIES, AutoencoderTiny, TinyConfig
 from sdvae.weights import taesd
+from sdvae.weights.beside import CONFIG_NAME, read_beside
 from sdvae.weights.evidence import (
     ENCODER,
     FAMILY_KEY,
@@ -32,9 +34,10 @@ from sdvae.weights.evidence import (
     told_by_flag,
 )
 from sdvae.weights.files import Entry, TensorFile, open_weights
-from sdvae.weights.find import CONFIG_NAME, WEIGHTS_NAMES, find_file
-from sdvae.weights.identity import LATENT_SPACES, known_space
-from sdvae.weights.keymap import Layout, VAEKeys, find_vae, fit_layout, fit_shape, some
+from sdvae.weights.find import WEIGHTS_NAMES, find_file
+from sdvae.weights.identity import known_space
+from sdvae.weights.keymap import STATISTICS, Layout, VAEKeys, find_vae, fit_layout, fit_shape, some
+from sdvae.weights.shapes import COUNTER, check_shapes, family_of, fields_of, shape_fields
 from sdvae.weights.write import OutputTensor, write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -42,11 +45,8 @@ logger = logging.getLogger(__name__)
 AnyModel = AutoencoderKL | AutoencoderTiny
 
 EMBEDDED = "small"
+PADDING_KEY = "sdvae.padding"  # in the metadata of files that sdvae wrote, where it is not zeros
 
-SHAPE_FIELDS = (
-    "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block", "attention_levels",
-    "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv",
-)  # fmt: skip
 SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 # The family to assume where shapes fit several and there is no other evidence: the one with the most single files.
 _COMMON = ("sd1", "flux1")
@@ -82,6 +82,12 @@ class VAEFile:
         told = (*known_bytes(self.file.path), *self.told)
         return judge(self.config, self._tensors(names), told, can_run="norm_num_groups" not in self.unsure)
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many tensors of the file are no part of the VAE, by the first part of their names: {"loss.*": 130}."""
+        others = (key.partition(".") for key in self.file.entries if key not in self.keys.names)
+        return dict(Counter(f"{first}.*" if rest else first for first, _, rest in others).most_common())
+
     def read(self) -> dict[str, Tensor]:
         """The VAE's tensors as stored, under diffusers' names and in their shapes."""
         return self._tensors(self.keys.names)
@@ -90,27 +96,29 @@ class VAEFile:
         return {name: fit_layout(name, self.file.entries[key].read(), "diffusers") for key, name in names.items()}
 
 
-def load_weights(spec: str | Path | None = None, family: str | None = None) -> Weights:
+def load_weights(spec: str | Path | None = None, family: str | None = None, padding: Padding | None = None) -> Weights:
     """Find, read and check the weights that `spec` names.
 
     `spec` is None (the embedded VAE), a diffusers folder (or a pipeline's, with the VAE in `vae/`), a file with a VAE
     in it (a VAE alone or a whole checkpoint; safetensors or torch.save's; LDM's layout or diffusers'), or a hub id
-    (`org/name`, `org/name/subfolder`). `family` replaces the config. Raises WeightsError or ConfigError; missing and
-    unexpected keys are named.
+    (`org/name`, `org/name/subfolder`). `family` replaces the config, then `padding` what it says of that. Raises
+    WeightsError or ConfigError; missing and unexpected keys are named.
     """
     if spec is None:
         with as_file(files("sdvae") / "assets" / f"{EMBEDDED}.safetensors") as path:
-            return _read(open_vae(path, family or EMBEDDED), f"sdvae-{EMBEDDED}")
-    return _read(open_vae(find_file(spec), family), str(spec))
+            weights = _read(open_vae(path, family or EMBEDDED), f"sdvae-{EMBEDDED}")
+    else:
+        weights = _read(open_vae(find_file(spec), family), str(spec))
+    return weights if padding is None else replace(weights, config=replace(weights.config, padding=padding))
 
 
 def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) -> VAEFile:
     """The VAE in a weights file, its tensors not read yet but known to fit its config.
 
-    The config is that of `family`, else of the config.json beside a diffusers file, else derived from the shapes.
-    Where these fit families that differ only in scale, the scale is that of the latent space that the file tells or
-    the probe proves, else a common one, with a warning. A VAE that is only copied (`is_copied`) needs no scale: the
-    probe does not run, there is no warning, and its number of groups may be wrong.
+    The config is that of `family`, else of the config.json or LDM's .yaml beside the file, else derived from the
+    shapes. Where these fit families that differ only in scale, the scale is that of the latent space that the file
+    tells or the probe proves, else a common one, with a warning. A VAE that is only copied (`is_copied`) needs no
+    scale: the probe does not run, there is no warning, and its number of groups may be wrong.
     """
     file = open_weights(path)
     if taesd.is_taesd(file.entries):
@@ -124,24 +132,35 @@ def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) 
         raise WeightsError(f"{path} is a video VAE, its convolutions have three dimensions; give a VAE of images")
     if empty := [key for key, name in keys.names.items() if 0 in shapes[name]]:
         raise WeightsError(f"{path} holds empty tensors: {some(empty)}; find the whole file")
-    beside = path.parent / CONFIG_NAME
+    beside = read_beside(path, keys, shape_fields(path, shapes)) if family is None else None
     unsure: tuple[str, ...] = ()
     told = told_by_file(file)
+    is_told = beside is not None and beside.tells_scale
     if family is not None:
         config, source = VAEConfig.from_family(family), f"family {family}"
         told.append(told_by_flag(family))
-    elif keys.layout == "diffusers" and not keys.prefix and beside.is_file():
-        config, source = read_config(beside), CONFIG_NAME
-        family = _family_of(config)
-        told.append(told_by_config(config, f"{CONFIG_NAME} beside it"))
+    elif is_told:
+        assert beside is not None
+        config, source = beside.config, beside.name
     else:
 
         def judge_as(config: VAEConfig) -> Verdict:
             return VAEFile(file, keys, shapes, config, None, told=tuple(told)).verdict
 
-        config, family, unsure = _derive_config(path, shapes, told, judge_as, is_copied)
-        source = "shapes"
-    _check(path, config, source, shapes)
+        structure = beside.config if beside else None
+        config, family, unsure = _derive_config(path, shapes, told, judge_as, structure, is_copied)
+        source = beside.name if beside else "shapes"
+    if not is_told:
+        padding: Any = file.metadata.get(PADDING_KEY, config.padding)  # refused where it is none that is known
+        config = replace(config, padding=padding)
+    check_shapes(path, config, source, shapes)
+    config = _with_statistics(config, file, keys)
+    if is_told or config.latents_patch > 1:
+        told.append(told_by_config(config, f"{source} beside it"))
+    if is_told:
+        family = family_of(config)
+    elif known_space(config) is None and config.latents_patch > 1:  # its statistics are its own
+        family = None
     return VAEFile(file, keys, shapes, config, family, unsure, tuple(told))
 
 
@@ -163,24 +182,47 @@ def save_folder(folder: Path, config: VAEConfig, tensors: Mapping[str, Tensor]) 
     content = config_json(config)
     folder.mkdir(parents=True, exist_ok=True)
     family = known_space(config) if isinstance(config, TinyConfig) else None  # no TAESD's config.json tells it
-    metadata = {"format": "pt"} | ({FAMILY_KEY: family} if family else {})
+    metadata = {"format": "pt"} | ({FAMILY_KEY: family} if family else {}) | padding_metadata(config)
     outputs = {key: OutputTensor.of(tensor) for key, tensor in tensors.items()}
     write_safetensors(folder / WEIGHTS_NAMES[0], outputs, metadata)
     atomic.write_bytes(folder / CONFIG_NAME, content)
 
 
+def padding_metadata(config: VAEConfig) -> dict[str, str]:
+    """What the metadata of a file tell of its padding, which no tensor tells."""
+    return {} if config.padding == "zeros" else {PADDING_KEY: config.padding}
+
+
 def config_json(config: VAEConfig) -> bytes:
-    """The config.json of a diffusers folder; ConfigError for a network that diffusers does not have."""
+    """The config.json of a diffusers folder, with what another program had in it.
+
+    ConfigError for a network that diffusers does not have.
+    """
+    if config.to_diffusers()["_class_name"] == "AsymmetricAutoencoderKL":
+        raise ConfigError(
+            "diffusers' AsymmetricAutoencoderKL has a mask encoder, which sdvae leaves out; keep its original folder"
+        )
     if isinstance(config, TinyConfig) and config.has_mid_pool:
         raise ConfigError("diffusers' AutoencoderTiny has no pooled blocks; a TAESD of FLUX.2 cannot be saved for it")
-    return (json.dumps(config.to_diffusers(), indent=2) + "\n").encode()
+    return (json.dumps({**config.unused, **config.to_diffusers()}, indent=2) + "\n").encode()
 
 
 def _read(vae: VAEFile, name: str) -> Weights:
     keys = vae.keys.names.items()  # one by one: what is stored in fp16 is never in memory twice
     entries = vae.file.entries
     tensors = {name: fit_layout(name, entries[key].read(), "diffusers").float() for key, name in keys}
+    if vae.config.latents_patch > 1 and not isinstance(vae.config, TinyConfig):
+        tensors[COUNTER] = tensors.get(COUNTER, torch.zeros((), dtype=torch.float32, device="cpu")).long()
     return Weights(vae.config, tensors, name, vae.file.path, vae.told)
+
+
+def _with_statistics(config: VAEConfig, file: TensorFile, keys: VAEKeys) -> VAEConfig:
+    """The config with the scale that FLUX.2's file holds among its weights; any other as it is."""
+    if config.latents_patch == 1:
+        return config
+    stored = {name: key for key, name in keys.names.items()}
+    mean, variance = (file.entries[stored[name]].read().double().tolist() for name in STATISTICS)
+    return config.with_batch_norm(mean, variance)
 
 
 def _derive_config(
@@ -188,20 +230,27 @@ def _derive_config(
     shapes: Mapping[str, tuple[int, ...]],
     told: Sequence[Evidence],
     judge_as: Callable[[VAEConfig], Verdict],
+    structure: VAEConfig | None,
     is_copied: bool,
 ) -> tuple[VAEConfig, str | None, tuple[str, ...]]:
-    """The config that these shapes have, its family where something tells it, and what is in doubt."""
-    found = _shape_fields(path, shapes)
-    same = [name for name, family in FAMILIES.items() if _fields(family) == found]
-    latents = found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1)
-    akin = same or [name for name, family in FAMILIES.items() if (family.latent_channels, family.downscale) == latents]
-    num_groups = math.gcd(32, *found["block_out_channels"])
+    """The config that these shapes have, its family where something tells it, and what is in doubt.
+
+    `structure` is LDM's config of a VAE alone: all but the scale of its latents.
+    """
+    found = shape_fields(path, shapes)
+    same = [name for name, family in FAMILIES.items() if fields_of(family) == found]
+    latents = found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1), found["latents_patch"]
+    akin = same or [name for name, family in FAMILIES.items() if _latents(family) == latents]
+    num_groups = math.gcd(32, *found["block_out_channels"], *(found["decoder_block_out_channels"] or ()))
+    if not akin and structure is not None:
+        logger.warning("%s does not tell the scale of its latents (scale_factor); sdvae takes LDM's default, 1.0", path)
+        return structure, None, SCALE_FIELDS
     if not akin and is_copied:
         return replace(VAEConfig(), norm_num_groups=num_groups, **found), None, (*SCALE_FIELDS, "norm_num_groups")
     if not akin:
         raise ConfigError(
             f"{path} has {latents[0]} latent channels at 1/{latents[1]} of the size, which fits no family that sdvae "
-            f"knows; put its {CONFIG_NAME} beside it"
+            f"knows; put its {CONFIG_NAME} beside it, or its LDM config as {path.stem}.yaml"
         )
     if not same and num_groups < 32 and not is_copied:
         raise ConfigError(
@@ -261,23 +310,27 @@ def _open_tiny(file: TensorFile, family: str | None, is_copied: bool) -> VAEFile
             f"{places}: not the layers of a TAESD that sdvae knows, or halves of two; is it another model?"
         )
     layout: Layout = "taesd" if taesd.is_bare(file.entries) else "diffusers"
-    if layout == "diffusers" and (path.parent / CONFIG_NAME).is_file():
-        config.check_diffusers(read_json(path.parent / CONFIG_NAME))
-    akin = [] if config.has_mid_pool else [name for name in LATENT_SPACES if _has_latents(name, config)]
-    if family is not None and not (_has_latents(family, config) and akin):
+    told = read_json(beside) if layout == "diffusers" and (beside := path.with_name(CONFIG_NAME)).is_file() else {}
+    config.check_diffusers(told)
+    akin = [name for name in TINY_FAMILIES if _fits(name, config)]
+    if not akin:
+        raise WeightsError(f"{path} is a TAESD of {config.latent_channels} latent channels, of no family sdvae knows")
+    if family is not None and family not in akin:
         raise WeightsError(
             f"{path} is a TAESD of {config.latent_channels} latent channels, not those of {family}; "
-            f"it may be of {' or '.join(akin) or 'no family, leave --family out'}"
+            f"it may be of {' or '.join(akin)}"
         )
-    told = told_by_file(file) if family is None else [*told_by_file(file), told_by_flag(family)]
+    evidence = told_by_file(file) if family is None else [*told_by_file(file), told_by_flag(family)]
     shapes = {name: entry.shape for name, entry in entries.items()}
     keys = VAEKeys("", layout, {name: name for name in entries})
-    found = VAEFile(replace(file, entries=entries), keys, shapes, config, family, told=tuple(told))
-    certain = family
-    if family is None and akin:  # else it is FLUX.2's, whose scaled latents are taken as they are
+    found = VAEFile(replace(file, entries=entries), keys, shapes, config, family, told=tuple(evidence))
+    certain = family or (akin[0] if len(akin) == 1 else None)
+    family = certain
+    if family is None:
         certain, family = _settle(path, found.verdict, akin, is_quiet=is_copied)
-    config = config if family is None else TinyConfig.from_family(family)
-    return replace(found, config=config, family=certain, unsure=SCALE_FIELDS if akin and certain is None else ())
+    config = TinyConfig.from_family(family)
+    config = replace(config, unused={key: told[key] for key in told if key not in config.to_diffusers()})
+    return replace(found, config=config, family=certain, unsure=SCALE_FIELDS if certain is None else ())
 
 
 def _both_halves(file: TensorFile) -> dict[str, Entry]:
@@ -293,74 +346,10 @@ def _both_halves(file: TensorFile) -> dict[str, Entry]:
     return entries | taesd.by_name(open_weights(other).entries)
 
 
-def _has_latents(family: str, config: VAEConfig) -> bool:
-    known = VAEConfig.from_family(family)
-    return (known.latent_channels, known.downscale) == (config.latent_channels, config.downscale)
+def _latents(config: VAEConfig) -> tuple[int, int, int]:
+    return config.latent_channels, config.downscale, config.latents_patch
 
 
-def _shape_fields(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The fields of a config that shapes tell."""
-
-    def count(pattern: str) -> int:
-        return next(index for index in range(len(shapes) + 1) if pattern.format(index) not in shapes)
-
-    num_levels = count("encoder.down_blocks.{}.resnets.0.conv1.weight")
-    try:
-        return {
-            "in_channels": shapes["encoder.conv_in.weight"][1],
-            "out_channels": shapes["decoder.conv_out.weight"][0],
-            "latent_channels": shapes["decoder.conv_in.weight"][1],
-            "block_out_channels": tuple(
-                shapes[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(num_levels)
-            ),
-            "layers_per_block": count("encoder.down_blocks.0.resnets.{}.conv1.weight"),
-            "attention_levels": tuple(
-                level
-                for level in range(num_levels)
-                if f"encoder.down_blocks.{level}.attentions.0.to_q.weight" in shapes
-            ),
-            "mid_block_add_attention": "decoder.mid_block.attentions.0.to_q.weight" in shapes,
-            "use_quant_conv": "quant_conv.weight" in shapes,
-            "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-        }
-    except (KeyError, IndexError) as error:
-        raise WeightsError(
-            f"{path} holds half a VAE: {error} is missing or has no shape; find the whole file"
-        ) from None
-
-
-def _fields(config: VAEConfig) -> dict[str, Any]:
-    return {field: getattr(config, field) for field in SHAPE_FIELDS}
-
-
-def _family_of(config: VAEConfig) -> str | None:
-    same = (
-        name
-        for name, family in FAMILIES.items()
-        if _fields(family) == _fields(config) and all(getattr(family, f) == getattr(config, f) for f in SCALE_FIELDS)
-    )
-    return next(same, None)
-
-
-def _check(path: Path, config: VAEConfig, source: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    found = _shape_fields(path, shapes)
-    differences = [
-        f"{name} {found[name]} instead of {value}" for name, value in _fields(config).items() if found[name] != value
-    ]
-    if differences:
-        raise WeightsError(f"the weights of {path} do not fit their {source}: {', '.join(differences)}")
-    with torch.device("meta"):
-        expected = {key: tuple(tensor.shape) for key, tensor in AutoencoderKL(config).state_dict().items()}
-    wrong_shapes = [
-        f"{key} {shapes[key]} instead of {expected[key]}"
-        for key in sorted(expected.keys() & shapes.keys())
-        if shapes[key] != expected[key]
-    ]
-    problems = {
-        "missing": sorted(expected.keys() - shapes.keys()),
-        "unexpected": sorted(shapes.keys() - expected.keys()),
-        "of another shape": wrong_shapes,
-    }
-    told = [f"{len(keys)} {problem}: {some(keys)}" for problem, keys in problems.items() if keys]
-    if told:
-        raise WeightsError(f"the weights of {path} do not fit their {source}; keys {'; '.join(told)}")
+def _fits(family: str, config: TinyConfig) -> bool:
+    known = TinyConfig.from_family(family)
+    return (known.latent_channels, known.has_mid_pool) == (config.latent_channels, config.has_mid_pool)

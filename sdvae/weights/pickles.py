@@ -9,7 +9,7 @@ import pickletools
 import struct
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,6 +55,7 @@ _VALUES = (
     "INT", "INT1", "INT2", "LONG", "LONG1", "LONG4", "FLOAT", "STRING", "UNICODE", "UNICODE8", "BYTES", "BYTES8",
     "BYTEARRAY8",
 )  # fmt: skip
+_MAX_DEPTH = 3  # of dicts in dicts that hold the tensors
 _MAX_STEPS = 500_000  # of one pickle; a full checkpoint with its optimizer has 200,000
 
 
@@ -90,11 +91,13 @@ class _Rebuild(Enum):
 class _Inert:
     """Stands for an object that is not a tensor, or its class: it accepts any arguments and keeps none.
 
-    `name` is what it was asked for by, where sdvae does not know it; it `had_tensors` where it was made of some.
+    `name` is what it was asked for by, where sdvae does not know it; it `had_tensors` where it was made of some, and
+    `is_module` where it was given the attributes of a torch.nn.Module.
     """
 
     name: str | None = None
     had_tensors: bool = False
+    is_module: bool = False
 
 
 _INERT = _Inert()
@@ -207,9 +210,11 @@ class _Machine:
                 _, arguments, function = stack.pop(), stack.pop(), stack.pop()
                 stack.append(self._call(function, arguments))
             case "BUILD":  # attributes of an object: none here has any
-                stack.pop()
+                attributes = stack.pop()
+                if isinstance(stack[-1], _Inert) and isinstance(attributes, dict) and "_modules" in attributes:
+                    stack[-1] = replace(stack[-1], is_module=True)
             case "BINPERSID":
-                stack.append(self._find_storage(*stack.pop()))
+                stack.append(self._find_persistent(*stack.pop()))
             case _ if name.endswith(_VALUES):
                 stack.append(argument)
             case _:
@@ -265,7 +270,10 @@ class _Machine:
                 return PickledTensor(storage, dtype, offset, shape, stride)
         raise ValueError("it calls something that is not a function")
 
-    def _find_storage(self, kind: Any, dtype: Any, key: Any, device: Any, num_elements: Any, *_: Any) -> Storage:
+    def _find_persistent(self, kind: Any, dtype: Any, key: Any, *_: Any) -> Any:
+        """A storage: ("storage", its class, key, ...); or the class of a module: ("module", class, its source...)."""
+        if kind == "module" and isinstance(dtype, _Inert):
+            return dtype
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
             raise ValueError("an unknown kind of storage")
         return self.storages.setdefault(key, Storage(key, dtype))
@@ -293,9 +301,11 @@ def unpickle(path: Path, file: BinaryIO, max_bytes: int) -> Unpickled:
 
 
 def named_tensors(path: Path, found: Unpickled) -> dict[str, PickledTensor]:
-    """The tensors of a saved dict by name, or a tensor saved alone, named ""; Lightning keeps a dict in "state_dict".
+    """The tensors of a saved dict by name, or a tensor saved alone, named "".
 
-    Raises UnsafeFileError where a class that sdvae does not know would have made them.
+    Lightning keeps the dict in "state_dict". Other trainers keep one or several in a dict without tensors of its own:
+    of several, each gives its tensors the prefix of its key. Raises UnsafeFileError where a class that sdvae does not
+    know would have made the tensors.
     """
     value = found.value
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
@@ -304,10 +314,34 @@ def named_tensors(path: Path, found: Unpickled) -> dict[str, PickledTensor]:
     for made in items.values():
         if isinstance(made, _Inert) and made.had_tensors and made.name:
             raise needs_code(path, made.name)
-    tensors = {key: tensor for key, tensor in items.items() if isinstance(tensor, PickledTensor)}
+    tensors = _tensors_in(items, _MAX_DEPTH, set())
+    if not tensors and (module := next((made for made in items.values() if _is_module(made)), None)):
+        raise UnsafeFileError(
+            f"{path} is refused: it is a whole module that torch.save(model) pickled, which only the code of "
+            f"{module.name or 'its class'} can read; save its state_dict() instead, best as safetensors"
+        )
     if not tensors and found.unknown:
         raise needs_code(path, found.unknown)
     return tensors
+
+
+def _tensors_in(items: dict[str, Any], max_depth: int, seen: set[int]) -> dict[str, PickledTensor]:
+    tensors = {key: tensor for key, tensor in items.items() if isinstance(tensor, PickledTensor)}
+    if tensors or max_depth == 0:
+        return tensors
+    groups: dict[str, dict[str, PickledTensor]] = {}
+    for key, inner in items.items():
+        if isinstance(inner, dict) and id(inner) not in seen:  # a hostile pickle names one dict a million times
+            seen.add(id(inner))
+            groups[key] = _tensors_in(inner, max_depth - 1, seen)
+    groups = {key: group for key, group in groups.items() if group}
+    if len(groups) == 1:
+        return next(iter(groups.values()))
+    return {f"{key}.{name}": tensor for key, group in groups.items() for name, tensor in group.items()}
+
+
+def _is_module(made: Any) -> bool:
+    return isinstance(made, _Inert) and made.is_module
 
 
 def needs_code(path: Path, asked: str) -> UnsafeFileError:

@@ -13,11 +13,13 @@ from sdvae.weights.keymap import unwrapped
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 _LAYER = re.compile(r"[0-9]{1,2}\.")
 _HALVES = {"encoder": "decoder", "decoder": "encoder"}
+_COMFYUI = re.compile(r"taesd_(encoder|decoder)\.([0-9]{1,2}\..+)")  # its VAESave writes both halves into one file
 
 
 def is_taesd(keys: Collection[str]) -> bool:
-    """Whether these are keys of numbered layers, as a TAESD has them in both layouts."""
-    return is_bare(keys) or "encoder.layers.0.weight" in map(unwrapped, keys)
+    """Whether these are keys of numbered layers, as a TAESD has them in any layout."""
+    names = [unwrapped(key) for key in keys]
+    return is_bare(keys) or "encoder.layers.0.weight" in names or any(map(_COMFYUI.match, names))
 
 
 def is_bare(keys: Collection[str]) -> bool:
@@ -26,9 +28,15 @@ def is_bare(keys: Collection[str]) -> bool:
 
 
 def by_name(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The tensors of a file in either layout under diffusers' names; a bare file's layers tell which half it is."""
+    """The tensors of a file in any layout under diffusers' names; a bare file's layers tell which half it is."""
     is_half = is_bare(entries)
     entries = {unwrapped(key): entry for key, entry in entries.items()}
+    halves: dict[str, dict[str, Entry]] = {"encoder": {}, "decoder": {}}
+    for key, entry in entries.items():
+        if match := _COMFYUI.fullmatch(key):
+            halves[match[1]][match[2]] = entry
+    if any(halves.values()):
+        return named_as_diffusers(**halves)
     if not is_half:
         return entries
     return named_as_diffusers(*((entries, {}) if "0.weight" in entries else ({}, entries)))
@@ -58,7 +66,7 @@ def other_half(path: Path) -> Path | None:
     return path.with_name(path.name.replace(half, _HALVES[half])) if half else None
 
 
-def find_pairs(folder: Path) -> list[Path]:
-    """The encoders in a folder that have their decoder beside them."""
-    encoders = [path for path in sorted(folder.glob("*encoder*")) if path.suffix in SUFFIXES]
-    return [path for path in encoders if (other := other_half(path)) and other.is_file()]
+def find_pairs(names: Collection[str]) -> list[str]:
+    """The encoders in a folder of these files that have their decoder beside them."""
+    encoders = [name for name in sorted(names) if "encoder" in name and name.endswith(SUFFIXES)]
+    return [name for name in encoders if (other := other_half(Path(name))) and other.name in names]

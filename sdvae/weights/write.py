@@ -32,6 +32,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, OutputTensor], metadata:
     atomic.write_stream(path, _chunks(tensors, metadata))
 
 
+def safetensors_bytes(tensors: Mapping[str, OutputTensor], metadata: Mapping[str, str]) -> bytes:
+    """The whole file at once, for small ones."""
+    return b"".join(_chunks(tensors, metadata))
+
+
 def _chunks(tensors: Mapping[str, OutputTensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
     # Wide elements first, as safetensors' own writer has it: then each tensor lies at a multiple of its element size.
     ordered = sorted(tensors.items(), key=lambda item: -_element_bytes(item[1].dtype))
