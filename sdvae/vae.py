@@ -103,10 +103,12 @@ class VAE:
 
     @property
     def told_space(self) -> str:
-        """The name of its latent space as far as it is known without running the probe: for notes in passing."""
-        if "verdict" in vars(self):
-            return self.verdict.name
-        return judge(self.config, self._model.state_dict(), self._told, can_run=False).name
+        """The name of its latent space, for notes in passing: the probe runs only where nothing else tells one."""
+        if "verdict" not in vars(self):
+            told = judge(self.config, self._model.state_dict(), self._told, can_run=False)
+            if told.space is not None:
+                return told.space
+        return self.verdict.name
 
     @property
     def model(self) -> AnyModel:

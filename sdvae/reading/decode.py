@@ -127,6 +127,8 @@ def decode_dataset(
         _claim(out, set(names.values()))
         out = out.absolute()
 
+    if not is_store:
+        warn_of_denied(vae, settings.space)
     provenance = Provenance(vae.fingerprint, vae.told_space) if settings.has_metadata else None
 
     def write(key: str, image: NDArray[np.uint8]) -> None:
@@ -134,8 +136,6 @@ def decode_dataset(
         atomic.make_folder(path.parent)
         atomic.write_bytes(path, encode_image(image, format, provenance))
 
-    if not is_store:
-        warn_of_denied(vae, settings.space)
     start = time.perf_counter()
     num_written = 0
     progress("decode", 0, len(keys))
