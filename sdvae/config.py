@@ -357,7 +357,7 @@ FAMILIES: dict[str, VAEConfig] = {
         _SD3, block_out_channels=(128, 512, 1024, 1024), layers_per_block=3, scaling_factor=1.0, shift_factor=None,
         mid_block_add_attention=False,
     ),
-    # playgroundai/playground-v2.5-1024px-aesthetic, vae/config.json
+    # as in ComfyUI's latent format for Playground 2.5
     "playground": replace(
         _SD1, sample_size=1024, scaling_factor=0.5, latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
         latents_std=(8.4927, 5.9022, 6.5498, 5.2299),

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
 
@@ -28,6 +29,7 @@ from sdvae.pixels import fit_channels, pad_to_multiple, to_images, to_pixels
 from sdvae.posterior import DiagonalGaussian
 from sdvae.tiny import AutoencoderTiny
 from sdvae.weights import identity
+from sdvae.weights.evidence import Evidence, Verdict, judge, known_bytes, told_by_config
 from sdvae.weights.load import AnyModel, build_model, load_weights, save_folder
 
 AnyImage = Image.Image | NDArray[np.uint8]
@@ -58,11 +60,20 @@ class VAE:
     """
 
     def __init__(
-        self, model: AnyModel, device: torch.device, dtype: torch.dtype, name: str, *, is_private: bool = False
+        self,
+        model: AnyModel,
+        device: torch.device,
+        dtype: torch.dtype,
+        name: str,
+        *,
+        is_private: bool = False,
+        path: Path | None = None,
+        told: Sequence[Evidence] | None = None,
     ) -> None:
         """A model is neither copied nor changed: its weights are packed for `device` and `dtype` when they are used.
 
-        `is_private`: nobody else holds it, so that it cannot change until `model` is asked for.
+        `is_private`: nobody else holds it, so that it cannot change until `model` is asked for. `path` is the file
+        that it came from, and `told` what that says of its latent space; its config where None.
         """
         self.name = name
         self.config: VAEConfig = model.config
@@ -70,13 +81,37 @@ class VAE:
         self.dtype = dtype
         of_weights = identity.fingerprint(model.state_dict())
         self.fingerprint = identity.padded_fingerprint(of_weights, model.config.padding)
-        self.latent_space = identity.latent_space(model.config, of_weights)
         self._model = model
+        self._path = path
+        self._told = (told_by_config(model.config, "its config"),) if told is None else tuple(told)
         self.engine: Engine | TinyEngine = (
             TinyEngine(model, device, dtype)
             if isinstance(model, AutoencoderTiny)
             else Engine(model, self.config, device, dtype, is_private=is_private)
         )
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Which latent space it has, how that is known (proved, declared, unknown), and why.
+
+        The first to ask waits for its encoder to run on one image of 128x128 px, on the CPU.
+        """
+        known = known_bytes(self._path) if self._path else []
+        return judge(self.config, self._model.state_dict(), [*known, *self._told])
+
+    @property
+    def latent_space(self) -> str:
+        """The name of its latent space; "vae-" and 16 digits of its encoder's fingerprint where it is unknown."""
+        return self.verdict.name
+
+    @property
+    def told_space(self) -> str:
+        """The name of its latent space, for notes in passing: the probe runs only where nothing else tells one."""
+        if "verdict" not in vars(self):
+            told = judge(self.config, self._model.state_dict(), self._told, can_run=False)
+            if told.space is not None:
+                return told.space
+        return self.verdict.name
 
     @property
     def model(self) -> AnyModel:
@@ -112,7 +147,10 @@ class VAE:
         choice = choose_dtype(dtype, place)
         with torch.inference_mode(False):  # whose tensors can never be trained
             weights = load_weights(spec, family, padding)
-            return cls(build_model(weights), place, choice.dtype, weights.name, is_private=True)
+            return cls(
+                build_model(weights), place, choice.dtype, weights.name,
+                is_private=True, path=weights.path, told=weights.told,
+            )  # fmt: skip
 
     def save(self, folder: str | Path) -> None:
         """Write the weights as loaded, in fp32, as a folder that diffusers' `from_pretrained` reads."""
@@ -269,14 +307,14 @@ class VAE:
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"VAE({self.name!r}, latent space {self.latent_space}, {dtype} on {self.device})"
+        return f"VAE({self.name!r}, {self.config.latent_channels} latent channels, {dtype} on {self.device})"
 
     def _repr_html_(self) -> str:
         config = self.config
         return card(
             f"VAE {self.name}",
             {
-                "latent space": self.latent_space,
+                "latent space": f"{self.verdict.name}, {self.verdict.certainty}",
                 "latents": f"{config.latent_channels} channels at 1/{config.downscale}",
                 "scaling factor": config.scaling_factor,
                 "parameters": f"{self.num_parameters:,}",

@@ -1,7 +1,5 @@
 import os
 import sys
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ from hypothesis import settings
 from sdvae.config import VAEConfig
 from sdvae.model import AutoencoderKL
 from sdvae.vae import VAE
-from sdvae.weights import identify
 
 # Its scripts import each other as `common`, and tests import them as `benchmarks.memory`.
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -65,14 +62,6 @@ def random_model(config: VAEConfig, seed: int = 0) -> AutoencoderKL:
 def _seeded() -> None:
     """Random inputs are the same in every run, whichever tests ran before."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_probe_image() -> Iterator[None]:
-    """Drawn once, not in each test that loads a TAESD: it takes a second. `test_probe.py` draws it anew."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(identify, "probe_image", cache(identify.probe_image))
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ def make_store(
     config: VAEConfig = FAMILIES["sd1"],
     broken: tuple[str, ...] = (),
     is_labelled: bool = True,
+    evidence: Mapping[str, Any] | None = None,
 ) -> Store:
     """A finished store with so many records of each size; those whose keys are in `broken` are quarantined.
 
@@ -48,7 +49,8 @@ def make_store(
         "version": VERSION,
         "latents": "raw",
         "pixel_range": [-1, 1],
-        "vae": {"fingerprint": "0" * 64, "latent_space": latent_space, "config": config.to_diffusers()},
+        "vae": {"fingerprint": "0" * 64, "latent_space": latent_space, "config": config.to_diffusers()}
+        | ({"evidence": evidence} if evidence else {}),
         "preprocess": {"size_px": 64, "crop": "center", "flip": has_flips},
         "store_dtype": store_dtype,
         "roster": entry,

@@ -130,7 +130,7 @@ def test_options_are_the_documented_ones() -> None:
         "encode": f"{runs} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
         "--resizer --jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit "
         "--runner --address --batch-size --budget --limit --dry-run --caption",
-        "decode": f"{runs} --format --latents --no-metadata --batch-size --budget",
+        "decode": f"{runs} --format --latents --space --no-metadata --batch-size --budget",
         "verify": f"{runs} --repair --source",
         "stats": console,
         "export": f"{console} --to -o --output --seed",
@@ -142,7 +142,7 @@ def test_options_are_the_documented_ones() -> None:
         "--batch-size --budget",
         "augment": f"{runs} --copies --strength --seed --size --crop --batch-size --budget",
         "eval": f"{shared} -o --output --recipe --metrics --vary --explain-difference --limit --batch-size --budget",
-        "report": f"{runs} -o --output",
+        "report": f"{runs} -o --output --space",
         "app": f"{console} --vae --device --port --open",
         "inspect": f"{console} --family --tensors",
         "identify": console,

@@ -171,12 +171,13 @@ def test_one_image_may_go_to_a_picture_by_name(small_vae: VAE, tmp_path: Path, n
     assert not (tmp_path / "b.png").exists()
 
 
-def test_our_own_kohya_files_are_decoded(small_vae: VAE, tmp_path: Path) -> None:
+def test_our_own_kohya_files_are_decoded(tmp_path: Path) -> None:
+    vae = VAE.load(device="cpu", dtype="fp32")
     (tmp_path / "photos").mkdir()
     photo(64, 64).save(tmp_path / "photos/a.png")
-    encode_dataset(tmp_path / "photos", tmp_path / "store", small_vae, EncodeSettings(Preprocess(size_px=64)))
+    encode_dataset(tmp_path / "photos", tmp_path / "store", vae, EncodeSettings(Preprocess(size_px=64)))
     export(tmp_path / "store", "kohya", tmp_path / "kohya")
-    assert decode_dataset(tmp_path / "kohya", tmp_path / "out", small_vae, DecodeSettings()).num_written == 1
+    assert decode_dataset(tmp_path / "kohya", tmp_path / "out", vae, DecodeSettings()).num_written == 1
 
 
 def test_the_same_command_again_writes_the_same_files_anew(store: Path, small_vae: VAE, tmp_path: Path) -> None:
@@ -217,14 +218,20 @@ def test_another_latent_space_is_refused_and_another_decoder_named(
     store: Path, small_vae: VAE, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     of_sdxl = replace(small_vae.config, scaling_factor=0.13025)
-    other = VAE(random_model(of_sdxl), small_vae.device, small_vae.dtype, name="other VAE")
-    with pytest.raises(StoreError, match="holds latents of the space sd1, but other VAE decodes those of sdxl"):
+    other = VAE(random_model(of_sdxl, seed=2), small_vae.device, small_vae.dtype, name="other VAE")
+    with pytest.raises(
+        StoreError, match=r"of the space vae-\w+ \(unknown, the probe correlates .* \(declared sdxl, but"
+    ):
         decode_dataset(store, tmp_path / "out", other, DecodeSettings())
     assert not (tmp_path / "out").exists()
 
     other = VAE(random_model(small_vae.config, seed=1), small_vae.device, small_vae.dtype, name="other VAE")
+    space = small_vae.latent_space
+    assert space.startswith("vae-"), "its config has the scale of SD 1, and the probe denies it"
+    with pytest.raises(StoreError, match=rf"that is not proved to be one space.* give --space {space}"):
+        decode_dataset(store, tmp_path / "out", other)
     with caplog.at_level(logging.WARNING, "sdvae"):
-        decode_dataset(store, tmp_path / "out", other, DecodeSettings())
+        decode_dataset(store, tmp_path / "out", other, DecodeSettings(space=space))
     assert "encoded by another VAE" in caplog.text
     assert other.fingerprint[:12] in caplog.text
     assert len(files_in(tmp_path / "out")) == 4
@@ -353,7 +360,7 @@ def test_a_wrong_word_for_the_scaling_is_doubted_once_and_decoded(
     narrow = replace(VAEConfig.from_family(family), block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
     vae = VAE(random_model(replace(narrow, layers_per_block=1)), torch.device("cpu"), torch.float32, family)
     with caplog.at_level(logging.WARNING, "sdvae"):
-        report = decode_dataset(tmp_path / "in", tmp_path / "out", vae, DecodeSettings(latents=told))
+        report = decode_dataset(tmp_path / "in", tmp_path / "out", vae, DecodeSettings(latents=told, space=family))
     assert report.num_written == 6
     if says is None:
         assert report.remarks == () and caplog.messages == []

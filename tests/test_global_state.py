@@ -28,6 +28,7 @@ from sdvae.reading.stats import measure
 from sdvae.store.store import Store
 from sdvae.tiny import AutoencoderTiny, TinyConfig
 from sdvae.vae import VAE
+from sdvae.weights import probe
 from sdvae.weights.identify import identify
 from tests.conftest import random_model
 from tests.made_stores import make_store
@@ -192,6 +193,8 @@ def stands_in_for_diffusers(_: Path) -> Any:
 
 
 def probes(_: Path) -> Any:
+    probe._SEEN.clear()  # else it runs once in a process
+    probe._pixels.cache_clear()
     with as_file(files("sdvae") / "assets" / "small.safetensors") as path:
         found = identify(path)
     return found.latent_space, [str(evidence) for evidence in found.evidence]

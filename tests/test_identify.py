@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from sdvae.config import FAMILIES, VAEConfig
 from sdvae.errors import ConfigError, WeightsError
-from sdvae.model import AutoencoderKL
 from sdvae.tiny import named_as_diffusers
-from sdvae.weights import identify as identify_module
+from sdvae.weights import evidence as evidence_module
+from sdvae.weights.evidence import KNOWN_FILES, judge
 from sdvae.weights.find import find_file
-from sdvae.weights.identify import KNOWN_FILES, identify
+from sdvae.weights.identify import identify
 from sdvae.weights.identity import fingerprint, sign_sketch
 from sdvae.weights.keymap import ldm_names
 from sdvae.weights.load import load_weights
@@ -50,10 +50,10 @@ def test_taesd_is_known_by_what_it_does_not_by_name_or_dtype(
     tensors = {key: value.to(dtype) for key, value in load_file(taesd(data_dir, space, "encoder")).items()}
     save_file(tensors, path)
     found = identify(path)
-    assert (found.latent_space, found.certainty) == (space, "certain")
+    assert (found.latent_space, found.certainty) == (space, "proved")
     assert found.network.startswith("TAESD encoder") and found.contradictions == ()
-    probe = found.evidence[-1]
-    assert probe.kind == "probe" and "scaling factor 1, expected 1" in probe.reason
+    probe, shapes = found.evidence
+    assert (probe.kind, shapes.kind) == ("probe", "shapes") and "scaling factor 1, expected 1" in probe.reason
 
 
 def test_both_layouts_and_both_containers_of_taesd_are_one(data_dir: Path, tmp_path: Path, space: str) -> None:
@@ -67,14 +67,28 @@ def test_both_layouts_and_both_containers_of_taesd_are_one(data_dir: Path, tmp_p
     assert identify(pickled).fingerprint == identify(taesd(data_dir, space, "encoder")).fingerprint
 
 
-def test_a_decoder_alone_is_named_by_its_metadata_or_not_at_all(data_dir: Path, tmp_path: Path) -> None:
-    path = taesd(data_dir, "sdxl", "decoder")
+def test_a_decoder_alone_is_known_by_what_it_shows(data_dir: Path, tmp_path: Path, space: str) -> None:
+    path = taesd(data_dir, space, "decoder")
     bare = identify(path)
-    assert (bare.latent_space, bare.certainty) == ("unknown", "unknown")
-    assert bare.evidence[0].spaces == ("sd1", "sdxl")
-    told = tmp_path / "decoder.safetensors"
-    save_file(load_file(path), told, metadata={"modelspec.architecture": "stable-diffusion-xl-v1-base"})
-    assert (identify(told).latent_space, identify(told).certainty) == ("sdxl", "likely")
+    assert (bare.latent_space, bare.certainty, bare.contradictions) == (space, "proved", ())
+    assert bare.evidence[0].reason.startswith("the image it shows from each space's latents: correlation 0.9")
+    lying = tmp_path / "decoder.safetensors"
+    other = "stable-diffusion-xl-v1-base" if space == "sd1" else "stable-diffusion-v1"
+    save_file(load_file(path), lying, metadata={"modelspec.architecture": other})
+    assert (identify(lying).latent_space, identify(lying).certainty) == (space, "proved")
+
+
+def test_half_a_kl_vae_is_judged_by_itself(tmp_path: Path) -> None:
+    tensors = load_weights().tensors
+    random = random_model(FAMILIES["small"]).state_dict()
+    path = tmp_path / "half.safetensors"
+    for side in ("encoder", "decoder"):
+        save_file({key: value for key, value in tensors.items() if key.startswith(side)}, path)
+        found = identify(path)
+        assert (found.latent_space, found.certainty) == ("sd1", "proved")
+        assert found.network == f"{side} of a KL-VAE with the shapes of small"
+        save_file({key: value for key, value in random.items() if key.startswith(side)}, path)
+        assert identify(path).certainty == "unknown"
 
 
 def test_metadata_that_lie_lose_against_the_probe(data_dir: Path, tmp_path: Path) -> None:
@@ -82,27 +96,26 @@ def test_metadata_that_lie_lose_against_the_probe(data_dir: Path, tmp_path: Path
     tensors = load_file(taesd(data_dir, "sd1", "encoder"))
     save_file(tensors, path, metadata={"modelspec.architecture": "stable-diffusion-xl-v1-base"})
     found = identify(path)
-    assert (found.latent_space, found.certainty) == ("sd1", "certain")
-    assert [item.kind for item in found.contradictions] == ["metadata"]
+    assert (found.latent_space, found.certainty) == ("sd1", "proved")
+    assert [item.kind for item in found.contradictions] == ["modelspec"]
 
 
-def test_another_scale_is_less_certain(data_dir: Path, tmp_path: Path) -> None:
+def test_another_scale_is_another_space(data_dir: Path, tmp_path: Path) -> None:
     tensors = {key: value.float() for key, value in load_file(taesd(data_dir, "sd1", "encoder")).items()}
     tensors["14.weight"] *= 2.0
     tensors["14.bias"] *= 2.0
     path = tmp_path / "encoder.safetensors"
     save_file(tensors, path)
     found = identify(path)
-    assert (found.latent_space, found.certainty) == ("sd1", "likely")
-    assert "scaling factor 0.5, expected 1" in found.evidence[-1].reason
+    assert (found.latent_space, found.certainty) == ("unknown", "unknown")
+    assert "scaling factor 0.5, expected 1" in found.evidence[0].reason
 
 
 @pytest.mark.parametrize("name", ["taesana_encoder", "taef2_encoder", "taef2_decoder"])
 def test_without_a_reference_for_the_probe_shapes_are_all_there_is(data_dir: Path, name: str) -> None:
     found = identify(data_dir / "weights" / "taesd_other" / f"{name}.pth")
-    expected = ("flux2", "likely") if name.startswith("taef2") else ("unknown", "unknown")
-    assert (found.latent_space, found.certainty) == expected
-    assert [item.kind for item in found.evidence] == ["shapes"]
+    expected = ("flux2", "declared", ["shapes"]) if name.startswith("taef2") else ("unknown", "unknown", [])
+    assert (found.latent_space, found.certainty, [item.kind for item in found.evidence]) == expected
     assert (found.fingerprint is None) == ("sana" in name)
 
 
@@ -110,7 +123,7 @@ def test_the_embedded_vae_is_of_sd1_whatever_the_layout_or_dtype(tmp_path: Path)
     weights = load_weights()
     path = embedded(tmp_path)
     found = identify(path)
-    assert found.latent_space == "sd1" and found.certainty != "unknown"
+    assert (found.latent_space, found.certainty) == ("sd1", "proved")
     assert found.fingerprint == fingerprint(weights.tensors)
     names = ldm_names(weights.tensors)
     checkpoint = tmp_path / "sdxl.safetensors"
@@ -133,7 +146,7 @@ def test_a_random_vae_is_unknown_even_if_its_config_says_otherwise(tmp_path: Pat
         save_file(model.state_dict(), path)
         (tmp_path / "config.json").write_text(json.dumps(model.config.to_diffusers()))
         found = identify(path)
-        assert [item.kind for item in found.evidence] == ["shapes", "config", "probe"]
+        assert [item.kind for item in found.evidence] == ["probe", "config", "shapes"]
         assert "sd1" in found.evidence[1].spaces, "the config does say sd1"
         assert (found.latent_space, found.certainty) == ("unknown", "unknown")
 
@@ -147,14 +160,8 @@ def test_a_network_that_overflows_is_unknown(tmp_path: Path) -> None:
 
 
 def test_the_shapes_of_full_size_vaes_leave_three_spaces() -> None:
-    with torch.device("meta"):
-        shapes = {key: tuple(value.shape) for key, value in AutoencoderKL(FAMILIES["sdxl"]).state_dict().items()}
-    fitting = [
-        name
-        for name in FAMILIES
-        if identify_module._encoder_shapes(FAMILIES[name]) == identify_module._of_encoder(shapes)
-    ]
-    assert fitting == ["sd1", "sdxl", "playground"]
+    (shapes,) = judge(FAMILIES["sdxl"], {}).evidence
+    assert (shapes.kind, shapes.spaces, shapes.certainty) == ("shapes", ("sd1", "sdxl", "playground"), "unknown")
 
 
 def test_quant_convolutions_belong_to_the_encoder(tmp_path: Path) -> None:
@@ -179,10 +186,10 @@ def test_known_bytes_outweigh_all_else(tmp_path: Path, monkeypatch: pytest.Monke
     assert identify(path).latent_space == "sd1"
     monkeypatch.setitem(KNOWN_FILES, hashlib.sha256(path.read_bytes()).hexdigest(), ("a famous file", "sdxl"))
     found = identify(path)
-    assert (found.latent_space, found.certainty) == ("sdxl", "certain")
+    assert (found.latent_space, found.certainty) == ("sdxl", "proved")
     assert found.evidence[0].reason == "the bytes of a famous file"
-    assert [item.kind for item in found.contradictions] == ["shapes", "probe"]
-    monkeypatch.setattr(identify_module, "_MOST_KNOWN_BYTES", path.stat().st_size - 1)
+    assert [item.kind for item in found.contradictions] == ["probe", "shapes"]
+    monkeypatch.setattr(evidence_module, "_MOST_KNOWN_BYTES", path.stat().st_size - 1)
     assert identify(path).latent_space == "sd1"
 
 

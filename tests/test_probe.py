@@ -15,9 +15,15 @@ from sdvae.config import FAMILIES, VAEConfig
 from sdvae.model import AutoencoderKL
 from sdvae.pixels import to_pixels
 from sdvae.tiny import TinyConfig, TinyEncoder
-from sdvae.weights.identify import CERTAIN_CORRELATION, LIKELY_CORRELATION
 from sdvae.weights.load import build_model, load_weights
-from sdvae.weights.probe import PROBE_ASSET, match_references, probe_image, references
+from sdvae.weights.probe import (
+    NEAR_CORRELATION,
+    PROBE_ASSET,
+    PROOF_CORRELATION,
+    match_references,
+    probe_image,
+    references,
+)
 from tests.conftest import SMALL, random_model
 
 
@@ -59,17 +65,17 @@ def test_an_encoder_is_near_its_own_space_and_far_from_the_other(
     data_dir: Path, pixels: Tensor, space: str, noise: float
 ) -> None:
     best, other = match_references(taesd_encoder(data_dir, space, noise)(pixels)[0])
-    assert best.space == space and best.correlation >= CERTAIN_CORRELATION + 0.03
-    assert abs(best.slope - 1.0) <= 0.12
-    assert abs(other.correlation) <= LIKELY_CORRELATION - 0.3
+    assert best.space == space and best.correlation >= PROOF_CORRELATION + 0.03
+    assert abs(best.agreement.slope - 1.0) <= 0.12
+    assert abs(other.correlation) <= NEAR_CORRELATION - 0.3
 
 
 @torch.no_grad()
 def test_the_embedded_encoder_speaks_sd1(pixels: Tensor) -> None:
     best, other = match_references(build_model(load_weights()).encode(pixels).mean[0])
-    assert best.space == "sd1" and best.correlation >= LIKELY_CORRELATION + 0.1
-    assert abs(best.slope / FAMILIES["sd1"].scaling_factor - 1.0) <= 0.15
-    assert other.correlation <= LIKELY_CORRELATION - 0.3
+    assert best.space == "sd1" and best.correlation >= NEAR_CORRELATION + 0.1
+    assert abs(best.agreement.slope / FAMILIES["sd1"].scaling_factor - 1.0) <= 0.15
+    assert other.correlation <= NEAR_CORRELATION - 0.3
 
 
 @torch.no_grad()
@@ -84,20 +90,20 @@ def test_random_encoders_are_far_from_all(pixels: Tensor, seed: int) -> None:
     ]
     matches = [match for each in latents for match in match_references(each)]
     assert len(matches) == 12
-    assert max(abs(match.correlation) for match in matches) <= LIKELY_CORRELATION - 0.3
+    assert max(abs(match.correlation) for match in matches) <= NEAR_CORRELATION - 0.3
 
 
 def test_shrunken_pixels_are_no_latents(pixels: Tensor) -> None:
     """All spaces keep the picture in their channels, so averages of pixels correlate with each a little."""
     means = torch.nn.functional.avg_pool2d(pixels, 8)[0]
     for match in match_references(torch.cat([means, means.mean(0, keepdim=True)])):
-        assert match.correlation <= LIKELY_CORRELATION - 0.3
+        assert match.correlation <= NEAR_CORRELATION - 0.3
 
 
 def test_scale_shift_and_sign_are_told_apart() -> None:
     reference = references()["sdxl"]
     best = match_references(reference / 0.13025 + torch.arange(4.0).view(4, 1, 1))[0]
-    assert (best.space, round(best.correlation, 4), round(best.slope, 5)) == ("sdxl", 1.0, 0.13025)
+    assert (best.space, round(best.correlation, 4), round(best.agreement.slope, 5)) == ("sdxl", 1.0, 0.13025)
     assert match_references(-reference)[-1].correlation < -0.999
 
 

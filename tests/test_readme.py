@@ -108,7 +108,7 @@ def test_every_link_leads_somewhere(page: str) -> None:
         file, _, section = target.partition("#")
         if file.startswith("https:"):
             continue
-        path = (ROOT / page).parent / file
+        path = (ROOT / page).parent / file if file else ROOT / page
         assert path.exists(), f"{page} links to {target}"
         if section:
             headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)

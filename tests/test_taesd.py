@@ -100,6 +100,8 @@ def test_the_taesd_of_flux2_speaks_the_latents_of_flux2(data_dir: Path, tmp_path
     path = data_dir / "weights" / "taesd_other" / "taef2_decoder.pth"
     vae = load(path)
     assert (vae.config.latent_channels, vae.config.latent_scaling) == (32, FAMILIES["flux2"].latent_scaling)
+    for verdict in (vae.verdict, open_vae(path).verdict, identify(path)):
+        assert verdict.certainty == "declared" and [item.kind for item in verdict.evidence] == ["shapes"]
     assert vae.latent_space == identify(path).latent_space == "flux2"
     assert load(path, family="flux2").config == vae.config
     with pytest.raises(WeightsError, match="32 latent channels, not those of sdxl; it may be of flux2"):
@@ -121,14 +123,14 @@ def test_the_taesd_of_flux2_speaks_the_latents_of_flux2(data_dir: Path, tmp_path
 
 def test_a_taesd_that_nothing_names_warns_and_names_the_flag(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     encoder, _ = random_halves(tmp_path)
-    assert load(encoder).latent_space == "sd1"
+    assert load(encoder).config.scaling_factor == FAMILIES["sd1"].scaling_factor
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "may be sd1 or sdxl" in caplog.text and "--family sdxl" in caplog.text
     caplog.clear()
     vae = load(encoder, family="sdxl")
-    assert (vae.latent_space, vae.config.scaling_factor) == ("sdxl", 0.13025)
+    assert (vae.verdict.claimed, vae.verdict.certainty, vae.config.scaling_factor) == ("sdxl", "unknown", 0.13025)
     vae.save(tmp_path / "out")  # its metadata tell what no config.json of a TAESD can
-    assert load(tmp_path / "out").latent_space == "sdxl"
+    assert load(tmp_path / "out").config == vae.config
     assert caplog.records == []
 
 

@@ -527,7 +527,7 @@ def test_sound_files_with_wrong_contents_are_refused(tmp_path: Path) -> None:
         ({key: value for key, value in tensors.items() if key.startswith("decoder")}, "half a VAE"),
         (tensors | {"encoder.mid.block_2.conv2.weight": torch.zeros(0, 7)}, "empty tensors"),
         (tensors | {"decoder.conv_in.weight": torch.zeros(16)}, "half a VAE"),
-        (tensors | {"bn.running_mean": torch.zeros(16)}, "a KL-VAE does not have: bn.running_mean"),
+        (tensors | {"bn.weight": torch.zeros(16)}, "a KL-VAE does not have: bn.weight"),
     ):
         save_file(spoiled, path)
         refuses(path, WeightsError, says)

@@ -10,7 +10,8 @@ from sdvae.cli.shared import Console, with_console
 from sdvae.errors import VerifyError
 
 if TYPE_CHECKING:
-    from sdvae.weights.compare import Comparison, Side, Space
+    from sdvae.weights.compare import Comparison, Side
+    from sdvae.weights.evidence import Relation
 
 _NUM_ROWS = 10  # of tensors that a person is shown; --json has them all
 
@@ -82,17 +83,22 @@ def _differing(found: "Comparison") -> str:
     return f"{tensors}, relative L2 {_number(found.relative_l2)}"
 
 
-def _space(space: "Space") -> str:
+def _space(space: "Relation") -> str:
     if space.is_same is None:
         return "perhaps another latent space"
-    likely = "likely " if space.certainty == "likely" else ""
+    declared = "declared " if space.certainty == "declared" else ""
     name = f" ({space.name})" if space.name else ""
-    return f"{likely}the same latent space{name}" if space.is_same else f"{likely}another latent space"
+    return f"{declared}the same latent space{name}" if space.is_same else f"{declared}another latent space"
 
 
 def _describe(side: "Side") -> str:
     dtypes = " and ".join(side.dtypes)
-    return f"{side.file}: {side.network}, {dtypes}, {side.layout} layout, family {side.family or 'not told'}"
+    family = f"family {side.family or 'not told'}"
+    return f"{side.file}: {side.network}, {dtypes}, {side.layout} layout, {family}, space {_named(side)}"
+
+
+def _named(side: "Side") -> str:
+    return side.certainty if side.certainty == "unknown" else f"{side.certainty} {side.latent_space}"
 
 
 def _number(value: float | None) -> str:

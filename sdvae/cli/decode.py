@@ -9,7 +9,7 @@ import click
 from sdvae.amounts import count
 from sdvae.cli.grouped import Grouped
 from sdvae.cli.pictures import METADATA
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, describe_vae, with_console, with_vae
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, SPACE, Console, describe_vae, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE
@@ -20,7 +20,7 @@ _MOST_NAMED = 10
 @click.command(
     cls=Grouped,
     short_help="Decode a latent store or latent files to images.",
-    groups={"What is decoded": ("latents",)},
+    groups={"What is decoded": ("latents", "space")},
     examples=(
         "sdvae decode latents images                            # a store",
         "sdvae decode samples.npy images --latents scaled       # of a diffusion model",
@@ -41,6 +41,7 @@ _MOST_NAMED = 10
     type=click.Choice(["raw", "scaled"]),
     help="For files that do not declare it: a VAE's raw latents, or a diffusion model's scaled latents.",
 )
+@SPACE
 @METADATA
 @BATCH_SIZE
 @BUDGET
@@ -51,6 +52,7 @@ def decode(
     out: Path,
     format: Literal["png", "jpeg", "webp"],
     latents: Literal["raw", "scaled"] | None,
+    space: str | None,
     no_metadata: bool,
     batch_size: int | None,
     budget: int | None,
@@ -70,7 +72,7 @@ def decode(
 
     vae = load_vae()
     console.note(describe_vae(vae))
-    settings = DecodeSettings(format, latents, batch_size, budget, has_metadata=not no_metadata)
+    settings = DecodeSettings(format, latents, batch_size, budget, space, has_metadata=not no_metadata)
     with console.progress() as show:
         report = decode_dataset(local_copy(source), out, vae, settings, show)
     for told in report.skipped[:_MOST_NAMED]:

@@ -1,4 +1,4 @@
-"""`sdvae identify`: which latent space the VAE in a weights file has, and how certain that is."""
+"""`sdvae identify`: which latent space the VAE in a weights file has, and how that is known."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def identify(file: str, console: Console) -> None:
     """Tell which latent space the VAE in FILE (also a folder or hub id) has: sd1, sdxl, sd3, flux1, flux2 or unknown.
 
-    Names and shapes are the same in SD 1 and SDXL, so the encoder is run on an image whose latents are known.
+    A space is proved, declared or unknown. Names and shapes are the same in SD 1 and SDXL, so the encoder is run on an
+    image whose latents are known; a decoder without an encoder shows that image.
     """
     from sdvae.weights.find import find_file
     from sdvae.weights.identify import identify as identify_file
@@ -29,7 +30,8 @@ def identify(file: str, console: Console) -> None:
     factors = {"scaling_factor": family and family.scaling_factor, "shift_factor": family and family.shift_factor}
     console.result("\n".join(_lines(str(path), found)), **{"file": str(path)} | asdict(found) | factors)
     for item in found.contradictions:
-        console.note(f"its {item.kind} disagrees ({item.reason}); use {found.latent_space}")
+        hint = f"use {found.latent_space}" if family else "the probe denies it: not that space"
+        console.note(f"its {item.kind} disagrees ({item.reason}); {hint}")
 
 
 def _lines(file: str, found: "Identity") -> list[str]:

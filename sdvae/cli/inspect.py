@@ -19,10 +19,12 @@ from sdvae.printable import printable
 def inspect(file: str, family: str | None, tensors: bool, console: Console) -> None:
     """Show the tensors, dtypes and metadata of FILE (also a folder or hub id), and the VAE in it.
 
-    Only the VAE's tensors are read, for their fingerprint. Of a picture, show its metadata: which VAE decoded it.
+    Only the VAE's tensors are read, for their fingerprint and its latent space; `sdvae identify` tells all evidence.
+    Of a picture, show its metadata: which VAE decoded it.
     """
     from sdvae.cli.pictures import picture_facts
     from sdvae.images.provenance import is_picture
+    from sdvae.weights.evidence import UNKNOWN
     from sdvae.weights.files import TensorFile, open_weights
     from sdvae.weights.find import find_file
     from sdvae.weights.identity import fingerprint, padded_fingerprint
@@ -47,13 +49,16 @@ def inspect(file: str, family: str | None, tensors: bool, console: Console) -> N
     except SdvaeError as error:  # another model's weights are no error here
         found["vae"], reason = None, str(error)
     else:
-        reason = ""
+        reason = "; ".join(f"its {item.kind} disagrees ({item.reason})" for item in vae.verdict.contradictions)
         found["vae"] = {
             "prefix": vae.keys.prefix,
             "layout": vae.keys.layout,
             "num_tensors": len(vae.keys.names),
             "left_out": vae.left_out,
             "family": vae.family,
+            "latent_space": vae.verdict.space or UNKNOWN,
+            "certainty": vae.verdict.certainty,
+            "correlations": vae.verdict.correlations,
             "config": asdict(vae.config),
             "fingerprint": padded_fingerprint(fingerprint(vae.read()), vae.config.padding),
         }
@@ -76,7 +81,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines += [
             f"VAE          {vae['num_tensors']} tensors in {vae['layout']} layout, prefix {vae['prefix'] or 'none'}",
             *([f"left out     {_groups(vae['left_out'])}"] if vae["left_out"] else []),
-            f"family       {vae['family'] or 'not certain'}",
+            f"family       {vae['family'] or 'not told'}",
+            f"space        {_space(vae)}",
             f"widths       {list(config['block_out_channels'])}, {config['layers_per_block']} layers a block",
             f"latents      {config['latent_channels']} channels, scaling factor {config['scaling_factor']}"
             + (f", shift {config['shift_factor']}" if config["shift_factor"] is not None else ""),
@@ -86,6 +92,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
     else:
         lines.append("VAE          none")
     return lines + [f"{dtype:<8} {shape} {printable(key)}" for key, (dtype, shape) in found.get("tensors", {}).items()]
+
+
+def _space(vae: dict[str, Any]) -> str:
+    seen = ", ".join(f"{value:.2f} with {space}" for space, value in vae["correlations"].items())
+    name = vae["certainty"] if vae["certainty"] == "unknown" else f"{vae['latent_space']}, {vae['certainty']}"
+    return name + (f"; the probe correlates {seen}" if seen else "")
 
 
 def _groups(left_out: dict[str, int]) -> str:

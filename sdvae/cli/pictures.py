@@ -63,7 +63,7 @@ def write_picture(path: Path, image: "Image", vae: "VAE", *, has_metadata: bool)
     from sdvae.images.provenance import Provenance
     from sdvae.images.write import encode_image
 
-    provenance = Provenance(vae.fingerprint, vae.latent_space) if has_metadata else None
+    provenance = Provenance(vae.fingerprint, vae.told_space) if has_metadata else None
     atomic.write_bytes(path, encode_image(image, _FORMATS[path.suffix.lower()], provenance))
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdvae.cli.shared import PATH, Console, with_console, with_vae
+from sdvae.cli.shared import PATH, SPACE, Console, with_console, with_vae
 from sdvae.errors import OutputError
 
 if TYPE_CHECKING:
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", type=PATH, metavar="FILE", help="The HTML file.  [default: REPORT/report.html, or STORE.html]"
 )
+@SPACE
 @with_vae
 @with_console
-def report(path: Path, output: Path | None, load_vae: "Callable[[], VAE]", console: Console) -> None:
+def report(path: Path, output: Path | None, space: str | None, load_vae: "Callable[[], VAE]", console: Console) -> None:
     """Make one self-contained HTML file of what `sdvae eval` found in REPORT, or of a latent STORE.
 
     The page of a store shows some of its records, decoded by the VAE, beside its statistics.
@@ -41,7 +42,7 @@ def report(path: Path, output: Path | None, load_vae: "Callable[[], VAE]", conso
         from sdvae.store.store import Store
 
         with console.progress() as progress:
-            html = render(store_page(Store.open(folder), load_vae(), progress))
+            html = render(store_page(Store.open(folder), load_vae(), progress, space))
     else:
         from sdvae.evaluate.results import read_results
         from sdvae.report.comparison import comparison

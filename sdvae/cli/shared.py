@@ -217,6 +217,9 @@ _VAE_OPTIONS = (
     DEVICE,
     dtype_option("auto"),
 )
+SPACE = click.option(
+    "--space", metavar="NAME", help="The latent space that the latents and the VAE have, where it is not proved."
+)
 BATCH_SIZE = click.option(
     "--batch-size",
     metavar="auto|N",

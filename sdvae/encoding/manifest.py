@@ -78,7 +78,7 @@ def require_possible(settings: EncodeSettings, vae: VAE) -> None:
 def identify_run(
     vae: VAE, settings: EncodeSettings, recorded: Mapping[str, Any], num_neighbours: int = 1
 ) -> dict[str, Any]:
-    """The manifest of a run, but for the roster; `recorded` is the compute block of the store to continue.
+    """What the manifest of a run is held against; `recorded` is the compute block of the store to continue.
 
     `num_neighbours` processes share this machine's cores.
     """
@@ -88,7 +88,7 @@ def identify_run(
         "latents": "raw",  # scaling belongs to whoever trains on them
         "latent_scaling": vae.config.latent_scaling.to_json(),
         "pixel_range": [-1, 1],
-        "vae": {"fingerprint": vae.fingerprint, "latent_space": vae.latent_space, "config": vae.config.to_diffusers()},
+        "vae": {"fingerprint": vae.fingerprint, "config": vae.config.to_diffusers()},  # its space follows from these
         "preprocess": settings.preprocess.to_json(),
         "decoder": decoder_identity(settings.preprocess),
         "store_dtype": settings.store_dtype,
@@ -123,7 +123,9 @@ def require_same_vae(store: Store, vae: VAE) -> None:
 def require_same_run(store: Store, identity: dict[str, Any]) -> None:
     """Raise StoreError, with all differences, unless a run like this one began the store."""
     now = json.loads(sealed.canonical_json(identity))
-    found = differences({name: store.manifest.get(name) for name in now}, now)
+    stored = {name: store.manifest.get(name) for name in now}
+    stored["vae"] = {name: store.manifest["vae"].get(name) for name in now["vae"]}
+    found = differences(stored, now)
     if found:
         raise StoreError(
             f"{store.paths.root} was begun with other settings, and a store holds one kind of latents: "
@@ -142,7 +144,9 @@ def begin(paths: StorePaths, identity: dict[str, Any], tasks: Sequence[Task], va
     }
     with fixed_threads(identity["compute"]["num_threads"]):
         latent_error = vae.latent_error()
-    manifest = sealed.seal(identity | {"roster": entry, "latent_error": latent_error})
+        space = {"latent_space": vae.latent_space, "evidence": vae.verdict.to_json()}
+    told = {"vae": identity["vae"] | space, "roster": entry, "latent_error": latent_error}
+    manifest = sealed.seal(identity | told)
     atomic.write_bytes(paths.journal / "manifest.json", manifest)  # a copy: nothing else could restore it
     atomic.create_bytes(paths.manifest, manifest)
     return Store.open(paths.root)

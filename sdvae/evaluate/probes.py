@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sdvae.evaluate.candidates import VAECandidate, to_levels
 from sdvae.evaluate.results import Curve, Equivariance
-from sdvae.latents import standardise
 from sdvae.metrics import psnr_of_levels
 from sdvae.pixels import to_pixels
+from sdvae.posterior import DiagonalGaussian
 
 Image = NDArray[np.uint8]  # (H, W, 3)
 
@@ -97,7 +97,7 @@ class _Following:
         transform = TRANSFORMS[name]
         wanted, raw = transform(pixels), transform(latents)
         of_transformed = candidate.scaled(candidate.encode(wanted)).mode().cpu().double()
-        transformed = standardise(raw, candidate.config).cpu().double()
+        transformed = candidate.scaled(DiagonalGaussian(raw, raw)).mode().cpu().double()
         self.missed += float((of_transformed - transformed).square().sum())
         self.spread += float((of_transformed - of_transformed.mean((2, 3), keepdim=True)).square().sum())
         self.quality += _psnr(to_levels(candidate.decode(raw).cpu(), "8-bit"), to_levels(wanted, "8-bit"))

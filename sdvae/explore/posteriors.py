@@ -12,7 +12,7 @@ from sdvae.errors import SourceError, StoreError
 from sdvae.explore.photos import cut_photos, encode, in_batches
 from sdvae.posterior import DiagonalGaussian
 from sdvae.progress import Progress, silent
-from sdvae.reading.decode import require_latent_space
+from sdvae.reading.spaces import require_space
 from sdvae.sources.entries import Source
 from sdvae.store.geometry import Preprocess
 from sdvae.store.store import Store
@@ -53,7 +53,7 @@ def of_photos(
 
 def of_store(store: Store, vae: VAE) -> DiagonalGaussian:
     """The posteriors of a store's records, of at most MOST_PHOTOS, evenly spread; StoreError for more than one size."""
-    require_latent_space(store, vae)
+    require_space(store, vae)
     shards = [shard for shard in store.shards() if shard.num_rows]
     if not shards:
         raise StoreError(f"{store.paths.root} holds no latents; run sdvae encode to its end")

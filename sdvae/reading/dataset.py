@@ -306,8 +306,8 @@ def _require_vae(store: Store, expected: "VAE | str") -> None:
         wanted = stored | {"fingerprint": expected}
     else:
         config = json.loads(json.dumps(expected.config.to_diffusers()))
-        wanted = {"fingerprint": expected.fingerprint, "latent_space": expected.latent_space, "config": config}
-    found = differences(stored, wanted)
+        wanted = {"fingerprint": expected.fingerprint, "config": config}
+    found = differences({name: stored[name] for name in wanted}, wanted)
     if found:
         what = f"{store.paths.root} holds latents of another VAE than the one expected: {_in_short(stored, wanted)}"
         error = StoreError(what)
@@ -318,11 +318,9 @@ def _require_vae(store: Store, expected: "VAE | str") -> None:
 
 def _in_short(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """What differs between two VAEs: names and first digits; the exception's notes say all."""
-    told = [
-        f"{name} {stored[name][:12]}, not {wanted[name][:12]}"
-        for name in ("fingerprint", "latent_space")
-        if stored[name] != wanted[name]
-    ]
+    told = []
+    if stored["fingerprint"] != wanted["fingerprint"]:
+        told.append(f"fingerprint {stored['fingerprint'][:12]}, not {wanted['fingerprint'][:12]}")
     before, now = stored["config"], wanted["config"]
     fields = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if fields:

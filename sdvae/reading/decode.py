@@ -25,6 +25,7 @@ from sdvae.images.write import encode_image
 from sdvae.progress import Progress, silent
 from sdvae.reading.latent_files import FoundLatents, Scaling, list_latent_files, read_latents
 from sdvae.reading.names import plan_names
+from sdvae.reading.spaces import require_space, warn_of_denied
 from sdvae.reading.spread import Spread
 from sdvae.sources.kinds import is_junk
 from sdvae.staging import download
@@ -44,15 +45,17 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """What `sdvae decode` was asked for; `latents` speaks for files that do not say it themselves.
+    """What `sdvae decode` was asked for.
 
-    `has_metadata`: the image files name the VAE, its latent space and sdvae's version.
+    `latents` speaks for files that do not say it themselves; `space`, for the latents and the VAE, where it is not
+    proved that they have one. `has_metadata`: the image files name the VAE, its latent space and sdvae's version.
     """
 
     format: Format = "png"
     latents: Scaling | None = None
     batch_size: int | None = None  # None: chosen for the device
     budget_bytes: int | None = None  # None: what the device has free
+    space: str | None = None
     has_metadata: bool = True
 
     def __post_init__(self) -> None:
@@ -102,7 +105,11 @@ def decode_dataset(
     source, out, settings = Path(source), Path(out), settings or DecodeSettings()
     is_store = (source / "manifest.json").exists()
     spread = Spread(vae.config)
-    series, skipped = (_open_store(source, vae), ()) if is_store else _open_files(source, vae, settings.latents, spread)
+    skipped: tuple[str, ...] = ()
+    if is_store:
+        series = _open_store(source, vae, settings.space)
+    else:
+        series, skipped = _open_files(source, vae, settings.latents, spread)
     remarks = tuple(spread.doubts())
     for remark in remarks:
         _LOG.warning("%s: %s", source, remark)
@@ -120,7 +127,9 @@ def decode_dataset(
         _claim(out, set(names.values()))
         out = out.absolute()
 
-    provenance = Provenance(vae.fingerprint, vae.latent_space) if settings.has_metadata else None
+    if not is_store:
+        warn_of_denied(vae, settings.space)
+    provenance = Provenance(vae.fingerprint, vae.told_space) if settings.has_metadata else None
 
     def write(key: str, image: NDArray[np.uint8]) -> None:
         path = out / names[key]
@@ -160,15 +169,9 @@ def _finish(pending: list[Future[None]]) -> int:
     return len(pending)
 
 
-def _open_store(root: Path, vae: VAE) -> list[_Series]:
+def _open_store(root: Path, vae: VAE, space: str | None) -> list[_Series]:
     store = Store.open(root)
-    require_latent_space(store, vae)
-    writer = store.manifest["vae"]
-    if writer["fingerprint"] != vae.fingerprint:
-        _LOG.warning(
-            "%s was encoded by another VAE (%.12s) than %s (%.12s); both share the latent space %s",
-            root, writer["fingerprint"], vae.name, vae.fingerprint, vae.latent_space,
-        )  # fmt: skip
+    require_space(store, vae, space)
     shards = store.shards()
     if len(shards) < store.num_shards:
         _LOG.warning("%s is not finished: %d of its %d shards are there", root, len(shards), store.num_shards)
@@ -181,16 +184,6 @@ def _open_store(root: Path, vae: VAE) -> list[_Series]:
     if not series:
         raise StoreError(f"{root} holds no image; run sdvae encode to its end, or see its quarantine.jsonl")
     return series
-
-
-def require_latent_space(store: Store, vae: VAE) -> None:
-    """Refuse a VAE that decodes latents of another space than the store's, with StoreError."""
-    space = store.manifest["vae"]["latent_space"]
-    if space != vae.latent_space:
-        raise StoreError(
-            f"{store.paths.root} holds latents of the space {space}, but {vae.name} decodes those of "
-            f"{vae.latent_space}; give --vae one of the former"
-        )
 
 
 def without_padding(resized_px: Size, crop_px: tuple[int, int, int, int]) -> Size:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from sdvae.latents import gain, standardise
 from sdvae.pixels import to_images
 from sdvae.progress import Progress, silent
-from sdvae.reading.decode import require_latent_space, without_padding
+from sdvae.reading.decode import without_padding
+from sdvae.reading.spaces import require_space
 from sdvae.reading.stats import StoreStats, measure
 from sdvae.report import pictures
 from sdvae.report.plots import bars
@@ -23,6 +24,7 @@ from sdvae.store.records import Line, written
 from sdvae.store.shard import Shard
 from sdvae.store.store import Store
 from sdvae.vae import VAE
+from sdvae.weights.evidence import Verdict
 
 NUM_DECODES = 24
 _DECODE_PX = 512  # the longer side on the page
@@ -40,9 +42,12 @@ class _Texts:
     num_records: int
 
 
-def store_page(store: Store, vae: VAE, progress: Progress = silent) -> StorePage:
-    """The page of a store; StoreError where it is empty, or its latents are not those `vae` decodes."""
-    require_latent_space(store, vae)
+def store_page(store: Store, vae: VAE, progress: Progress = silent, space: str | None = None) -> StorePage:
+    """The page of a store; StoreError where it is empty, or its latents are not proved to be those `vae` decodes.
+
+    `space` is what a user says of both instead.
+    """
+    require_space(store, vae, space)
     stats = measure(store)
     shards = [shard for shard in store.shards() if shard.num_rows]
     texts = _texts(shards)
@@ -52,9 +57,7 @@ def store_page(store: Store, vae: VAE, progress: Progress = silent) -> StorePage
             f"The store is not complete: {len(store.shards()):,} of its {store.num_shards:,} shards are there."
         )
     if store.manifest["vae"]["fingerprint"] != vae.fingerprint:
-        remarks.append(
-            f"Decoded by {vae.name}, which is not the VAE that encoded the store. Both share a latent space."
-        )
+        remarks.append(f"Decoded by {vae.name}, which is not the VAE that encoded the store.")
     decodes = list(_decodes(store, shards, stats.num_written, vae, progress))
     return StorePage(
         title=store.paths.root.name,
@@ -200,7 +203,7 @@ def _told(texts: _Texts) -> list[Fact]:
 
 def _facts(store: Store) -> list[Fact]:
     vae = store.manifest["vae"]
-    facts = [Fact("Latent space", vae["latent_space"]), Fact("Fingerprint", vae["fingerprint"])]
+    facts = [Fact("Latent space", str(Verdict.from_json(vae))), Fact("Fingerprint", vae["fingerprint"])]
     facts += [Fact(name, _plain(value)) for name, value in store.manifest["preprocess"].items() if value is not None]
     return [*facts, Fact("store_dtype", store.manifest["store_dtype"])]
 

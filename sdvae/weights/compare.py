@@ -9,20 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sdvae.pixels import to_pixels
 from sdvae.tiny import TinyConfig
+from sdvae.weights.evidence import ENCODER, Certainty, Relation, relate
 from sdvae.weights.find import find_file
-from sdvae.weights.identify import CERTAIN_CORRELATION, LIKELY_CORRELATION, Certainty
-from sdvae.weights.identity import known_space
 from sdvae.weights.keymap import fit_layout
-from sdvae.weights.load import SCALE_FIELDS, VAEFile, empty_model, open_vae
-from sdvae.weights.probe import agreement, match_references, probe_image
+from sdvae.weights.load import SCALE_FIELDS, VAEFile, open_vae
 
 _ROUNDED = {
     "fp16": torch.float16, "bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64", "F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2"}
-_ENCODER = ("encoder.", "quant_conv.")
 _NOT_OF_THE_VAE = {"sample_size", "force_upcast", "unused"}  # advice to a pipeline; no number depends on it
 
 Verdict = Literal["equal", "rounded", "different"]
@@ -36,7 +32,9 @@ class Side:
     network: Literal["KL-VAE", "TAESD"]
     layout: str
     dtypes: dict[str, int]  # dtype -> tensors
-    family: str | None  # where it is certain
+    family: str | None  # where something tells it
+    latent_space: str
+    certainty: Certainty
 
 
 @dataclass(frozen=True)
@@ -48,16 +46,6 @@ class Difference:
     num_differing: int
     max_abs: float | None
     relative_l2: float | None  # |A - B| / |A|
-
-
-@dataclass(frozen=True)
-class Space:
-    """Whether latents of one decode with the other; `name` is the family that both have latents of."""
-
-    is_same: bool | None  # None: it cannot be told
-    certainty: Certainty
-    name: str | None
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ class Comparison:
     rounding: str | None  # the dtype that the one with fewer digits was rounded to, where nothing else differs
     config: dict[str, tuple[Any, Any]]  # fields that both tell, and differently
     untold: tuple[str, ...]  # fields that one of the files does not tell
-    space: Space
+    space: Relation
 
 
 def compare(a: str, b: str) -> Comparison:
@@ -99,7 +87,7 @@ def compare(a: str, b: str) -> Comparison:
     config = _config_differences(first, second)
     rounding = next((name for name in _ROUNDED if name in roundings), None)
     rounding = rounding if differences and is_one_network else None
-    same_encoder = is_one_network and (rounding or not any(each.name.startswith(_ENCODER) for each in differences))
+    same_encoder = is_one_network and (rounding or not any(each.name.startswith(ENCODER) for each in differences))
     is_equal = is_one_network and not config and (not differences or rounding is not None)
     return Comparison(
         verdict="different" if not is_equal else "rounded" if rounding else "equal",
@@ -113,7 +101,7 @@ def compare(a: str, b: str) -> Comparison:
         rounding=rounding,
         config=config,
         untold=tuple(sorted({*first.unsure, *second.unsure})),
-        space=_space(first, second, bool(same_encoder)),
+        space=_relation(first, second, bool(same_encoder)),
     )
 
 
@@ -163,35 +151,15 @@ def _config_differences(a: VAEFile, b: VAEFile) -> dict[str, tuple[Any, Any]]:
 def _side(spec: str, vae: VAEFile) -> Side:
     dtypes = Counter(vae.file.entries[key].dtype for key in vae.keys.names)
     network: Literal["KL-VAE", "TAESD"] = "TAESD" if isinstance(vae.config, TinyConfig) else "KL-VAE"
-    return Side(
-        spec, network, vae.keys.layout, {_NAMES.get(name, name): n for name, n in dtypes.most_common()}, vae.family
-    )
+    named = {_NAMES.get(name, name): number for name, number in dtypes.most_common()}
+    return Side(spec, network, vae.keys.layout, named, vae.family, vae.verdict.name, vae.verdict.certainty)
 
 
-def _space(a: VAEFile, b: VAEFile, same_encoder: bool) -> Space:
-    """By the encoders where they are equal, else by the latents of one image."""
-    told = (known_space(vae.config) for vae in (a, b) if not set(SCALE_FIELDS) & set(vae.unsure))
-    name = next((space for space in told if space), None)
+def _relation(a: VAEFile, b: VAEFile, same_encoder: bool) -> Relation:
+    """By the encoders where they are equal or rounded, by the shapes of latents, else by all evidence."""
     if same_encoder:
-        return Space(True, "certain", name, "the encoders are equal")
+        return Relation(True, "proved", a.verdict.space or b.verdict.space, "the encoders are equal")
     if a.config.latent_channels != b.config.latent_channels or a.config.downscale != b.config.downscale:
         shapes = " and ".join(f"{vae.config.latent_channels} channels at 1/{vae.config.downscale}" for vae in (a, b))
-        return Space(False, "certain", None, f"the latents have {shapes}")
-    if any("norm_num_groups" in vae.unsure or vae.config.in_channels != 3 for vae in (a, b)):
-        return Space(None, "unknown", None, "the encoders cannot be run: nothing tells their number of groups")
-    ours, theirs = _probe(a), _probe(b)
-    correlation, _ = agreement(ours, theirs)
-    reason = f"latents of one image correlate by {correlation:.2f}"
-    if correlation < LIKELY_CORRELATION:
-        return Space(False, "certain" if correlation < 1 - LIKELY_CORRELATION else "likely", None, reason)
-    best = [match for match in match_references(ours)[:1] if match.correlation >= LIKELY_CORRELATION]
-    certainty: Certainty = "certain" if correlation >= CERTAIN_CORRELATION else "likely"
-    return Space(True, certainty, next((match.space for match in best), name), reason)
-
-
-def _probe(vae: VAEFile) -> Tensor:  # (C, h, w)
-    """Raw latents of the probe image."""
-    model = empty_model(vae.config).eval()
-    model.load_state_dict({name: tensor.float() for name, tensor in vae.read().items()}, assign=True)
-    with torch.no_grad():
-        return model.encode(to_pixels(probe_image()[None])).mean[0]
+        return Relation(False, "proved", None, f"the latents have {shapes}")
+    return relate(a.verdict, b.verdict)

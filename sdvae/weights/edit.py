@@ -18,10 +18,12 @@ from sdvae import __version__, atomic
 from sdvae.errors import OutputError, WeightsError
 from sdvae.tiny import TinyConfig, named_as_taesd
 from sdvae.weights.beside import CONFIG_NAME
+from sdvae.weights.evidence import FAMILY_KEY, relate
 from sdvae.weights.files import DTYPES, Entry, TensorFile, as_bytes, dtype_name, opened
 from sdvae.weights.find import WEIGHTS_NAMES
 from sdvae.weights.keymap import Layout, fit_shape, ldm_names, some
-from sdvae.weights.load import FAMILY_KEY, PADDING_KEY, SHAPE_FIELDS, VAEFile, config_json, open_vae, padding_metadata
+from sdvae.weights.load import PADDING_KEY, VAEFile, config_json, open_vae, padding_metadata
+from sdvae.weights.shapes import SHAPE_FIELDS
 from sdvae.weights.taesd import SUFFIXES
 from sdvae.weights.write import OutputTensor, write_safetensors
 
@@ -209,15 +211,24 @@ def _check_swap(old: VAEFile, new: VAEFile) -> None:
             f"the VAE of {new.file.path} has another structure than that of {old.file.path}: "
             f"{', '.join(told) or some(differing, 3)}; a checkpoint takes only a VAE of its own kind"
         )
-    if old.family and new.family and old.family != new.family:
+    ours, theirs = old.verdict, new.verdict
+    if ours.claimed and theirs.claimed and ours.claimed != theirs.claimed:
         raise WeightsError(
-            f"{old.file.path} has {old.family} latents and {new.file.path} has {new.family} latents: images would be "
-            f"wrong; use a VAE of {old.family}"
+            f"{old.file.path} has {ours.claimed} latents and {new.file.path} has {theirs.claimed} latents: images "
+            f"would be wrong; use a VAE of {ours.claimed} ({ours}; {theirs})"
         )
-    if old.family and not new.family:
+    found = relate(ours, theirs)
+    if found.is_same and found.certainty != "unknown":
+        return
+    if theirs.claimed is None and ours.claimed:
         logger.warning(
-            "%s does not tell whether it has the %s latents of %s; if it has, give --family %s",
-            new.file.path, old.family, old.file.path, old.family,
+            "%s does not tell whether it has the %s latents of %s; if it has, give --family %s (%s)",
+            new.file.path, ours.claimed, old.file.path, ours.claimed, found.reason,
+        )  # fmt: skip
+    else:
+        logger.warning(
+            "%s is not proved to have the latents of %s: %s; images may be wrong",
+            new.file.path, old.file.path, found.reason,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a VAE is by its values: a fingerprint, and the name of its latent space."""
+"""What a VAE is by its values: a fingerprint and a sketch of signs. Which latent spaces have names."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,13 +11,7 @@ from sdvae.config import FAMILIES, Padding, VAEConfig
 
 LATENT_SPACES = ("sd1", "sdxl", "sd3", "flux1", "x4-upscaler", "flux2", "playground", "cogview4")
 # A factor of 1 is also that of a VAE whose latents nobody scales: here the network must be the same, too.
-_KNOWN_BY_SHAPE = {"cogview4": ("block_out_channels", "layers_per_block")}
-# The beginnings of "modelspec.architecture" (Stability-AI/ModelSpec) -> space.
-ARCHITECTURES = {
-    "stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd1", "stable-diffusion-xl": "sdxl",
-    "stable-diffusion-3": "sd3", "stable-diffusion-v3": "sd3", "flux-1": "flux1",
-    "flux-2": "flux2",
-}  # fmt: skip
+KNOWN_BY_SHAPE = {"cogview4": ("block_out_channels", "layers_per_block")}
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -55,20 +49,11 @@ def sign_sketch(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def latent_space(config: VAEConfig, fingerprint: str) -> str:
-    """The name of the latent space: latents of one VAE decode with any other of the same space.
-
-    A family is recognised by the scale and shape of its latents; any other VAE has a space of its own,
-    named by the fingerprint of its weights, whatever the padding.
-    """
-    return known_space(config) or f"vae-{fingerprint[:16]}"
-
-
 def known_space(config: VAEConfig) -> str | None:
     """The family whose latents have this scale and shape; None where there is none."""
     for name in LATENT_SPACES:
         family = FAMILIES[name]
-        fields = ("downscale", "latent_channels", *_KNOWN_BY_SHAPE.get(name, ()))
+        fields = ("downscale", "latent_channels", *KNOWN_BY_SHAPE.get(name, ()))
         is_same = all(getattr(config, key) == getattr(family, key) for key in fields)
         if is_same and config.latent_scaling.is_close(family.latent_scaling):
             return name

@@ -4,8 +4,9 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,23 @@ from sdvae.model import AutoencoderKL
 from sdvae.tiny import TINY_FAMILIES, AutoencoderTiny, TinyConfig
 from sdvae.weights import taesd
 from sdvae.weights.beside import CONFIG_NAME, read_beside
+from sdvae.weights.evidence import (
+    ENCODER,
+    FAMILY_KEY,
+    Evidence,
+    Verdict,
+    claimed_space,
+    judge,
+    known_bytes,
+    told_by_config,
+    told_by_file,
+    told_by_flag,
+)
 from sdvae.weights.files import Entry, TensorFile, open_weights
 from sdvae.weights.find import WEIGHTS_NAMES, find_file
-from sdvae.weights.identify import identify
-from sdvae.weights.identity import ARCHITECTURES, known_space
+from sdvae.weights.identity import known_space
 from sdvae.weights.keymap import STATISTICS, Layout, VAEKeys, find_vae, fit_layout, fit_shape, some
+from sdvae.weights.shapes import COUNTER, check_shapes, family_of, fields_of, shape_fields
 from sdvae.weights.write import OutputTensor, write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -32,40 +45,27 @@ logger = logging.getLogger(__name__)
 AnyModel = AutoencoderKL | AutoencoderTiny
 
 EMBEDDED = "small"
-# In the metadata of files that sdvae wrote; the padding where it is not zeros.
-FAMILY_KEY, PADDING_KEY = "sdvae.family", "sdvae.padding"
+PADDING_KEY = "sdvae.padding"  # in the metadata of files that sdvae wrote, where it is not zeros
 
-SHAPE_FIELDS = (
-    "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block", "attention_levels",
-    "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv", "decoder_block_out_channels",
-    "decoder_layers_per_block", "latents_patch",
-)  # fmt: skip
 SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-_COUNTER = "bn.num_batches_tracked"  # of FLUX.2's training: files may lack it
-# What lies beside the VAE in a checkpoint tells which diffusion model it was trained for; the first that is there.
-_NEIGHBOURS = {
-    "cond_stage_model.": "sd1",
-    "conditioner.embedders.": "sdxl",
-    "model.diffusion_model.joint_blocks.": "sd3",
-    "model.diffusion_model.double_blocks.": "flux1",
-    "model.diffusion_model.label_emb.": "sdxl",  # SDXL without its text encoders
-}
 # The family to assume where shapes fit several and there is no other evidence: the one with the most single files.
 _COMMON = ("sd1", "flux1")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A config, tensors (fp32) that fit it exactly, and the name a user would call them by."""
+    """A config, tensors (fp32) that fit it exactly, the name a user would call them by, and what their file tells."""
 
     config: VAEConfig
     tensors: dict[str, Tensor]
     name: str
+    path: Path
+    told: tuple[Evidence, ...]
 
 
 @dataclass(frozen=True)
 class VAEFile:
-    """A weights file and the VAE in it, of which nothing is read yet; `family` where it is certain."""
+    """A weights file and the VAE in it, of which nothing is read yet; `family` where something tells it."""
 
     file: TensorFile
     keys: VAEKeys
@@ -73,6 +73,14 @@ class VAEFile:
     config: VAEConfig
     family: str | None
     unsure: tuple[str, ...] = ()  # fields of the config that nothing tells, so that they are the most common ones
+    told: tuple[Evidence, ...] = ()  # of its latent space
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Which latent space it has. Reads the file and runs the encoder once."""
+        names = {key: name for key, name in self.keys.names.items() if name.startswith(ENCODER)}
+        told = (*known_bytes(self.file.path), *self.told)
+        return judge(self.config, self._tensors(names), told, can_run="norm_num_groups" not in self.unsure)
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -82,8 +90,10 @@ class VAEFile:
 
     def read(self) -> dict[str, Tensor]:
         """The VAE's tensors as stored, under diffusers' names and in their shapes."""
-        entries = self.file.entries
-        return {name: fit_layout(name, entries[key].read(), "diffusers") for key, name in self.keys.names.items()}
+        return self._tensors(self.keys.names)
+
+    def _tensors(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        return {name: fit_layout(name, self.file.entries[key].read(), "diffusers") for key, name in names.items()}
 
 
 def load_weights(spec: str | Path | None = None, family: str | None = None, padding: Padding | None = None) -> Weights:
@@ -96,9 +106,9 @@ def load_weights(spec: str | Path | None = None, family: str | None = None, padd
     """
     if spec is None:
         with as_file(files("sdvae") / "assets" / f"{EMBEDDED}.safetensors") as path:
-            weights = Weights(*_read(open_vae(path, family or EMBEDDED)), f"sdvae-{EMBEDDED}")
+            weights = _read(open_vae(path, family or EMBEDDED), f"sdvae-{EMBEDDED}")
     else:
-        weights = Weights(*_read(open_vae(find_file(spec), family)), str(spec))
+        weights = _read(open_vae(find_file(spec), family), str(spec))
     return weights if padding is None else replace(weights, config=replace(weights.config, padding=padding))
 
 
@@ -106,8 +116,9 @@ def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) 
     """The VAE in a weights file, its tensors not read yet but known to fit its config.
 
     The config is that of `family`, else of the config.json or LDM's .yaml beside the file, else derived from the
-    shapes, with a warning where they fit families that differ only in scale. A TAESD's scale is what `identify` finds.
-    A VAE that is only copied (`is_copied`) needs neither: there is no warning, and its number of groups may be wrong.
+    shapes. Where these fit families that differ only in scale, the scale is that of the latent space that the file
+    tells or the probe proves, else a common one, with a warning. A VAE that is only copied (`is_copied`) needs no
+    scale: the probe does not run, there is no warning, and its number of groups may be wrong.
     """
     file = open_weights(path)
     if taesd.is_taesd(file.entries):
@@ -121,26 +132,36 @@ def open_vae(path: Path, family: str | None = None, *, is_copied: bool = False) 
         raise WeightsError(f"{path} is a video VAE, its convolutions have three dimensions; give a VAE of images")
     if empty := [key for key, name in keys.names.items() if 0 in shapes[name]]:
         raise WeightsError(f"{path} holds empty tensors: {some(empty)}; find the whole file")
-    beside = read_beside(path, keys, _shape_fields(path, shapes)) if family is None else None
+    beside = read_beside(path, keys, shape_fields(path, shapes)) if family is None else None
     unsure: tuple[str, ...] = ()
+    told = told_by_file(file)
     is_told = beside is not None and beside.tells_scale
     if family is not None:
         config, source = VAEConfig.from_family(family), f"family {family}"
+        told.append(told_by_flag(family))
     elif is_told:
         assert beside is not None
         config, source = beside.config, beside.name
     else:
+
+        def judge_as(config: VAEConfig) -> Verdict:
+            return VAEFile(file, keys, shapes, config, None, told=tuple(told)).verdict
+
         structure = beside.config if beside else None
-        config, family, unsure = _derive_config(path, shapes, _family_told(file), structure, is_copied)
+        config, family, unsure = _derive_config(path, shapes, told, judge_as, structure, is_copied)
         source = beside.name if beside else "shapes"
     if not is_told:
-        told: Any = file.metadata.get(PADDING_KEY, config.padding)  # refused where it is none that is known
-        config = replace(config, padding=told)
-    _check(path, config, source, shapes)
+        padding: Any = file.metadata.get(PADDING_KEY, config.padding)  # refused where it is none that is known
+        config = replace(config, padding=padding)
+    check_shapes(path, config, source, shapes)
     config = _with_statistics(config, file, keys)
+    if is_told or config.latents_patch > 1:
+        told.append(told_by_config(config, f"{source} beside it"))
     if is_told:
-        family = _family_of(config)
-    return VAEFile(file, keys, shapes, config, family, unsure)
+        family = family_of(config)
+    elif known_space(config) is None and config.latents_patch > 1:  # its statistics are its own
+        family = None
+    return VAEFile(file, keys, shapes, config, family, unsure, tuple(told))
 
 
 def build_model(weights: Weights) -> AnyModel:
@@ -186,13 +207,13 @@ def config_json(config: VAEConfig) -> bytes:
     return (json.dumps({**config.unused, **config.to_diffusers()}, indent=2) + "\n").encode()
 
 
-def _read(vae: VAEFile) -> tuple[VAEConfig, dict[str, Tensor]]:
-    names = vae.keys.names.items()  # one by one: what is stored in fp16 is never in memory twice
+def _read(vae: VAEFile, name: str) -> Weights:
+    keys = vae.keys.names.items()  # one by one: what is stored in fp16 is never in memory twice
     entries = vae.file.entries
-    tensors = {name: fit_layout(name, entries[key].read(), "diffusers").float() for key, name in names}
+    tensors = {name: fit_layout(name, entries[key].read(), "diffusers").float() for key, name in keys}
     if vae.config.latents_patch > 1 and not isinstance(vae.config, TinyConfig):
-        tensors[_COUNTER] = tensors.get(_COUNTER, torch.zeros((), dtype=torch.float32, device="cpu")).long()
-    return vae.config, tensors
+        tensors[COUNTER] = tensors.get(COUNTER, torch.zeros((), dtype=torch.float32, device="cpu")).long()
+    return Weights(vae.config, tensors, name, vae.file.path, vae.told)
 
 
 def _with_statistics(config: VAEConfig, file: TensorFile, keys: VAEKeys) -> VAEConfig:
@@ -205,14 +226,19 @@ def _with_statistics(config: VAEConfig, file: TensorFile, keys: VAEKeys) -> VAEC
 
 
 def _derive_config(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], told: str | None, structure: VAEConfig | None, is_copied: bool
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    told: Sequence[Evidence],
+    judge_as: Callable[[VAEConfig], Verdict],
+    structure: VAEConfig | None,
+    is_copied: bool,
 ) -> tuple[VAEConfig, str | None, tuple[str, ...]]:
-    """The config that these shapes have, its family where shapes and `told` leave no doubt, and what is in doubt.
+    """The config that these shapes have, its family where something tells it, and what is in doubt.
 
     `structure` is LDM's config of a VAE alone: all but the scale of its latents.
     """
-    found = _shape_fields(path, shapes)
-    same = [name for name, family in FAMILIES.items() if _fields(family) == found]
+    found = shape_fields(path, shapes)
+    same = [name for name, family in FAMILIES.items() if fields_of(family) == found]
     latents = found["latent_channels"], 2 ** (len(found["block_out_channels"]) - 1), found["latents_patch"]
     akin = same or [name for name, family in FAMILIES.items() if _latents(family) == latents]
     num_groups = math.gcd(32, *found["block_out_channels"], *(found["decoder_block_out_channels"] or ()))
@@ -231,23 +257,47 @@ def _derive_config(
             f"{path} has no {CONFIG_NAME} beside it, and its widths {found['block_out_channels']} do not tell the "
             "number of its groups; put the file there, or name the family of these weights, for example sd1 or sdxl"
         )
-    certain = told if told in akin else akin[0] if len(akin) == 1 else None
-    family = certain or next(name for name in (*_COMMON, *akin) if name in akin)
+
+    def config_of(family: str) -> VAEConfig:
+        return FAMILIES[family] if same else replace(FAMILIES[family], norm_num_groups=num_groups, **found)
+
+    certain = _of_space(claimed_space(told), akin) or (akin[0] if len(akin) == 1 else None)
+    family = certain or _most_common(akin)
     if certain is None and not is_copied:
-        _warn_of_others(path, akin, family)
+        certain, family = _settle(path, judge_as(config_of(akin[0])), akin)
     unsure = SCALE_FIELDS if certain is None else ()
-    if same:
-        return FAMILIES[family], certain, unsure
-    config = replace(FAMILIES[family], norm_num_groups=num_groups, **found)
-    return config, certain, unsure if num_groups == 32 else (*unsure, "norm_num_groups")
+    unsure = unsure if same or num_groups == 32 else (*unsure, "norm_num_groups")
+    return config_of(family), certain, unsure
 
 
-def _warn_of_others(path: Path, akin: list[str], family: str) -> None:
+def _settle(path: Path, verdict: Verdict, akin: Sequence[str], *, is_quiet: bool = False) -> tuple[str | None, str]:
+    """The family of `akin` that a verdict names, and again or else the one to assume, with a warning."""
+    if certain := _of_space(verdict.claimed, akin):
+        return certain, certain
+    near = max(verdict.correlations, key=verdict.correlations.__getitem__, default=None)
+    is_near = near is not None and any(near in item.spaces for item in verdict.evidence if item.kind == "probe")
+    family = (_of_space(near, akin) if is_near else None) or _most_common(akin)
+    if not is_quiet:
+        _warn_of_others(path, verdict, akin, family)
+    return None, family
+
+
+def _warn_of_others(path: Path, verdict: Verdict, akin: Sequence[str], family: str) -> None:
     logger.warning(
-        "%s may be %s: these families have the same shapes and differ in the scale of their latents. sdvae assumes "
-        "%s; if that is wrong, give --family %s",
-        path, " or ".join(akin), family, next(name for name in akin if name != family),
+        "%s may be %s: these families have the same shapes and differ in the scale of their latents. Nothing proves "
+        "one: %s. sdvae assumes %s; if that is wrong, give --family %s",
+        path, " or ".join(akin), verdict.saw, family, next(name for name in akin if name != family),
     )  # fmt: skip
+
+
+def _of_space(space: str | None, akin: Sequence[str]) -> str | None:
+    """The family of a space among `akin`."""
+    by_name = (name for name in akin if name == space)
+    return next(by_name, None) or next((name for name in akin if space and known_space(FAMILIES[name]) == space), None)
+
+
+def _most_common(akin: Sequence[str]) -> str:
+    return next(name for name in (*_COMMON, *akin) if name in akin)
 
 
 def _open_tiny(file: TensorFile, family: str | None, is_copied: bool) -> VAEFile:
@@ -265,22 +315,22 @@ def _open_tiny(file: TensorFile, family: str | None, is_copied: bool) -> VAEFile
     akin = [name for name in TINY_FAMILIES if _fits(name, config)]
     if not akin:
         raise WeightsError(f"{path} is a TAESD of {config.latent_channels} latent channels, of no family sdvae knows")
-    certain = family
     if family is not None and family not in akin:
         raise WeightsError(
             f"{path} is a TAESD of {config.latent_channels} latent channels, not those of {family}; "
             f"it may be of {' or '.join(akin)}"
         )
-    if family is None:
-        family, certain = _tiny_family(file, entries["encoder.layers.0.weight"].path, akin)
-        if certain is None and not is_copied:
-            _warn_of_others(path, akin, family)
-    config = TinyConfig.from_family(family)
-    config = replace(config, unused={key: told[key] for key in told if key not in config.to_diffusers()})
+    evidence = told_by_file(file) if family is None else [*told_by_file(file), told_by_flag(family)]
     shapes = {name: entry.shape for name, entry in entries.items()}
     keys = VAEKeys("", layout, {name: name for name in entries})
-    unsure = SCALE_FIELDS if certain is None else ()
-    return VAEFile(replace(file, entries=entries), keys, shapes, config, certain, unsure)
+    found = VAEFile(replace(file, entries=entries), keys, shapes, config, family, told=tuple(evidence))
+    certain = family or (akin[0] if len(akin) == 1 else None)
+    family = certain
+    if family is None:
+        certain, family = _settle(path, found.verdict, akin, is_quiet=is_copied)
+    config = TinyConfig.from_family(family)
+    config = replace(config, unused={key: told[key] for key in told if key not in config.to_diffusers()})
+    return replace(found, config=config, family=certain, unsure=SCALE_FIELDS if certain is None else ())
 
 
 def _both_halves(file: TensorFile) -> dict[str, Entry]:
@@ -296,16 +346,6 @@ def _both_halves(file: TensorFile) -> dict[str, Entry]:
     return entries | taesd.by_name(open_weights(other).entries)
 
 
-def _tiny_family(file: TensorFile, encoder: Path, akin: list[str]) -> tuple[str, str | None]:
-    """The family of `akin` whose latents a TAESD has, and again where it is certain; its config does not tell."""
-    if len(akin) == 1:
-        return akin[0], akin[0]
-    found, told = identify(encoder), _family_told(file)
-    likely = found.latent_space if found.latent_space in akin else next(name for name in _COMMON if name in akin)
-    certain = likely if found.certainty == "certain" else told if told in akin else None
-    return certain or likely, certain
-
-
 def _latents(config: VAEConfig) -> tuple[int, int, int]:
     return config.latent_channels, config.downscale, config.latents_patch
 
@@ -313,91 +353,3 @@ def _latents(config: VAEConfig) -> tuple[int, int, int]:
 def _fits(family: str, config: TinyConfig) -> bool:
     known = TinyConfig.from_family(family)
     return (known.latent_channels, known.has_mid_pool) == (config.latent_channels, config.has_mid_pool)
-
-
-def _shape_fields(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The fields of a config that shapes tell."""
-
-    def count(pattern: str) -> int:
-        return next(index for index in range(len(shapes) + 1) if pattern.format(index) not in shapes)
-
-    def widths_of(pattern: str) -> tuple[int, ...]:
-        return tuple(shapes[pattern.format(level)][0] for level in range(count(pattern)))
-
-    layers = count("encoder.down_blocks.0.resnets.{}.conv1.weight")
-    decoder_layers = count("decoder.up_blocks.0.resnets.{}.conv1.weight") - 1
-    try:
-        widths = widths_of("encoder.down_blocks.{}.resnets.0.conv1.weight")
-        decoder_widths = widths_of("decoder.up_blocks.{}.resnets.0.conv1.weight")[::-1]
-        latent_channels = shapes["decoder.conv_in.weight"][1]
-        num_statistics = shapes.get("bn.running_mean", (latent_channels,))[0]
-        return {
-            "in_channels": shapes["encoder.conv_in.weight"][1],
-            "out_channels": shapes["decoder.conv_out.weight"][0],
-            "latent_channels": latent_channels,
-            "block_out_channels": widths,
-            "layers_per_block": layers,
-            "attention_levels": tuple(
-                level
-                for level in range(len(widths))
-                if f"encoder.down_blocks.{level}.attentions.0.to_q.weight" in shapes
-            ),
-            "mid_block_add_attention": "decoder.mid_block.attentions.0.to_q.weight" in shapes,
-            "use_quant_conv": "quant_conv.weight" in shapes,
-            "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-            "decoder_block_out_channels": decoder_widths if decoder_widths != widths else None,
-            "decoder_layers_per_block": decoder_layers if decoder_layers != layers else None,
-            "latents_patch": math.isqrt(num_statistics // latent_channels) or 1,
-        }
-    except (KeyError, IndexError) as error:
-        raise WeightsError(
-            f"{path} holds half a VAE: {error} is missing or has no shape; find the whole file"
-        ) from None
-
-
-def _fields(config: VAEConfig) -> dict[str, Any]:
-    return {field: getattr(config, field) for field in SHAPE_FIELDS}
-
-
-def _family_of(config: VAEConfig) -> str | None:
-    same = (
-        name
-        for name, family in FAMILIES.items()
-        if _fields(family) == _fields(config) and family.latent_scaling.is_close(config.latent_scaling)
-    )
-    return next(same, None)
-
-
-def _family_told(file: TensorFile) -> str | None:
-    """The family that a checkpoint's other tensors, or its metadata, point to."""
-    if FAMILY_KEY in file.metadata:
-        return file.metadata[FAMILY_KEY]
-    for neighbour, family in _NEIGHBOURS.items():
-        if any(key.startswith(neighbour) for key in file.entries):
-            return family
-    architecture = file.metadata.get("modelspec.architecture", "").lower()
-    return next((family for start, family in ARCHITECTURES.items() if architecture.startswith(start)), None)
-
-
-def _check(path: Path, config: VAEConfig, source: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    found = _shape_fields(path, shapes)
-    differences = [
-        f"{name} {found[name]} instead of {value}" for name, value in _fields(config).items() if found[name] != value
-    ]
-    if differences:
-        raise WeightsError(f"the weights of {path} do not fit their {source}: {', '.join(differences)}")
-    with torch.device("meta"):
-        expected = {key: tuple(tensor.shape) for key, tensor in AutoencoderKL(config).state_dict().items()}
-    wrong_shapes = [
-        f"{key} {shapes[key]} instead of {expected[key]}"
-        for key in sorted(expected.keys() & shapes.keys())
-        if shapes[key] != expected[key]
-    ]
-    problems = {
-        "missing": sorted(expected.keys() - shapes.keys() - {_COUNTER}),
-        "unexpected": sorted(shapes.keys() - expected.keys()),
-        "of another shape": wrong_shapes,
-    }
-    told = [f"{len(keys)} {problem}: {some(keys)}" for problem, keys in problems.items() if keys]
-    if told:
-        raise WeightsError(f"the weights of {path} do not fit their {source}; keys {'; '.join(told)}")

@@ -279,9 +279,9 @@ def test_identify_names_flux2_by_its_shapes_and_its_statistics(tmp_path: Path, m
     tensors = ldm_state_dict(FAMILIES["flux2"])
     save_file(tensors, tmp_path / "ae.safetensors")
     found = identify(tmp_path / "ae.safetensors")
-    assert (found.latent_space, found.certainty, found.contradictions) == ("flux2", "likely", ())
-    assert [item.kind for item in found.evidence] == ["shapes", "config"]
+    assert (found.latent_space, found.certainty, found.contradictions) == ("flux2", "declared", ())
+    assert [item.kind for item in found.evidence] == ["config", "shapes"]
     tensors["bn.running_mean"] += 1.0
     save_file(tensors, tmp_path / "ae.safetensors")
     found = identify(tmp_path / "ae.safetensors")
-    assert found.latent_space == "unknown" and "statistics of its own" in found.evidence[-1].reason
+    assert found.latent_space == "unknown" and "statistics of its own" in found.evidence[0].reason
