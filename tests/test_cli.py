@@ -135,7 +135,7 @@ def test_options_are_the_documented_ones() -> None:
         "stats": console,
         "export": f"{console} --to -o --output --seed",
         "roundtrip": f"{runs} -o --output --size --no-metadata --budget",
-        "sample": f"{runs} -n --num -o --output --from --components --size --seed --no-metadata --budget",
+        "sample": f"{runs} -n --num -o --output --from --components --size --seed --space --no-metadata --budget",
         "interpolate": f"{runs} -o --output --steps --mode --size --no-metadata --budget",
         "arithmetic": f"{runs} -o --output --strength --size --no-metadata --budget",
         "anomaly": f"{runs} -o --output --clean --by --quantile --samples --seed --scores --size --crop --no-metadata "

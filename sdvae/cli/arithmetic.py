@@ -10,7 +10,7 @@ import click
 
 from sdvae.cli.grouped import Grouped
 from sdvae.cli.pictures import METADATA, check_output, grid, read_square, write_picture
-from sdvae.cli.shared import BUDGET, OUTPUT, PATH, Console, tell_left_out, with_console, with_vae
+from sdvae.cli.shared import BUDGET, OUTPUT, PATH, SIDE, Console, tell_left_out, with_console, with_vae
 from sdvae.errors import SourceError
 from sdvae.sources.kinds import PACKED
 from sdvae.sources.tables import SUFFIXES
@@ -44,9 +44,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="How often A - B is added; below 0 it is taken away.",
 )
-@click.option(
-    "--size", type=click.IntRange(min=1), metavar="PX", default=512, show_default=True, help="Pixels along each side."
-)
+@SIDE
 @METADATA
 @BUDGET
 @with_vae

@@ -8,7 +8,7 @@ import click
 
 from sdvae.amounts import count
 from sdvae.cli.grouped import Grouped
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, tell_left_out, with_console, with_crop, with_vae
+from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, SEED, Console, tell_left_out, with_console, with_crop, with_vae
 
 if TYPE_CHECKING:
     from sdvae.store.geometry import Preprocess
@@ -42,14 +42,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Noise added to a sample of the posterior, in units of scaled latents, whose std is about 1.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    metavar="N",
-    default=0,
-    show_default=True,
-    help="The same seed gives the same images.",
-)
+@SEED
 @with_crop
 @BATCH_SIZE
 @BUDGET

@@ -11,7 +11,17 @@ import click
 
 from sdvae.amounts import count, size_text
 from sdvae.cli.grouped import Grouped
-from sdvae.cli.shared import BATCH_SIZE, BUDGET, PATH, Console, describe_vae, take_own_gpu, with_console, with_vae
+from sdvae.cli.shared import (
+    BATCH_SIZE,
+    BUDGET,
+    PATH,
+    SHORTER_SIDE,
+    Console,
+    describe_vae,
+    take_own_gpu,
+    with_console,
+    with_vae,
+)
 from sdvae.errors import StoreError
 
 if TYPE_CHECKING:
@@ -52,12 +62,7 @@ def _parse_buckets(
 
 
 _PREPROCESS = (
-    click.option(
-        "--size",
-        type=click.IntRange(min=1),
-        metavar="PX",
-        help="Pixels of the shorter side.  [default: 512; with --crop none the photo's own size]",
-    ),
+    SHORTER_SIDE,
     click.option(
         "--crop",
         type=click.Choice(["center", "random", "none"]),

@@ -8,7 +8,7 @@ import click
 
 from sdvae.cli.grouped import Grouped
 from sdvae.cli.pictures import METADATA, check_output, grid, read_square, write_gif, write_picture
-from sdvae.cli.shared import BUDGET, OUTPUT, PATH, Console, with_console, with_vae
+from sdvae.cli.shared import BUDGET, OUTPUT, PATH, SIDE, Console, with_console, with_vae
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE, Blend
@@ -39,9 +39,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="slerp keeps the norm of the latents; lerp is a straight line.",
 )
-@click.option(
-    "--size", type=click.IntRange(min=1), metavar="PX", default=512, show_default=True, help="Pixels along each side."
-)
+@SIDE
 @METADATA
 @BUDGET
 @with_vae

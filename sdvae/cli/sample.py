@@ -10,7 +10,7 @@ import click
 from sdvae.amounts import count
 from sdvae.cli.grouped import Grouped
 from sdvae.cli.pictures import METADATA, check_output, grid, write_picture
-from sdvae.cli.shared import BUDGET, OUTPUT, Console, tell_left_out, with_console, with_vae
+from sdvae.cli.shared import BUDGET, OUTPUT, SEED, SPACE, Console, tell_left_out, with_console, with_vae
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.command(
     cls=Grouped,
     short_help="Decode latents drawn at random.",
-    groups={"What is drawn": ("num", "source", "components", "size", "seed")},
+    groups={"What is drawn": ("num", "source", "components", "size", "seed", "space")},
     examples=(
         "sdvae sample -o sheet.png",
         "sdvae sample -n 4 --size 512 --seed 7 -o sheet.png",
@@ -57,14 +57,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="Pixels along each side; a store has its own.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    metavar="N",
-    default=0,
-    show_default=True,
-    help="The same seed gives the same images.",
-)
+@SEED
+@SPACE
 @METADATA
 @BUDGET
 @with_vae
@@ -76,6 +70,7 @@ def sample(
     output: Path,
     size: int,
     seed: int,
+    space: str | None,
     no_metadata: bool,
     budget: int | None,
     load_vae: "Callable[[], VAE]",
@@ -97,7 +92,7 @@ def sample(
     if source is None:
         images = [np.asarray(image) for image in vae.sample(num, size, size, seed, budget)]
     else:
-        images = _draw(vae, source, components, num, size, seed, budget, left_out, console)
+        images = _draw(vae, source, components, num, size, seed, space, budget, left_out, console)
     write_picture(output, grid(images, columns=math.ceil(math.sqrt(num))), vae, has_metadata=not no_metadata)
     height, width, _ = images[0].shape
     console.result(
@@ -114,6 +109,7 @@ def _draw(
     num: int,
     size: int,
     seed: int,
+    space: str | None,
     budget: int | None,
     left_out: dict[str, str],
     console: Console,
@@ -127,7 +123,7 @@ def _draw(
 
     store = _find_store(source)
     if store is not None:
-        posterior, crop = of_store(store, vae), slice(None)
+        posterior, crop = of_store(store, vae, space), slice(None)
     else:
         with console.progress() as show:
             posterior = of_photos(open_source(source), vae, size, budget=budget, left_out=left_out, progress=show)

@@ -244,13 +244,25 @@ SIZES = click.option(
     callback=_parse_sizes,
     help="Pixels along each side, or width and height; can be repeated.",
 )
+SIDE = click.option(
+    "--size", type=click.IntRange(min=1), metavar="PX", default=512, show_default=True, help="Pixels along each side."
+)
+SHORTER_SIDE = click.option(
+    "--size",
+    type=click.IntRange(min=1),
+    metavar="PX",
+    help="Pixels of the shorter side.  [default: 512; with --crop none the photo's own size]",
+)
+SEED = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="The same seed gives the same images.",
+)
 _CROP_OPTIONS = (
-    click.option(
-        "--size",
-        type=click.IntRange(min=1),
-        metavar="PX",
-        help="Pixels of the shorter side.  [default: 512; with --crop none the photo's own size]",
-    ),
+    SHORTER_SIDE,
     click.option(
         "--crop",
         type=click.Choice(["center", "none"]),

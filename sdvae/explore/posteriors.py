@@ -51,9 +51,12 @@ def of_photos(
     return DiagonalGaussian(torch.cat(means), torch.cat(logvars))
 
 
-def of_store(store: Store, vae: VAE) -> DiagonalGaussian:
-    """The posteriors of a store's records, of at most MOST_PHOTOS, evenly spread; StoreError for more than one size."""
-    require_space(store, vae)
+def of_store(store: Store, vae: VAE, space: str | None = None) -> DiagonalGaussian:
+    """The posteriors of a store's records, of at most MOST_PHOTOS, evenly spread; StoreError for more than one size.
+
+    `space` names the latent space of both where it is not proved that they share one (StoreError).
+    """
+    require_space(store, vae, space)
     shards = [shard for shard in store.shards() if shard.num_rows]
     if not shards:
         raise StoreError(f"{store.paths.root} holds no latents; run sdvae encode to its end")
