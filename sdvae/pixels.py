@@ -63,7 +63,7 @@ def from_levels(levels: "Tensor") -> "Tensor":  # (N, H, W, 3) uint8 -> (N, 3, H
 
 
 def fit_channels(pixels: "Tensor", channels: int) -> "Tensor":  # (N, 3, H, W) -> (N, channels, H, W)
-    """Pixels of RGB photos for a VAE of so many channels: grey for 1. ShapeError for what no photo has."""
+    """Pixels of photos for a VAE of so many channels: grey for 1. ShapeError for what no photo has."""
     if channels == pixels.shape[1]:
         return pixels
     if channels != 1:

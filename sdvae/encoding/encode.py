@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdvae import atomic
-from sdvae.encoding.manifest import EncodeSettings, require_possible, row_bytes
+from sdvae.encoding.manifest import EncodeSettings, fit_settings, row_bytes
 from sdvae.encoding.prepare import find_store, identify, list_entries, one_at_a_time, prepare, require_apart
 from sdvae.encoding.runners import Ranks, Runner, uploading
 from sdvae.encoding.scan import scan
@@ -69,8 +69,7 @@ def survey(
 
     Raises what `encode_dataset` raises before it encodes.
     """
-    settings = settings or EncodeSettings()
-    require_possible(settings, vae)
+    settings = fit_settings(settings or EncodeSettings(), vae)
     source = open_source(source)
     store = find_store(StorePaths(local_copy(out).resolve()), restart=False)
     identify(store, vae, settings, Ranks())
@@ -115,8 +114,7 @@ def encode_dataset(
     changed or vanished, or where it cannot be written; committed shards stay whole in any case.
     """
     begun = time.monotonic()
-    settings, ranks = settings or EncodeSettings(), ranks or Ranks()
-    require_possible(settings, vae)
+    settings, ranks = fit_settings(settings or EncodeSettings(), vae), ranks or Ranks()
     source = open_source(source)
     mirror = open_mirror(out)
     if mirror is not None and restart:

@@ -27,7 +27,7 @@ class Failure:
 def load(
     source: Source, preprocess: Preprocess, record: Record, out: NDArray[np.uint8], times: Times
 ) -> Failure | None:
-    """Put one photo into `out`, (H, W, 3); the reason where that fails, and then zeros."""
+    """Put one photo into `out`, (H, W, 3) or with alpha; the reason where that fails, and then zeros."""
     begun = time.perf_counter()
     data = _read(source, record)
     read = time.perf_counter()
@@ -63,7 +63,7 @@ def _decode(data: bytes, preprocess: Preprocess, record: Record) -> NDArray[np.u
 
 def read_crop(
     data: bytes, original_px: Size, geometry: Geometry, preprocess: Preprocess
-) -> NDArray[np.uint8]:  # (h, w, 3)
+) -> NDArray[np.uint8]:  # (h, w, 3), or with alpha
     """The pixels of a photo that enter the VAE; ImageError where its picture cannot be read, or has another size."""
     from sdvae.images.read import read_image
 
@@ -80,4 +80,6 @@ def read_crop(
     )
     if image.shape[:2] != original_px and not is_reduced:
         raise ImageError(f"its header says {original_px}, its picture is {image.shape[:2]}")
+    if image.shape[2] < preprocess.num_channels:
+        image = np.dstack([image, np.full_like(image[..., :1], 255)])
     return apply(image, geometry, preprocess.resample, preprocess.resizer)

@@ -5,7 +5,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,22 +57,26 @@ def recorded_settings(store: Store) -> EncodeSettings:
     )
 
 
-def require_possible(settings: EncodeSettings, vae: VAE) -> None:
-    """Raise ConfigError for settings that nothing can be encoded with, before anything is read."""
+def fit_settings(settings: EncodeSettings, vae: VAE) -> EncodeSettings:
+    """The settings for this VAE: one of four channels sees the alpha of photos.
+
+    Raises ConfigError for settings that nothing can be encoded with, before anything is read.
+    """
     for name in ("shard_rows", "batch_rows", "num_threads"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
     if settings.store_dtype not in STORE_DTYPES:
         raise ConfigError(f"store_dtype is {settings.store_dtype!r}; choose {' or '.join(STORE_DTYPES)}")
-    if vae.config.in_channels not in (1, 3):
+    if vae.config.in_channels not in (1, 3, 4):
         raise ConfigError(
-            f"{vae.name} takes images of {vae.config.in_channels} channels; photos are encoded as RGB, or as grey "
-            "for a VAE of 1 channel"
+            f"{vae.name} takes images of {vae.config.in_channels} channels; photos have 3, 1 as grey, or 4 with alpha"
         )
-    plan_geometry(
-        512, 512, settings.preprocess, vae.config.scaled_downscale
-    )  # says now what it would say after the scan
+    if vae.config.in_channels == 4:
+        settings = replace(settings, preprocess=replace(settings.preprocess, background=None, resizer="pillow"))
+    # It says now what it would say after the scan.
+    plan_geometry(512, 512, settings.preprocess, vae.config.scaled_downscale)
+    return settings
 
 
 def identify_run(

@@ -44,8 +44,8 @@ _AHEAD = 2  # records a process is given, so that it need not wait for the next
 class Decoders(Generic[Staged]):
     """Iterates over the batches of `plan`, in order: what `stage` made of the images, and the failures among them.
 
-    `stage` gets images (rows, H, W, 3) uint8, all zeros where a record failed, and must copy them. It runs on a thread,
-    one batch ahead of who iterates. With `times.num_workers` 0 that thread reads and decodes, too.
+    `stage` gets images (rows, H, W, channels) uint8, all zeros where a record failed, and must copy them. It runs on a
+    thread, one batch ahead of who iterates. With `times.num_workers` 0 that thread reads and decodes, too.
 
     A record whose process died of a crash has a second try in a process of its own; if that dies, too, the record has
     failed. StoreError where processes die of anything else.
@@ -122,7 +122,7 @@ class Decoders(Generic[Staged]):
                 self._memory.give_back(slot)
                 break
             (height, width), records = planned
-            images = self._memory.images(slot, (len(records), height, width, 3))
+            images = self._memory.images(slot, (len(records), height, width, self._preprocess.num_channels))
             batch = _Batch(slot, images, [None] * len(records), len(records))
             self._making.append(batch)
             self._todo += [_Job(batch, row, record) for row, record in enumerate(records)]
@@ -222,7 +222,7 @@ class Decoders(Generic[Staged]):
 @dataclass
 class _Batch:
     slot: int
-    images: NDArray[np.uint8]  # (rows, H, W, 3), in shared memory
+    images: NDArray[np.uint8]  # (rows, H, W, channels), in shared memory
     failures: list[Failure | None]
     num_left: int
 

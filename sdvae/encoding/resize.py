@@ -21,7 +21,7 @@ def choose_resizer(resample: Resample) -> Resizer:
 
 def apply(
     image: NDArray[np.uint8], geometry: Geometry, resample: Resample = "lanczos", resizer: Resizer = "pillow"
-) -> NDArray[np.uint8]:  # (H, W, 3) -> (h, w, 3), contiguous
+) -> NDArray[np.uint8]:  # (H, W, channels) -> (h, w, channels), contiguous
     """Cut the pixels of a plan out of a photo: those of the whole photo resized, then cropped."""
     from sdvae.pixels import pad
 

@@ -144,7 +144,8 @@ class _Encoder:
         if shard.bucket_px is None:
             return 0
         height, width = shard.bucket_px
-        return min(shard.num_records, rows_in_batch(shard.bucket_px, self.batch_rows)) * height * width * 3
+        num_rows = min(shard.num_records, rows_in_batch(shard.bucket_px, self.batch_rows))
+        return num_rows * height * width * self.preprocess.num_channels
 
     def _encode_shard(
         self,

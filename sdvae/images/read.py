@@ -41,12 +41,12 @@ _NEW_SUBFILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF tags
 def read_image(
     source: Path | bytes | BinaryIO,
     *,
-    background: tuple[int, int, int] = BACKGROUND,
+    background: tuple[int, int, int] | None = BACKGROUND,
     max_pixels: int = MAX_IMAGE_PIXELS,
     decoder: Literal["pillow", "simplejpeg"] = "pillow",
     at_least_px: tuple[int, int] | None = None,
 ) -> NDArray[np.uint8]:
-    """Read a file as an upright sRGB image, (H, W, 3) uint8.
+    """Read a file as an upright sRGB image, (H, W, 3) uint8; (H, W, 4) of one with alpha where `background` is None.
 
     `decoder` is that of JPEG. With `at_least_px`, a JPEG is decoded at the smallest of its own scales that has that
     (height, width): quicker, and a little softer. Raises ImageError with the reason. Where `source` is a Path the

@@ -28,7 +28,7 @@ class Preprocess:
 
     size_px: int | None = 512  # of the shorter side; None with buckets, and for photos in their own size
     crop: Crop = "center"
-    background: tuple[int, int, int] = (255, 255, 255)  # under transparent images
+    background: tuple[int, int, int] | None = (255, 255, 255)  # under transparent images; None: all have alpha
     max_pixels: int = 2**27  # of a photo as stored, and as resized
     buckets: str | tuple[Size, ...] | None = None  # "sd1", "sdxl", or sizes (height, width)
     max_upscale: float | None = None  # photos that need more are refused; None: no limit, but 1.0 with buckets
@@ -62,8 +62,19 @@ class Preprocess:
             raise ConfigError(f"a minimum of {self.min_size_px} pixels is no size")
         if self.seed and self.crop != "random":
             raise ConfigError(f"a seed places random crops; with crop {self.crop!r} it means nothing")
-        if len(self.background) != 3 or not all(0 <= level <= 255 for level in self.background):
+        if self.background is None and self.resizer != "pillow":
+            raise ConfigError(
+                f"photos with alpha are resized by pillow, not {self.resizer}: it weighs colours by alpha"
+            )
+        if self.background is not None and not (
+            len(self.background) == 3 and all(0 <= level <= 255 for level in self.background)
+        ):
             raise ConfigError(f"the background {self.background} is not three levels of 0..255")
+
+    @property
+    def num_channels(self) -> int:
+        """Of the images that are encoded: RGB, or with alpha."""
+        return 4 if self.background is None else 3
 
     def _require_bucket_settings(self, buckets: str | tuple[Size, ...]) -> None:
         if not isinstance(buckets, str):

@@ -11,18 +11,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdvae.config import FAMILIES, VAEConfig
 from sdvae.encoding.encode import encode_dataset
 from sdvae.encoding.manifest import EncodeSettings
+from sdvae.encoding.resize import apply
+from sdvae.encoding.tasks import Work
 from sdvae.errors import ConfigError, ShapeError, StoreError, WeightsError
 from sdvae.images.write import encode_image
 from sdvae.model import AutoencoderKL
 from sdvae.reading.dataset import LatentDataset
 from sdvae.reading.decode import decode_dataset
-from sdvae.store.geometry import Preprocess
+from sdvae.store.geometry import Preprocess, plan_geometry
+from sdvae.store.store import Store
 from sdvae.vae import VAE
 from sdvae.weights.edit import convert
 from sdvae.weights.identify import identify
@@ -256,7 +260,7 @@ def test_a_size_without_whole_patches_is_refused_before_anything_is_read(tmp_pat
         encode_dataset(source, tmp_path / "store", tiny_flux2(), EncodeSettings(Preprocess(size_px=18)))
 
 
-def test_photos_are_encoded_in_grey_for_one_channel_and_refused_for_four(tmp_path: Path) -> None:
+def test_photos_are_encoded_in_grey_for_one_channel(tmp_path: Path) -> None:
     source = photos(tmp_path / "photos", 8, 12)
     settings = EncodeSettings(Preprocess(size_px=None, crop="none"), store_dtype="fp32")
     config = replace(TINY_FLUX2, latents_patch=1, in_channels=1, out_channels=1)
@@ -265,13 +269,41 @@ def test_photos_are_encoded_in_grey_for_one_channel_and_refused_for_four(tmp_pat
     stored = LatentDataset(tmp_path / "store", sample=False)[0]["latents"]
     (alone,) = vae.encode_images([diffusers.utils.load_image(str(source / "0.png"))]).latents
     assert (stored - vae.scale(alone)[0]).abs().max() < 1e-5
-    config = replace(config, in_channels=4)
-    vae = VAE(random_model(config), torch.device("cpu"), torch.float32, "with alpha")
-    with pytest.raises(
-        ConfigError, match="with alpha takes images of 4 channels; photos are encoded as RGB, or as grey"
-    ):
+    config = replace(config, in_channels=5)
+    vae = VAE(random_model(config), torch.device("cpu"), torch.float32, "five")
+    with pytest.raises(ConfigError, match="five takes images of 5 channels; photos have 3, 1 as grey, or 4 with"):
         encode_dataset(source, tmp_path / "other", vae, settings)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_photos_keep_their_alpha_for_four_channels(tmp_path: Path, num_workers: int) -> None:
+    source = photos(tmp_path / "photos", 8, 12)
+    levels = np.random.default_rng(1).integers(0, 256, (8, 12, 4), np.uint8)
+    Image.fromarray(levels).save(source / "clear.png")
+    config = replace(TINY_FLUX2, latents_patch=1, in_channels=4, out_channels=4)
+    vae = VAE(random_model(config), torch.device("cpu"), torch.float32, "with alpha")
+    settings = EncodeSettings(Preprocess(size_px=None, crop="none"), store_dtype="fp32")
+    encode_dataset(source, tmp_path / "store", vae, settings, work=Work(num_workers=num_workers))
+    dataset = LatentDataset(tmp_path / "store", sample=False)
+    for record in dataset:
+        with Image.open(source / record["key"]) as image:
+            (alone,) = vae.encode_images([image]).latents
+        assert (record["latents"] - vae.scale(alone)[0]).abs().max() < 1e-5, record["key"]
+    assert Store.open(tmp_path / "store").manifest["preprocess"]["background"] is None
+    decode_dataset(tmp_path / "store", tmp_path / "out", vae)
+    with Image.open(tmp_path / "out" / "clear.png") as decoded:
+        assert decoded.mode == "RGBA"
+    assert encode_dataset(source, tmp_path / "store", vae, settings).num_written == len(dataset), "it goes on"
+
+
+def test_hidden_colours_do_not_bleed_into_a_smaller_photo() -> None:
+    image = np.zeros((16, 16, 4), np.uint8)
+    image[:, 8:] = 0, 255, 0, 0  # a green that nobody sees
+    image[:, :8] = 255, 0, 0, 255
+    settings = Preprocess(size_px=5, crop="none", background=None)
+    small = apply(image, plan_geometry(16, 16, settings, 1))
+    assert small.shape == (5, 5, 4) and small[small[..., 3] > 8, 1].max() <= 16
 
 
 def test_identify_names_flux2_by_its_shapes_and_its_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
