@@ -35,6 +35,7 @@ def test_taesd_has_its_figure_on_crops(data_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)  # a quarter of an hour on a quiet core
 def test_24_photos_and_5_vaes_have_their_figures_and_a_small_page(data_dir: Path, tmp_path: Path) -> None:
     vaes = [*(taesd(data_dir, name) for name in WHOLE_DB), EMBEDDED]
     results = judge(data_dir / "kodak", vaes, tmp_path / "report", "kodak")
