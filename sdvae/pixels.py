@@ -68,8 +68,8 @@ def fit_channels(pixels: "Tensor", channels: int) -> "Tensor":  # (N, 3, H, W) -
         return pixels
     if channels != 1:
         raise ShapeError(
-            f"this VAE takes images of {channels} channels, of which photos make none: they have 3 channels, 1 as grey, "
-            "or 4 with alpha"
+            f"this VAE takes images of {channels} channels, of which photos make none: they have 3 channels, 1 as "
+            "grey, or 4 with alpha"
         )
     red, green, blue = pixels[:, :3].unbind(1)
     return (_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue)[:, None]

@@ -23,7 +23,7 @@ class LinearVAE(VAE):
         self.config = VAEConfig(
             block_out_channels=(4,), norm_num_groups=1, latent_channels=3, scaling_factor=1.0, layers_per_block=1
         )
-        self.name, self.device, self.latent_space = "linear", torch.device("cpu"), "linear"
+        self.name, self.device = "linear", torch.device("cpu")
         self.slope, self.noise, self.width = slope, noise, width
         self.largest_batch = 0
 
@@ -42,8 +42,14 @@ class LinearVAE(VAE):
         return self.slope * latents
 
     @contextmanager
-    def deterministic(self, max_group: int = 0) -> Iterator[None]:
+    def deterministic(self, images_at_once: int = 0) -> Iterator[None]:
         yield
+
+    @property
+    def latent_space(self) -> str:
+        return "linear"
+
+    told_space = latent_space
 
 
 class IdentityVAE(LinearVAE):
