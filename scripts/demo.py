@@ -19,6 +19,7 @@ from sdvae.cli.pictures import check_output, grid, write_picture
 from sdvae.images.read import read_image
 from sdvae.images.write import encode_image
 from sdvae.metrics import psnr
+from sdvae.vae import VAE
 
 FOLDER = Path("demo")
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket")  # free photos that come with scikit-image
@@ -66,7 +67,8 @@ def main() -> None:
     print(f"per photo: {seconds[0]:.2f} s to encode, {seconds[1]:.2f} s to decode, with {encoding['vae']}")
 
     captions = list(PHOTOS) + [f"{value:.1f} dB" for value in values]
-    write_picture(picture, grid([detail(image) for image in befores + afters], len(PHOTOS), captions))
+    sheet = grid([detail(image) for image in befores + afters], len(PHOTOS), captions)
+    write_picture(picture, sheet, VAE.load(), has_metadata=True)
     print(f"\nbefore (top) and after (bottom): {picture.resolve()}")
 
 
