@@ -95,7 +95,7 @@ def row(candidate: Candidate) -> dict[str, Any]:
 def markdown(result: dict[str, Any], times: dict[str, Any] | None) -> str:
     """The table of the documents, from the files of results; without `times`, that of quality alone."""
     heads = ["", "parameters", "PSNR, dB (95% interval)", "SSIM", "MS-SSIM", "bits/px"]
-    heads += ["encode, ms", "decode, ms", "peak memory"] if times else []
+    heads += [f"encode, ms ({_device(times['machine'])})", "decode, ms", "peak memory"] if times else []
     lines = [heads, ["---"] * len(heads)]
     for label, found in result["rows"].items():
         if "latents through" in label:
@@ -106,6 +106,10 @@ def markdown(result: dict[str, Any], times: dict[str, Any] | None) -> str:
         cells.append("" if rate is None else f"{rate:.2f}")
         lines.append(cells + (_times_cells(times["rows"].get(label, {})) if times else []))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _device(machine: dict[str, Any]) -> str:
+    return machine["gpu"] or f"{machine['cpu']}, {machine['cpu_capability']}, {machine['threads']} threads"
 
 
 def _times_cells(found: dict[str, Any]) -> list[str]:
