@@ -53,7 +53,7 @@ def make_results(folder: Path, num_images: int = 6, num_vaes: int = 2, size_px: 
         images=tuple(_image(folder, index, num_images, labels, size_px) for index in range(num_images)),
         num_images=24,
         left_out={"a truncated file": 1},
-        remarks=("LPIPS (vgg) is left out: it needs vgg16-397923af.pth.",),
+        remarks=("Left out: LPIPS (vgg); vgg16 needs vgg16-397923af.pth.",),
     )
     write_results(folder, results)
     return results

@@ -322,11 +322,13 @@ def test_missing_networks_are_remarks_or_refused(
 
     monkeypatch.setenv("SDVAE_NETWORKS", str(tmp_path))
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
-    recipe = replace(RECIPE, metrics=("psnr", "lpips_alex", "rfid"), max_images=2)
+    recipe = replace(RECIPE, metrics=("psnr", "lpips_alex", "rfid", "rkid"), max_images=2)
     results = judge(photos, tmp_path / "report", vaes[:1], recipe)
     assert results is not None
     assert [column.name for column in results.columns] == ["psnr"]
-    assert any("alexnet-owt-7be5be79.pth" in remark and "7be5be79" in remark for remark in results.remarks)
+    alexnet, inception = results.remarks
+    assert "alexnet-owt-7be5be79.pth" in alexnet and "7be5be79" in alexnet
+    assert inception.startswith("Left out: rFID and rKID; fid-inception needs ")
     with pytest.raises(MissingNetwork, match="https://"):
         judge(photos, tmp_path / "strict", vaes[:1], recipe, must_have_all=True)
 

@@ -49,7 +49,7 @@ def appoint(recipe: Recipe, device: torch.device, *, must_have_all: bool = False
     """The judge of a recipe; a metric whose network is missing is left out with a remark, or refused."""
     columns: list[MetricColumn] = []
     scores: dict[str, Score] = {}
-    remarks: list[str] = []
+    absent: dict[str, list[str]] = {}  # what is missing -> the metrics that need it
     networks: dict[str, tuple[torch.nn.Module, tuple[Loaded, ...]]] = {}
     for name in recipe.metrics:
         metric = _find(name)
@@ -59,7 +59,7 @@ def appoint(recipe: Recipe, device: torch.device, *, must_have_all: bool = False
         except MissingNetwork as error:
             if must_have_all:
                 raise
-            remarks.append(f"{metric.label} is left out: {error}")
+            absent.setdefault(str(error), []).append(metric.label)
             continue
         network, files = networks.get(metric.network, (None, ()))
         used = tuple(Network(file.file.partition(".")[0], file.file, file.sha256) for file in files)
@@ -71,7 +71,8 @@ def appoint(recipe: Recipe, device: torch.device, *, must_have_all: bool = False
         raise ReportError(f"no metric of images is left to judge by; there are {', '.join(METRICS)}")
     assert inception is None or isinstance(inception, Inception)
     placed = inception.to(device) if inception else None
-    return Judge(tuple(columns), scores, placed, tuple(remarks), device)
+    remarks = tuple(f"Left out: {' and '.join(labels)}; {what}" for what, labels in absent.items())
+    return Judge(tuple(columns), scores, placed, remarks, device)
 
 
 def _find(name: str) -> Metric:

@@ -68,8 +68,8 @@ def read(name: str) -> Loaded:
     path = next((path for path in _places(published) if path.is_file()), None)
     if path is None:
         raise MissingNetwork(
-            f"{name} needs {published.file} (sha256 {_digits(published)}), from {published.url}; put it into "
-            f"{_folders()[0]}"
+            f"{name} needs {published.file} (sha256 {_digits(published)}), from {published.url}; put it where torch's "
+            f"hub keeps its downloads (hub/checkpoints), or into the folder that {FOLDER_VARIABLE} names"
         )
     loaded = read_file(path)
     if not loaded.sha256.startswith(published.sha256):
