@@ -59,8 +59,6 @@ def test_a_budget_is_kept_under_a_hard_limit() -> None:
     assert expected <= budget and peak < limit
     theirs = replace(task, who="diffusers", budget_bytes=None)
     assert measure_fresh(theirs, GIVES_BACK) is None, "the limit does bite"
-    free = measure_fresh(replace(theirs, limit_bytes=None), GIVES_BACK)
-    assert free is not None and free.peak_bytes > 1.5 * limit
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])

@@ -46,7 +46,7 @@ def gpu_plan(program: Program, images: Tensor, num_strips: int | None = None, **
     return make_plan(program.network, height, width, element_bytes, num_strips=num_strips, is_gpu=True, **arguments)
 
 
-@pytest.mark.parametrize("name", ["all parts", "odd widths"])
+@pytest.mark.parametrize("name", ["all parts", pytest.param("odd widths", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 def test_the_network_is_the_reference_in_any_number_of_strips(name: str, direction: Direction) -> None:
     images = inputs(name, direction, HEIGHT, WIDTH)
@@ -82,7 +82,7 @@ def test_half_precision_is_no_worse_than_by_torch(dtype: torch.dtype, monkeypatc
     assert error(ours, exact) <= 1.2 * error(theirs, exact)
 
 
-@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("direction", [pytest.param("encode", marks=pytest.mark.slow), "decode"])
 def test_an_arena_on_the_host_changes_no_bit(direction: Direction, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def unpinned(num_elements: int, dtype: torch.dtype) -> Iterator[Tensor]:

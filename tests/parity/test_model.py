@@ -150,7 +150,7 @@ def test_only_families_of_one_network_share_a_comparison() -> None:
     assert len(FAMILIES) == 11, "a new family: compare it, or say here whose network it is"
 
 
-@pytest.mark.parametrize(("size", "batch"), [((72, 104), 2), ((75, 101), 1)], ids=["72x104", "75x101"])
+@pytest.mark.parametrize(("size", "batch"), [((40, 56), 2), ((45, 61), 1)], ids=["40x56", "45x61"])
 @pytest.mark.parametrize("full_size", ARCHITECTURES, indirect=True)
 def test_outputs_equal_diffusers(full_size: tuple[AutoencoderKL, Any], size: tuple[int, int], batch: int) -> None:
     model, twin = full_size
