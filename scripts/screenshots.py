@@ -16,8 +16,14 @@ from sdvae.report.comparison import write_report
 
 DOCS = Path(__file__).parents[1] / "docs"
 SIZE = {"width": 1360, "height": 850}
+MARGIN_PX = 16
 MAX_BYTES = 250_000
 MINUTES_MS = 600_000
+
+
+def show_below_top(page: Page, selector: str) -> None:
+    """Scroll so that nothing above this element is seen, not even half of a line."""
+    page.locator(selector).first.evaluate(f"it => scrollTo(0, scrollY + it.getBoundingClientRect().top - {MARGIN_PX})")
 
 
 def save(page: Page, path: Path) -> None:
@@ -31,7 +37,7 @@ def save(page: Page, path: Path) -> None:
 def shoot_report(browser: Browser, report: Path) -> None:
     page = browser.new_page(viewport=SIZE, color_scheme="light")
     page.goto(write_report(report).absolute().as_uri())
-    page.locator(".headed").evaluate("heading => heading.scrollIntoView()")
+    show_below_top(page, ".headed")
     save(page, DOCS / "report.jpg")
 
 
@@ -44,7 +50,7 @@ def shoot_app(browser: Browser, vaes: list[str], photo: Path) -> None:
         page.goto(json.loads(app.stdout.readline())["url"])
         page.locator("#files").set_input_files(photo)
         page.locator(".photo").wait_for(timeout=MINUTES_MS)
-        page.locator("#ask").evaluate("form => form.scrollIntoView()")
+        show_below_top(page, "#ask fieldset")
         save(page, DOCS / "app.jpg")
         app.terminate()
 
