@@ -31,7 +31,7 @@ from sdvae.train.config import (
     Rung,
     TrainConfig,
 )  # fmt: skip
-from sdvae.train.data import Batch
+from sdvae.train.data import Batch, memory_format
 from sdvae.train.loop import train
 from sdvae.train.optimise import update_average
 
@@ -116,7 +116,7 @@ def race(config: TrainConfig, arguments: argparse.Namespace, device: torch.devic
     average = AutoencoderKL.from_config(model.config.to_diffusers()).to(device)
     optimizer = torch.optim.AdamW(theirs.parameters(), 1e-5, betas=(0.9, 0.95), weight_decay=0.0)
     pixels = torch.rand(arguments.batch, 3, arguments.size, arguments.size, device=device) * 2 - 1
-    batch = Batch(pixels.to(memory_format=torch.channels_last), list(range(arguments.batch)))
+    batch = Batch(pixels.to(memory_format=memory_format(device)), list(range(arguments.batch)))
     with torch.no_grad():
         noise = terms.image_noise(batch.draws, "latents", model.encode(batch.pixels).mean)
 

@@ -11,6 +11,7 @@ from sdvae.model import AutoencoderKL
 from sdvae.perceptual.lpips import LPIPS
 from sdvae.tiny import AutoencoderTiny
 from sdvae.train.config import TrainConfig
+from sdvae.train.data import memory_format
 from sdvae.train.discriminator import PatchDiscriminator
 from sdvae.train.optimise import make_optimizer
 from sdvae.train.state import State
@@ -90,5 +91,5 @@ def _load(spec: str, family: str | None) -> AnyModel:
 
 
 def _placed(module: _Module, device: torch.device) -> _Module:
-    placed: _Module = module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    placed: _Module = module.to(device).to(memory_format=memory_format(device))  # type: ignore[call-overload]
     return placed

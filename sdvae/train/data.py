@@ -203,6 +203,15 @@ class Batch:
     draws: list[int]  # of each image, the seed of its noise
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How networks and pixels lie in memory while a VAE is trained.
+
+    On a CPU contiguous: there the backward pass of convolutions takes 1.8 times as long in channels_last (oneDNN, fp32,
+    AVX2), and the forward pass as long in both.
+    """
+    return torch.contiguous_format if device.type == "cpu" else torch.channels_last
+
+
 class Loader:
     """Iterates over the micro-batches of this rank from `first_step` on, decoded while the network computes.
 
@@ -258,7 +267,7 @@ class Loader:
             for row, crop in enumerate(part):
                 if crop.is_flipped:
                     pixels[row] = pixels[row].flip(-1)
-            yield Batch(pixels.to(memory_format=torch.channels_last), [crop.draw for crop in part])
+            yield Batch(pixels.to(memory_format=memory_format(pixels.device)), [crop.draw for crop in part])
 
     def _plan(self) -> Iterator[tuple[Size, list[Record]]]:
         stride = self._num_parts * self._world_size

@@ -18,7 +18,7 @@ from sdvae.pixels import to_images, to_pixels
 from sdvae.sources.entries import Source
 from sdvae.store.geometry import Preprocess
 from sdvae.store.records import Record
-from sdvae.train.data import held_out_geometry
+from sdvae.train.data import held_out_geometry, memory_format
 from sdvae.train.optimise import mean_over_ranks
 
 _LOG = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def reconstruct(model: AutoencoderKL, images: list[Image]) -> list[Image]:
     device = next(model.parameters()).device
     decoded = []
     for image in images:
-        pixels = to_pixels(image[None]).to(device, memory_format=torch.channels_last)
+        pixels = to_pixels(image[None]).to(device, memory_format=memory_format(device))
         decoded.append(to_images(model.decode(model.encode(pixels).mode()).nan_to_num())[0])
     return decoded
 
