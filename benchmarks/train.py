@@ -100,7 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=60, help="of the run on photos")
+    parser.add_argument("--steps", type=int, default=150, help="of the run on photos")
     parser.add_argument("--photos", type=Path, default=test_data() / "train")
     parser.add_argument("--write", action="store_true", help="write results/train-DEVICE.json")
     return parser.parse_args()

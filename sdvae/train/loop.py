@@ -149,9 +149,9 @@ class _Run:
         steps = range(first, config.steps)
         loader = Loader(self.source, self.sampler, config.data, steps, self.device, self.rank, self.world_size)
         waited = 0.0
-        if not first:
-            self._validate()
         with _stop_signals() as stopped, loader:
+            if not first:
+                self._validate()  # while the loader's processes start
             batches = iter(loader)
             for step in steps:
                 asked = time.monotonic()
