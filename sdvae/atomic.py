@@ -49,6 +49,13 @@ def write_bytes(path: Path, *chunks: Buffer) -> str:
     return _sha256(chunks)
 
 
+def write_unsynced(path: Path, *chunks: Buffer) -> None:
+    """As `write_bytes`, but a power cut may leave anything under `path`: for what carries its own digest."""
+    with explained(path, chunks), _temporary(path, chunks, is_synced=False) as temporary:
+        hook("replace", path)
+        temporary.replace(path)
+
+
 def write_stream(path: Path, chunks: Iterable[Buffer]) -> str:
     """As `write_bytes`, for chunks that are made one by one as they are written."""
     digest = hashlib.sha256()
@@ -96,12 +103,15 @@ def make_folder(path: Path) -> None:
             _sync_folder(folder.parent)
 
 
-def remove(path: Path) -> None:
-    """Remove one file, so that a power cut does not bring it back; a file that is gone already is no error."""
-    with explained(path, ()):
-        hook("unlink", path)
-        path.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+def remove(*paths: Path) -> None:
+    """Remove files, so that a power cut does not bring them back; a file that is gone already is no error."""
+    for path in paths:
+        with explained(path, ()):
+            hook("unlink", path)
+            path.unlink(missing_ok=True)
+    for folder in {path.parent for path in paths}:
+        with explained(folder, ()):
+            _sync_folder(folder)
 
 
 def sweep(folder: Path) -> int:
@@ -133,7 +143,7 @@ def is_temporary(name: str) -> bool:
 
 
 @contextmanager
-def _temporary(path: Path, chunks: Iterable[Buffer]) -> Iterator[Path]:
+def _temporary(path: Path, chunks: Iterable[Buffer], is_synced: bool = True) -> Iterator[Path]:
     """A synced file beside `path` that holds `chunks`; the folder is synced after the body gave it its name."""
     temporary = path.with_name(f".{_place()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     _being_written.add(temporary.name)
@@ -145,14 +155,16 @@ def _temporary(path: Path, chunks: Iterable[Buffer]) -> Iterator[Path]:
             for chunk in chunks:
                 hook("write", path)
                 write_all(file.fileno(), chunk)
-            hook("fsync", path)
-            _sync(file.fileno(), _NOT_SUPPORTED, "syncs of files")
+            if is_synced:
+                hook("fsync", path)
+                _sync(file.fileno(), _NOT_SUPPORTED, "syncs of files")
         yield temporary
     finally:
         with suppress(OSError):  # the first error is the one to tell; `sweep` removes what stays
             temporary.unlink(missing_ok=True)
         _being_written.discard(temporary.name)
-    _sync_folder(path.parent)
+    if is_synced:
+        _sync_folder(path.parent)
 
 
 def write_all(descriptor: int, chunk: Buffer) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdvae.amounts import memory_text
-from sdvae.encoding import tasks
+from sdvae.encoding import writing
 from sdvae.encoding.encode import EncodeReport, encode_dataset
 from sdvae.encoding.manifest import EncodeSettings, require_same_vae
 from sdvae.encoding.tasks import Work, encode_tasks
@@ -245,13 +245,13 @@ def test_the_network_does_not_wait_for_the_disk(
     import threading
 
     both_encoded = threading.Event()
-    commit = tasks.commit_shard
+    commit = writing.commit_shard
 
     def slow(*arguments: Any) -> None:
         assert both_encoded.wait(120)
         commit(*arguments)
 
-    monkeypatch.setattr(tasks, "commit_shard", slow)
+    monkeypatch.setattr(writing, "commit_shard", slow)
     vae = Narrow(small_vae, 8)
     encode = vae.encode
 

@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,11 +12,11 @@ import click
 
 from sdvae.amounts import count, size_text
 from sdvae.cli.grouped import Grouped
+from sdvae.cli.preprocess import with_preprocess
 from sdvae.cli.shared import (
     BATCH_SIZE,
     BUDGET,
     PATH,
-    SHORTER_SIDE,
     Console,
     describe_vae,
     take_own_gpu,
@@ -50,80 +51,6 @@ def _parse_workers(ctx: click.Context, param: click.Parameter, value: str) -> in
     return None if value == "auto" else int(value)
 
 
-def _parse_buckets(
-    ctx: click.Context, param: click.Parameter, value: str | None
-) -> str | tuple[tuple[int, int], ...] | None:
-    if value is None or value in ("sd1", "sdxl"):
-        return value
-    if not re.fullmatch(r"\d+x\d+(,\d+x\d+)*", value):
-        raise click.BadParameter(f"{value!r} is neither sd1 nor sdxl nor sizes like 512x768,768x512.")
-    sizes = (size.split("x") for size in value.split(","))
-    return tuple((int(height), int(width)) for width, height in sizes)
-
-
-_PREPROCESS = (
-    SHORTER_SIDE,
-    click.option(
-        "--crop",
-        type=click.Choice(["center", "random", "none"]),
-        default="center",
-        show_default=True,
-        help="center and random cut a square; none keeps the whole photo.",
-    ),
-    click.option(
-        "--seed", type=click.IntRange(min=0), metavar="N", default=0, show_default=True, help="Seed of random crops."
-    ),
-    click.option(
-        "--buckets",
-        metavar="sd1|sdxl|WxH,...",
-        callback=_parse_buckets,
-        help="Several sizes instead of one square; each photo gets the size with the nearest aspect ratio.",
-    ),
-    click.option("--flip", is_flag=True, help="Also encode each photo mirrored."),
-    click.option(
-        "--max-upscale",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="X",
-        help="Quarantine photos that would be enlarged by more than X.  [default: no limit; 1.0 with --buckets]",
-    ),
-    click.option(
-        "--min-size", type=click.IntRange(min=1), metavar="PX", help="Quarantine smaller photos (shorter side)."
-    ),
-    click.option(
-        "--resample",
-        type=click.Choice(["lanczos", "bicubic"]),
-        default="lanczos",
-        show_default=True,
-        help="Filter for resizing; both are antialiased.",
-    ),
-    click.option(
-        "--decoder",
-        type=click.Choice(["pillow", "simplejpeg"]),
-        default="pillow",
-        show_default=True,
-        help="Library that decodes JPEG.",
-    ),
-    click.option(
-        "--resizer",
-        type=click.Choice(["auto", "torch", "pillow"]),
-        default="auto",
-        show_default=True,
-        help="Library that resizes. auto: the one OUT was begun with, else torch if it has the filter (faster).",
-    ),
-    click.option(
-        "--jpeg-draft",
-        is_flag=True,
-        help="Decode large JPEGs at 1/2, 1/4 or 1/8 size: faster, a little softer.",
-    ),
-)
-
-
-def _with_preprocess(function: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(_PREPROCESS):
-        function = option(function)
-    return function
-
-
 @click.command(
     cls=Grouped,
     short_help="Encode photos to a latent store.",
@@ -156,7 +83,7 @@ def _with_preprocess(function: Callable[..., None]) -> Callable[..., None]:
     metavar="NAME",
     help="The ending of the files, or the column, that holds captions.  [default: .txt, .caption; caption, text]",
 )
-@_with_preprocess
+@with_preprocess
 @click.option(
     "--shard-rows",
     type=click.IntRange(min=1),
@@ -275,21 +202,37 @@ def encode(
         if dry_run:
             _tell_survey(console, survey(source, out, vae, settings, limit=limit, progress=show), place)
             return
-        report = encode_dataset(
-            open_source(source, caption),
-            out,
-            vae,
-            settings,
-            restart=not resume,
-            limit=limit,
-            work=Work(workers, on_oom, audit, budget),
-            runner=encode_tasks if runner == "local" else _ray_runner(address),
-            ranks=ranks,
-            progress=show,
-        )
+        with _telling_what_is_kept(out):
+            report = encode_dataset(
+                open_source(source, caption),
+                out,
+                vae,
+                settings,
+                restart=not resume,
+                limit=limit,
+                work=Work(workers, on_oom, audit, budget),
+                runner=encode_tasks if runner == "local" else _ray_runner(address),
+                ranks=ranks,
+                progress=show,
+            )
     _tell(console, report, place, vae.name)
     if report.quarantined and ranks.world_size == 1:  # a launcher ends all ranks when one does not exit with 0
         click.get_current_context().exit(3)
+
+
+@contextmanager
+def _telling_what_is_kept(out: Path) -> Iterator[None]:
+    """Where a signal stops the run, a note for the closing line: what is not lost, and how to go on."""
+    try:
+        yield
+    except SystemExit as stopped:
+        from sdvae.encoding.encode import count_kept
+
+        num_kept, num_all = count_kept(out)
+        kept = f"{num_kept} of {count(num_all, 'photo')} are encoded and kept" if num_all else "nothing is encoded yet"
+        without = "" if click.get_current_context().params["resume"] else " without --restart"
+        stopped.add_note(f"{kept}; the same command{without} goes on")
+        raise
 
 
 def _describe_run(vae: "VAE", preprocess: "Preprocess") -> str:

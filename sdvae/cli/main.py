@@ -123,5 +123,6 @@ def main() -> NoReturn:
     try:
         sys.exit(cli.main(prog_name="sdvae"))
     except _Stopped as stopped:
-        click.echo(f"sdvae: stopped by {signal.Signals(int(stopped.code or 0) - 128).name}", err=True)
+        name = signal.Signals(int(stopped.code or 0) - 128).name
+        click.echo("; ".join([f"sdvae: stopped by {name}", *getattr(stopped, "__notes__", [])]), err=True)
         raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdvae import atomic
+from sdvae.encoding.kept import KeptBatches
 from sdvae.encoding.manifest import EncodeSettings, fit_settings, row_bytes
 from sdvae.encoding.prepare import find_store, identify, list_entries, one_at_a_time, prepare, require_apart
 from sdvae.encoding.runners import Ranks, Runner, uploading
@@ -143,6 +144,7 @@ def encode_dataset(
         if paths.manifest.exists():  # it may be another rank's, of this moment
             identity = identify(Store.open(paths.root), vae, settings, ranks)
         store = prepare(paths, source, entries, identity, vae, settings, partial(progress, "scan"))
+        KeptBatches(store).remove_stale()
     times = _run(store, source, vae, work or Work(), runner, ranks, progress)
     if store.is_finished:
         store.finalise()
@@ -160,6 +162,17 @@ def encode_dataset(
         times=times,
         remarks=tuple(source.remarks),
     )
+
+
+def count_kept(out: str | Path) -> tuple[int, int]:
+    """How many photos an interrupted run into `out` leaves encoded, and of how many; (0, 0) before it has a roster."""
+    mirror = open_mirror(out)
+    store = Store.find(mirror.local if mirror else Path(out))
+    if store is None:
+        return 0, 0
+    shards = Roster(file.path for file in store.rosters).shards
+    num_committed = sum(shards[number].num_images for number in store.paths.committed())
+    return num_committed + KeptBatches(store).num_records(), sum(shard.num_images for shard in shards)
 
 
 def _run(store: Store, source: Source, vae: VAE, work: Work, runner: Runner, ranks: Ranks, progress: Progress) -> Times:

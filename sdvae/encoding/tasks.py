@@ -1,6 +1,7 @@
 """One task: encode shard k, from its photos to its commit.
 
-While a batch is in the network, the next ones are decoded and the last ones written.
+While a batch is in the network, the next ones are decoded and the last ones written. Batches that an interrupted run
+has kept are taken up, and neither decoded nor encoded again.
 """
 
 import hashlib
@@ -8,22 +9,20 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sdvae.amounts import memory_text, size_text
+from sdvae.encoding.kept import EncodedBatch, KeptBatches, TakenUp
 from sdvae.encoding.load_photo import Failure
 from sdvae.encoding.manifest import fixed_threads, num_cores
 from sdvae.encoding.pipeline import Decoders
 from sdvae.encoding.times import Times
+from sdvae.encoding.writing import Moments, ShardBuilder, Writer, mark
 from sdvae.engine.memory import parse_bytes
 from sdvae.engine.run import Engine
 from sdvae.errors import BudgetError, DeviceError
@@ -33,16 +32,14 @@ from sdvae.pixels import fit_channels, to_device, to_images
 from sdvae.sources.entries import Source
 from sdvae.store.buckets import Size
 from sdvae.store.geometry import Preprocess
-from sdvae.store.records import Line, Record, quarantined_line, written_line
+from sdvae.store.records import Record
 from sdvae.store.roster import Roster, Task, rows_in_batch
-from sdvae.store.shard import STORE_DTYPES, commit_shard, row_sha256
+from sdvae.store.shard import STORE_DTYPES
 from sdvae.store.store import Store
 from sdvae.vae import VAE
 
-Moments = dict[str, Tensor]  # the tensors of a shard by name, each (rows, C, h, w) raw
 Count = Callable[[int], None]  # told how many photos went through the network so far
 
-_QUEUED_WRITES = 4  # of batches and commits, before the encoder waits for the disk
 _NO_DIFFERENCE_DB = 100.0  # PSNR of equal images, which JSON could not tell
 
 
@@ -108,6 +105,7 @@ class _Encoder:
         self.store, self.source, self.vae, self.work, self.count = store, source, vae, work, count
         self.roster = Roster(file.path for file in store.rosters)
         self.preprocess = Preprocess.from_json(store.manifest["preprocess"])
+        self.kept = KeptBatches(store)
         self.batch_rows: int = store.manifest["compute"]["batch_rows"]
         self.rows_at_once: dict[Size, int] = {}  # where whole batches are too much for the memory
         self.num_committed = 0  # records
@@ -117,27 +115,40 @@ class _Encoder:
     def encode(self, left: deque[int]) -> None:
         """Encode shards, and take each off `left` when it is committed."""
         numbers = list(left)
+        taken_up = TakenUp(self._take_up)
         decoders = Decoders(
             self.source,
             self.preprocess,
-            (batch for number in numbers for batch in self._plan(number)),
+            (batch for number in numbers for batch in self._plan(number, taken_up)),
             max(map(self._batch_bytes, numbers)),
             partial(to_device, device=self.vae.device),
             self.times,
         )
         num_before = self.num_committed
-        with Journal(self.store.paths.timings) as journal, _Writer() as writer, decoders:
+        with Journal(self.store.paths.timings) as journal, Writer() as writer, decoders:
             batches = iter(decoders)
             for number in numbers:
-                shard = _ShardBuilder(self.store, self.roster.task(number), self.vae.device, self.times)
-                self._encode_shard(shard, batches, writer, num_before)
+                task = self.roster.task(number)
+                shard = ShardBuilder(self.store, task, self.kept, self._rows_at_once(task), self.vae.device, self.times)
+                self._encode_shard(shard, taken_up, batches, writer, num_before)
                 writer.submit(self._commit, shard, journal, left)
-                num_before += shard.task.num_images
+                num_before += task.num_images
                 self.count(num_before)
 
-    def _plan(self, number: int) -> Iterator[tuple[Size, Sequence[Record]]]:
+    def _plan(self, number: int, taken_up: TakenUp) -> Iterator[tuple[Size, Sequence[Record]]]:
+        """The batches of a shard that are to be decoded."""
         task = self.roster.task(number)
-        return ((task.bucket_px, batch) for batch in task.batches(self.batch_rows) if task.bucket_px)
+        for place, batch in enumerate(task.batches(self.batch_rows)):
+            if task.bucket_px and not taken_up.has(number, place):
+                yield task.bucket_px, batch
+
+    def _take_up(self, number: int) -> dict[int, EncodedBatch]:
+        task = self.roster.task(number)
+        return self.kept.read(task, task.batches(self.batch_rows), self._rows_at_once(task))
+
+    def _rows_at_once(self, task: Task) -> int | None:
+        """How many rows go through the network at once where whole batches are too much."""
+        return self.rows_at_once.get(task.bucket_px) if task.bucket_px else None
 
     def _batch_bytes(self, number: int) -> int:
         shard = self.roster.shards[number]
@@ -149,51 +160,55 @@ class _Encoder:
 
     def _encode_shard(
         self,
-        shard: "_ShardBuilder",
+        shard: ShardBuilder,
+        taken_up: TakenUp,
         batches: Iterator[tuple[Tensor, list[Failure | None]]],
-        writer: "_Writer",
-        num_before: int,
+        writer: Writer,
+        num_done: int,
     ) -> None:
-        num_left = shard.task.num_images
-        num_before += num_left
-        for records in shard.task.batches(self.batch_rows):
-            begun = time.monotonic()
-            photos, failures = next(batches)
-            pixels = fit_channels(photos, self.vae.config.in_channels)
-            ready = time.monotonic()
-            moments = self._encode_batch(pixels, shard)
-            if self.work.audit:
-                self._audit(records, failures, pixels, moments["mean"])
-            self.times.waiting += ready - begun
-            self.times.encode += time.monotonic() - ready
-            self.times.num_images += len(records)
-            writer.submit(shard.add, records, failures, moments, _mark(self.vae.device))
-            if num_left := num_left - len(records):
-                self.count(num_before - num_left)
+        task = shard.task
+        num_after = num_done + task.num_images
+        for place, records in enumerate(task.batches(self.batch_rows)):
+            if taken_up.has(task.number, place):
+                writer.submit(shard.take, records, taken_up.take(task.number, place))
+            else:
+                begun = time.monotonic()
+                photos, failures = next(batches)
+                pixels = fit_channels(photos, self.vae.config.in_channels)
+                ready = time.monotonic()
+                moments = self._encode_batch(pixels, task)
+                if self.work.audit:
+                    self._audit(records, failures, pixels, moments["mean"])
+                self.times.waiting += ready - begun
+                self.times.encode += time.monotonic() - ready
+                self.times.num_images += len(records)
+                writer.submit(shard.add, place, records, failures, moments, mark(self.vae.device))
+            if (num_done := num_done + len(records)) < num_after:
+                self.count(num_done)
 
-    def _commit(self, shard: "_ShardBuilder", journal: Journal, left: deque[int]) -> None:
+    def _commit(self, shard: ShardBuilder, journal: Journal, left: deque[int]) -> None:
         begun = time.monotonic()
         spent = {step: round(seconds, 6) for step, seconds in self.times.steps().items()}
         journal.append({"shard": shard.task.number, "degraded": shard.degraded} | spent)  # before: repair asks for it
         shard.commit()
+        self.kept.remove(shard.task.number)
         self.times.write += time.monotonic() - begun
         self.num_committed += shard.task.num_images
         left.popleft()
 
     # --- The network ---
 
-    def _encode_batch(self, pixels: Tensor, shard: "_ShardBuilder") -> Moments:
+    def _encode_batch(self, pixels: Tensor, task: Task) -> Moments:
         """The moments of a batch, in as few runs of the network as memory allows."""
-        assert shard.task.bucket_px is not None
-        num_rows = self.rows_at_once.get(shard.task.bucket_px, len(pixels))
-        shard.degraded = self.rows_at_once.get(shard.task.bucket_px)
+        assert task.bucket_px is not None
+        num_rows = self._rows_at_once(task) or len(pixels)
         moments = self._try(pixels, num_rows)
         if moments is not None:
             return moments
         fitting = next((rows for rows in _halves(num_rows) if self._try(pixels[:rows], rows) is not None), 0)
         if not fitting or self.work.on_oom == "stop":
             raise DeviceError(_explain(self.vae, pixels, num_rows, fitting, self.batch_rows))
-        raise _Smaller(shard.task.bucket_px, fitting)
+        raise _Smaller(task.bucket_px, fitting)
 
     def _try(self, pixels: Tensor, num_rows: int) -> Moments | None:
         """The moments, with `num_rows` at once; None where memory does not suffice for that."""
@@ -272,104 +287,3 @@ def _predict_memory(vae: VAE, pixels: Tensor, num_rows: int) -> str:
     height, width = pixels.shape[2:]
     needed = vae.engine.plan("encode", height, width, budget=sys.maxsize).predict_bytes(num_rows)
     return f" ({memory_text(needed)} beside the weights)"
-
-
-# --- Writing ---
-
-
-class _Writer:
-    """Does what it is given on a thread, one after the other; what fails there is raised by a later call."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "sdvae-write")
-        self._pending: deque[Future[None]] = deque()
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Finish everything, or, on the way out of an error, what has begun."""
-        try:
-            while kind is None and self._pending:
-                self._pending.popleft().result()
-        finally:
-            self._thread.shutdown(cancel_futures=True)
-
-    def submit(self, function: Callable[..., None], *arguments: Any) -> None:
-        while self._pending and (len(self._pending) >= _QUEUED_WRITES or self._pending[0].done()):
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(function, *arguments))
-
-
-class _ShardBuilder:
-    """A shard in the making: rows and index lines, gathered by the writer."""
-
-    def __init__(self, store: Store, task: Task, device: torch.device, times: Times) -> None:
-        self.task = task
-        self.degraded: int | None = None
-        self._store, self._times = store, times
-        self._dtype = STORE_DTYPES[store.manifest["store_dtype"]]
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._rows: dict[str, NDArray[Any]] = {}  # by tensor, (records, C, h, w); the first `_num_rows` are there
-        self._num_rows = 0
-        self._lines: list[Line] = []
-        if task.bucket_px is None:
-            for record in task.records:
-                self._add_failure(record, Failure(record.step or "", record.reason or ""))
-
-    def add(
-        self,
-        records: Sequence[Record],
-        failures: Sequence[Failure | None],
-        moments: Moments,
-        ready: "torch.cuda.Event | None",
-    ) -> None:
-        """Take in a batch, once the device has computed it."""
-        begun = time.monotonic()
-        values = {name: self._to_host(tensor, ready) for name, tensor in moments.items()}
-        if not self._rows:
-            shape = (len(self.task.records), *values["mean"].shape[1:])
-            self._rows = {name: np.empty(shape, self._dtype) for name in values}
-        for row, (record, failure) in enumerate(zip(records, failures, strict=True)):
-            if failure is not None:
-                self._add_failure(record, failure)
-            elif all(np.isfinite(tensor[row]).all() for tensor in values.values()):
-                self._add_row(record, {name: tensor[row] for name, tensor in values.items()})
-            else:  # the VAE has tried fp32 before it gave this
-                reason = f"the latents are not finite, or do not fit {self._dtype.name}"
-                self._add_failure(record, Failure("encode", reason))
-        self._times.write += time.monotonic() - begun
-
-    def commit(self) -> None:
-        """Write the shard."""
-        rows = {name: tensor[: self._num_rows] for name, tensor in self._rows.items()} if self._num_rows else {}
-        commit_shard(self._store.paths, self.task.number, self.task.bucket_px, self._lines, rows, self.degraded)
-
-    def _to_host(self, tensor: Tensor, ready: "torch.cuda.Event | None") -> NDArray[Any]:
-        if self._copies is not None and ready is not None:  # beside the next batch, not behind it
-            with torch.cuda.stream(self._copies):
-                self._copies.wait_event(ready)
-                tensor.record_stream(self._copies)
-                tensor = tensor.cpu()
-        with np.errstate(over="ignore"):  # what does not fit the store's dtype becomes infinite, and is caught
-            return np.ascontiguousarray(tensor.cpu(), self._dtype)
-
-    def _add_row(self, record: Record, row: dict[str, NDArray[Any]]) -> None:
-        for name, values in row.items():
-            self._rows[name][self._num_rows] = values
-        self._lines.append(written_line(record, self._num_rows, row_sha256(self._rows, self._num_rows)))
-        self._num_rows += 1
-
-    def _add_failure(self, record: Record, failure: Failure) -> None:
-        self._lines.append(quarantined_line(record, failure.step, failure.reason))
-
-
-def _mark(device: torch.device) -> "torch.cuda.Event | None":
-    """What the device has to do first."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return event

@@ -10,7 +10,7 @@ from sdvae.store.buckets import Size
 
 _OWN_FOLDERS = ("roster", "shards", "index", "done", "journal")
 _OWN_FILE = re.compile(
-    r"manifest\.json|quarantine\.jsonl|roster/\d{5,}\.jsonl?|journal/(scan\.jsonl|timings\.jsonl|(manifest|listing)\.json|lock)"
+    r"manifest\.json|quarantine\.jsonl|roster/\d{5,}\.jsonl?|journal/(scan\.jsonl|timings\.jsonl|(manifest|listing)\.json|lock|\d{5,}-\d{5,}\.batch)"
     r"|shards/\d{5,}-\d+x\d+\.safetensors|index/\d{5,}\.jsonl|done/\d{5,}\.json"
 )
 
@@ -48,6 +48,15 @@ class StorePaths:
     def timings(self) -> Path:
         """The journal of encoded shards: the time each took, and whether it was degraded."""
         return self.journal / "timings.jsonl"
+
+    def batch(self, shard: int, number: int) -> Path:
+        """A finished batch of a shard under way."""
+        return self.journal / f"{shard:05d}-{number:05d}.batch"
+
+    def batches(self, shard: int | None = None) -> list[Path]:
+        """All that is kept of a shard under way, or of all of them."""
+        pattern = "*.batch" if shard is None else f"{shard:05d}-*.batch"
+        return [path for path in sorted(self.journal.glob(pattern)) if self._is_own(f"journal/{path.name}")]
 
     def tensors(self, number: int, bucket_px: Size) -> Path:
         """The numbers of a shard."""
