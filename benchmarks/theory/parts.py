@@ -1,0 +1,7 @@
+"""Every part of the theory run, in the order of docs/theory.md. Each takes at most an hour of one core."""
+
+from collections.abc import Callable
+
+from theory.work import Findings, Work
+
+PARTS: dict[str, Callable[[Work], Findings]] = {}
