@@ -2,6 +2,11 @@
 
 from collections.abc import Callable
 
+from theory import gradients, iwae, likelihood
 from theory.work import Findings, Work
 
-PARTS: dict[str, Callable[[Work], Findings]] = {}
+PARTS: dict[str, Callable[[Work], Findings]] = {
+    "likelihood": likelihood.run,
+    "iwae": iwae.run,
+    "gradients": gradients.run,
+}
