@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 
-from theory import gradients, iwae, likelihood
+from theory import autoencoder, beta, denoising, gradients, iwae, likelihood
 from theory.work import Findings, Work
 
 PARTS: dict[str, Callable[[Work], Findings]] = {
     "likelihood": likelihood.run,
     "iwae": iwae.run,
     "gradients": gradients.run,
+    "beta": beta.run,
+    "autoencoder": autoencoder.run,
+    "denoising": denoising.run,
 }
