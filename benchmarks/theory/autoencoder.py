@@ -11,10 +11,10 @@ from sdvae.perceptual.distances import FeatureStatistics, frechet_distance
 from sdvae.posterior import DiagonalGaussian
 from sdvae.train.losses import bernoulli_nll
 from theory import beta
-from theory.bernoulli import binary_test_images
+from theory.bernoulli import binary_test_images, make_vae
 from theory.dense import DenseVAE
 from theory.digits import SIDE, Classifier, accuracy, binarised, digit_classifier, digits
-from theory.fit import fit, generator_of, seeded
+from theory.fit import fit, generator_of
 from theory.panels import draw_panels
 from theory.work import Findings, Row, Work, sheet
 
@@ -77,7 +77,7 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
 def train_autoencoder(work: Work, settings: beta.Settings) -> DenseVAE:
     """The same network without samples and without a KL: what it encodes is the mean alone."""
     images, _ = digits(work.digits, "train")
-    model = seeded(lambda: DenseVAE(images.shape[1], settings.shape.num_latents, settings.shape.width), 0)
+    model = make_vae(images, settings.shape)
 
     def loss(batch: Sequence[Tensor], generator: torch.Generator) -> Tensor:
         pixels = binarised(batch[0], generator)
@@ -124,7 +124,7 @@ def _draw(work: Work, models: dict[str, DenseVAE], draws: dict[str, dict[str, Te
     }
     sheets = {}
     for name, pairs in rows.items():
-        sheets[f"Test digits, each above what the {name} makes of it"] = pairs.flatten(0, 2)
+        sheets[f"Digits, each above the {name}'s"] = pairs.flatten(0, 2)
     for kind, title in (("prior", "draws of N(0, I)"), ("fitted", "draws of a fitted Gaussian")):
         for name in models:
             sheets[f"{name[0].upper()}{name[1:]}: {title}"] = draws[name][kind][:72]

@@ -23,7 +23,7 @@ class Settings:
 
     betas: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
     shape: Shape = field(default_factory=Shape)
-    schedule: Schedule = field(default_factory=lambda: Schedule(15))
+    schedule: Schedule = field(default_factory=lambda: Schedule(15, learning_rate=2e-3))
     num_samples: int = 10
     grid: int = 20  # digits along each side of the picture of two latents
 

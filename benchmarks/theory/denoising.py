@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sdvae.train.losses import add_noise, bernoulli_nll
 from theory import likelihood
-from theory.bernoulli import Shape
+from theory.bernoulli import Shape, make_vae
 from theory.dense import DenseVAE
 from theory.digits import SIDE, digits
-from theory.fit import Schedule, fit, generator_of, seeded
+from theory.fit import Schedule, fit, generator_of
 from theory.panels import draw_panels
 from theory.work import Findings, Row, Work, sheet
 
@@ -25,7 +25,7 @@ class Settings:
 
     vae: likelihood.Settings = field(default_factory=likelihood.Settings)
     shape: Shape = field(default_factory=lambda: Shape(100, 1000))
-    schedule: Schedule = field(default_factory=lambda: Schedule(20))
+    schedule: Schedule = field(default_factory=lambda: Schedule(20, learning_rate=2e-3))
 
 
 def run(work: Work, settings: Settings = Settings()) -> Findings:
@@ -51,7 +51,7 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
         ),
         Row("gain of the VAE's reconstruction", f"{theirs:.1f} dB", "less", theirs < ours),
     ]
-    sheets = {"Noisy": noisy, "Original": images} | {f"What the {name} makes of it": of for name, of in cleaned.items()}
+    sheets = {"Noisy": noisy, "Original": images} | {f"By the {name}": of for name, of in cleaned.items()}
     file = draw_panels(work, "digits", {title: sheet(of[:50].view(-1, SIDE, SIDE), 10) for title, of in sheets.items()})
     numbers = {"psnr_noisy": before, "gain": gains}
     return Findings(rows, numbers, {file: "Test digits under noise, and what two networks make of them."})
@@ -60,7 +60,7 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
 def train_denoiser(work: Work, settings: Settings) -> DenseVAE:
     """Trained on grey digits with new noise each time; cross-entropy is least at the mean of what may be there."""
     images, _ = digits(work.digits, "train")
-    model = seeded(lambda: DenseVAE(images.shape[1], settings.shape.num_latents, settings.shape.width), 0)
+    model = make_vae(images, settings.shape)
 
     def loss(batch: Sequence[Tensor], generator: torch.Generator) -> Tensor:
         noise = torch.randn(batch[0].shape, generator=generator, dtype=torch.float32, device="cpu")

@@ -32,8 +32,8 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
     estimates = sampled_gradients(model, images, settings.num_samples)
     variance = {name: of.var(0).sum(1).mean().item() for name, of in estimates.items()}
     ratio = {name: variance[name] / variance["reparameterised"] for name in ("score", "baseline")}
-    disagreement = {
-        name: _disagreement(of, estimates["reparameterised"])
+    differences = {
+        name: disagreement(of, estimates["reparameterised"])
         for name, of in estimates.items()
         if name != "reparameterised"
     }
@@ -46,7 +46,7 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
         ),
         Row("the same with the mean of log p(x given z) as its baseline", f"{ratio['baseline']:,.0f} times"),
     ]
-    numbers = {"variance": variance, "ratio": ratio, "mean_square_of_z_scores": disagreement}
+    numbers = {"variance": variance, "ratio": ratio, "mean_square_of_z_scores": differences}
     return Findings(rows, numbers)
 
 
@@ -73,7 +73,7 @@ def sampled_gradients(model: DenseVAE, images: Tensor, num_samples: int) -> dict
     return {"reparameterised": torch.stack(paths), "score": log_p * score, "baseline": (log_p - others) * score}
 
 
-def _disagreement(first: Tensor, second: Tensor) -> float:
+def disagreement(first: Tensor, second: Tensor) -> float:
     """Mean square of the difference of two means, in standard errors: near 1 where both estimate the same."""
     difference = first.mean(0) - second.mean(0)
     return (difference.square() / ((first - second).var(0) / len(first))).mean().item()
