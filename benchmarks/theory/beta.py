@@ -92,7 +92,8 @@ def measure(model: DenseVAE, images: Tensor, num_samples: int) -> Measured:
     error = torch.stack(
         [-log_likelihood(model, posterior.sample(generator), images).mean() for _ in range(num_samples)]
     ).mean()
-    return Measured(error.item(), posterior.kl().mean().item(), int((posterior.mean.var(0) > ACTIVE).sum()))
+    num_active = int((posterior.mean.var(0) > ACTIVE).sum())
+    return Measured(error.item(), posterior.kl().mean().item(), num_active)
 
 
 def _plot(work: Work, found: dict[float, Measured], num_latents: int) -> str:
