@@ -60,7 +60,7 @@ def test_a_quote_that_differs_by_a_sign_is_caught() -> None:
 def test_every_section_with_a_formula_quotes_the_code() -> None:
     sections = re.split(r"^## ", THEORY, flags=re.MULTILINE)[1:]
     with_formulas = [section for section in sections if "$$" in section]
-    assert len(with_formulas) == 10
+    assert len(with_formulas) == 11
     assert [section.splitlines()[0] for section in with_formulas if not quotes(section)] == []
 
 
