@@ -2,6 +2,14 @@
 
 from collections.abc import Callable
 
+from theory import agent, anomaly, arithmetic, augmentation, interpolation, sprites
 from theory.work import Findings, Work
 
-PARTS: dict[str, Callable[[Work], Findings]] = {}
+PARTS: dict[str, Callable[[Work], Findings]] = {
+    "sprites": sprites.run,
+    "arithmetic": arithmetic.run,
+    "anomaly": anomaly.run,
+    "interpolation": interpolation.run,
+    "augmentation": augmentation.run,
+    "agent": agent.run,
+}
