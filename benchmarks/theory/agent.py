@@ -9,10 +9,10 @@ from torch import Tensor
 from theory import catch
 from theory.cross_entropy_search import Search, cross_entropy_search
 from theory.dense import DenseVAE
+from theory.figures import Grid, draw_grids
 from theory.fit import Schedule, generator_of
 from theory.grey import Shape, latent_means, train_grey_vae
-from theory.panels import draw_panels
-from theory.work import Findings, Row, Work, sheet
+from theory.work import Findings, Row, Work
 
 TO_REACH = 0.95
 
@@ -106,8 +106,8 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
         for name, inputs in seen.items()
     ]
     text = (
-        "A game that is played on latents. Above: the frames, every third one. Below: what the VAE decodes from the "
-        "eight numbers that the policy sees."
+        "A game that is played on latents, every second frame. Below each: what the VAE decodes from the eight numbers "
+        "that the policy sees."
     )
     policy = find_policy(seen["latents"], settings, 0)
     return Findings(
@@ -124,8 +124,6 @@ def _draw(work: Work, model: DenseVAE, policy: Tensor, seen: Tensor) -> str:
         shown.append(states)
         logits = seen[catch.number_of(states)] @ weights[:, :-1].T + weights[:, -1]
         states = catch.step(states, logits.argmax(1))
-    frames = catch.frames(torch.cat(shown)[::3]).flatten(1)
-    both = torch.cat([frames, model.mean_image(latent_means(model, frames))]).view(-1, catch.SIDE, catch.SIDE)
-    return draw_panels(
-        work, "game", {"Frames of a game, and what the VAE decodes from them": sheet(both, len(frames), 4)}
-    )
+    frames = catch.frames(torch.cat(shown)[::2]).flatten(1)
+    both = torch.stack([frames, model.mean_image(latent_means(model, frames))]).view(2, -1, catch.SIDE, catch.SIDE)
+    return draw_grids(work, "game", [Grid("A game played on latents", both, ("frame", "decoded"))])

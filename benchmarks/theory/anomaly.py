@@ -9,10 +9,10 @@ from torch import Tensor
 from sdvae.train.losses import bernoulli_nll, log_evidence, log_importance_weights, squared_error
 from theory.dense import DenseVAE
 from theory.digits import SIDE, digits
+from theory.figures import Grid, draw_grids
 from theory.fit import Schedule, generator_of
 from theory.grey import Shape, train_grey_vae
-from theory.panels import draw_panels
-from theory.work import Findings, Row, Work, sheet
+from theory.work import Findings, Row, Work
 
 TO_REACH, AIM = 0.970, 0.975  # mean AUROC of a VAE and of OCGAN in the table of Perera et al. 2019
 SCORES = {"error": "reconstruction error", "elbo": "negative ELBO", "likelihood": "-log p(x) by importance sampling"}
@@ -26,8 +26,8 @@ class Settings:
     """The protocol of OCGAN's table: normal images of the train split, judged on the whole test split."""
 
     digits: tuple[int, ...] = tuple(range(10))
-    shape: Shape = field(default_factory=lambda: Shape(num_latents=16, width=400))
-    schedule: Schedule = field(default_factory=lambda: Schedule(40, batch_size=64))
+    shape: Shape = field(default_factory=lambda: Shape(num_latents=16, width=300))
+    schedule: Schedule = field(default_factory=lambda: Schedule(25, batch_size=64))
     num_samples: int = 50
     num_test: int = 10_000
 
@@ -69,7 +69,7 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
         )
         found = scores(model, test_images, settings.num_samples, generator_of(digit))
         by_digit[digit] = {name: auroc(score, test_labels == digit) for name, score in found.items()}
-        strangest.append(_row(model, test_images, test_labels == digit, found[CHOSEN]))
+        strangest.append(_row(test_images, test_labels == digit, found[CHOSEN]))
     means = {name: float(np.mean([areas[name] for areas in by_digit.values()])) for name in SCORES}
     rows = [
         Row(
@@ -82,18 +82,13 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
         for name in sorted(SCORES, key=lambda name: name != CHOSEN)
     ]
     numbers = {"mean": means, "by_digit": {str(digit): areas for digit, areas in by_digit.items()}, "chosen": CHOSEN}
-    titles = (
-        "Of the normal digit: the most usual",
-        "Of the normal digit: the strangest",
-        "Of other digits: those taken for normal",
-    )
-    sheets = {title: torch.cat(column) for title, column in zip(titles, zip(*strangest, strict=True), strict=True)}
-    picture = draw_panels(
-        work, "digits", {title: sheet(of.view(-1, SIDE, SIDE), NUM_SHOWN) for title, of in sheets.items()}
-    )
+    titles = ("Its digit, the most usual", "Its digit, the strangest", "Other digits, taken for it")
+    columns = [torch.stack(column) for column in zip(*strangest, strict=True)]
+    names = ([f"the VAE of {digit}" for digit in by_digit], (), ())
+    picture = draw_grids(work, "digits", [Grid(*grid) for grid in zip(titles, columns, names, strict=True)])
     text = (
-        "A row for each of the ten VAEs, which know one digit each: test images of that digit with the smallest and "
-        "with the largest scores, and the images of other digits that each VAE finds least strange."
+        "A row for each of the ten VAEs: test images of the digit that it knows with the smallest and with the largest "
+        "scores, and the images of other digits with the smallest."
     )
     return Findings(rows, numbers, {picture: text})
 
@@ -101,6 +96,6 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
 NUM_SHOWN = 8
 
 
-def _row(model: DenseVAE, images: Tensor, is_normal: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    normal, other = images[is_normal][score[is_normal].argsort()], images[~is_normal][score[~is_normal].argsort()]
+def _row(images: Tensor, is_normal: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    normal, other = (images[rows][score[rows].argsort()].view(-1, SIDE, SIDE) for rows in (is_normal, ~is_normal))
     return normal[:NUM_SHOWN], normal[-NUM_SHOWN:], other[:NUM_SHOWN]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from theory import sprites
 from theory.dense import DenseVAE
 from theory.draw_sprites import SHAPES, SIDE, SIZES, draw, every_sprite, random_sprites
+from theory.figures import Grid, draw_grids
 from theory.fit import Schedule, fit, generator_of, seeded
-from theory.panels import save_figure
-from theory.work import Findings, Row, Work, sheet
+from theory.work import Findings, Row, Work
 
 SQUARE, HEART = SHAPES.index("square"), SHAPES.index("heart")
 SMALL, BIG = SIZES[0], SIZES[-1]
@@ -134,18 +134,12 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
 
 
 NUM_SHOWN = 12
-ROWS = ("big square", "- small square", "+ small heart", "decoded sum of latents", "sum of pixels", "drawn big heart")
-TEXT = "Sums of sprites, one a column: the three terms, the sum decoded from latents, the sum of pixels, and the aim."
+ROWS = ("big square", "\u2212 small square", "+ small heart", "sum of latents", "sum of pixels", "a big heart")
+TEXT = (
+    "Sums, one a column: three terms, the sum of their latents, decoded, that of their pixels, and a drawn big heart."
+)
 
 
 def _draw(work: Work, shown: Tensor) -> str:  # (6, NUM_SHOWN, D)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.0, 4.4))
-    axes = figure.subplots()
-    axes.imshow(sheet(shown.view(-1, SIDE, SIDE), shown.shape[1]).numpy(), cmap="gray", vmin=0.0, vmax=1.0)
-    axes.set_yticks([(SIDE + 2) * row + SIDE / 2 for row in range(len(ROWS))], ROWS)
-    axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.set_frame_on(False)
-    return save_figure(work, "sums", figure)
+    images = shown.view(len(ROWS), -1, SIDE, SIDE)
+    return draw_grids(work, "sums", [Grid("Big square \u2212 small square + small heart", images, ROWS)])

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from sdvae.evaluate.intervals import bootstrap_interval
-from theory import interpolation
+from theory import likelihood
 from theory.dense import DenseVAE
 from theory.digits import SIDE, accuracy, digits, train_classifier
+from theory.figures import Grid, draw_grids
 from theory.fit import Schedule, generator_of
 from theory.grey import Shape, train_grey_vae
-from theory.panels import draw_panels
-from theory.work import Findings, Row, Work, sheet
+from theory.work import Findings, Row, Work
 
 NUM_DIGITS = 10
 VAES = {
-    "the same 100": "trained on the same 100 images alone",
-    "unlabelled": "trained on all training images, unlabelled",
+    "the same 100": "of the same 100 images",
+    "unlabelled": "of all training images, unlabelled",
 }
 
 
@@ -33,7 +33,7 @@ class Settings:
     vae: Schedule = field(default_factory=lambda: Schedule(20))  # on 50 repetitions of them
     classifier: Schedule = field(default_factory=lambda: Schedule(5))
     num_seeds: int = 5
-    unlabelled: interpolation.Settings = field(default_factory=interpolation.Settings)
+    start: likelihood.Settings = field(default_factory=likelihood.Settings)  # of the VAE of all training images
 
 
 def few(images: Tensor, labels: Tensor, num_of_each: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def copies(
 def run(work: Work, settings: Settings = Settings()) -> Findings:
     """Test accuracy with the images alone, and with copies of either VAE beside them."""
     train, test = digits(work.digits, "train"), digits(work.digits, "test")
-    unlabelled = interpolation.digit_vae(work.beside("interpolation"), settings.unlabelled)
+    unlabelled = likelihood.trained_vae(work.beside("likelihood"), settings.start)
     found: dict[str, list[float]] = {name: [] for name in ("alone", *VAES)}
     for seed in range(settings.num_seeds):
         images, labels = few(*train, settings.num_of_each, generator_of(seed))
@@ -90,15 +90,17 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
             f"{100 * gain.mean():+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})",
             beside=f"{alone.mean():.1%} without copies",
         ))  # fmt: skip
-    text = "One labelled image of each digit, and copies of it, which are given its label: by the two VAEs."
+    text = "One labelled image of each digit (left), and copies of it, which get its label."
     return Findings(rows, numbers, {picture: text})
 
 
+NUM_SHOWN = 8  # copies of an image
+
+
 def _draw(work: Work, images: Tensor, num_of_each: int, beside: dict[str, Tensor]) -> str:
-    rows, num_shown = slice(None, None, num_of_each), 6
-    sheets = {}
+    grids = []
     for name, how in VAES.items():
-        made = beside[name].view(-1, *images.shape)[:num_shown, rows]
-        both = torch.cat([images[None, rows], made]).transpose(0, 1)
-        sheets[f"Copies by a VAE {how}"] = sheet(both.reshape(-1, SIDE, SIDE), num_shown + 1)
-    return draw_panels(work, "copies", sheets)
+        made = beside[name].view(-1, *images.shape)[:NUM_SHOWN]
+        both = torch.cat([images[None], made]).transpose(0, 1)[::num_of_each]  # (digits, 1 + copies, D)
+        grids.append(Grid(f"Copies by a VAE {how}", both.reshape(*both.shape[:2], SIDE, SIDE)))
+    return draw_grids(work, "copies", grids)

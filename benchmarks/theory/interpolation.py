@@ -7,25 +7,24 @@ from torch import Tensor
 
 from sdvae.evaluate.intervals import bootstrap_interval
 from sdvae.latents import lerp
+from theory import likelihood
 from theory.dense import DenseVAE
 from theory.digits import SIDE, Classifier, accuracy, digit_classifier, digits
-from theory.fit import Schedule, generator_of
-from theory.grey import Shape, latent_means, train_grey_vae
-from theory.panels import draw_panels
-from theory.work import Findings, Row, Work, sheet
+from theory.figures import Grid, draw_grids
+from theory.fit import generator_of
+from theory.grey import latent_means
+from theory.work import Findings, Row, Work
 
 POSITIONS = tuple(step / 10 for step in range(1, 10))  # between the two; at the ends both paths show a digit
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Pairs of test digits of different kinds, drawn at random."""
+    """The VAE is that of part `likelihood`. Pairs of test digits of different kinds, drawn at random."""
 
-    shape: Shape = field(default_factory=lambda: Shape(num_latents=20, width=500))
-    schedule: Schedule = field(default_factory=lambda: Schedule(15))
+    start: likelihood.Settings = field(default_factory=likelihood.Settings)
     classifier_epochs: int = 5
     num_pairs: int = 1000
-    every: int = 1  # of the training images, which ones the VAE sees
 
 
 def pairs(labels: Tensor, num_pairs: int, generator: torch.Generator) -> Tensor:  # (num_pairs, 2)
@@ -51,17 +50,11 @@ def confidence(classifier: Classifier, images: Tensor) -> Tensor:  # (N, positio
     return torch.cat(found).view(images.shape[:2])
 
 
-def digit_vae(work: Work, settings: Settings = Settings()) -> DenseVAE:
-    """A VAE of the training images, unlabelled; `work` is the folder of this part."""
-    images, _ = digits(work.digits, "train")
-    return train_grey_vae(work, "vae", images[:: settings.every], settings.shape, settings.schedule)
-
-
 def run(work: Work, settings: Settings = Settings()) -> Findings:
     """The classifier's confidence along both paths, and the difference with its interval."""
     classifier = digit_classifier(work, settings.classifier_epochs)
     images, labels = digits(work.digits, "test")
-    model = digit_vae(work, settings)
+    model = likelihood.trained_vae(work.beside("likelihood"), settings.start)
     chosen = pairs(labels, settings.num_pairs, generator_of(0))
     first, second = images[chosen[:, 0]], images[chosen[:, 1]]
     along = paths(model, first, second)
@@ -82,25 +75,20 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
         "gain": float(gain.mean()), "interval": [low, high],
         "classifier_accuracy": accuracy(classifier, images, labels),
     }  # fmt: skip
-    picture = _draw(
-        work, first[:NUM_SHOWN], second[:NUM_SHOWN], {name: path[:NUM_SHOWN] for name, path in along.items()}
-    )
     text = (
         "Each row goes from one test digit (left end) to another (right end). Through latents it passes digits; "
         "blended pixels show both at once."
     )
-    return Findings([row], numbers, {picture: text})
+    return Findings([row], numbers, {_draw(work, first, second, along): text})
 
 
 NUM_SHOWN = 10
+TITLES = {"latents": "Straight through the latents", "pixels": "Blended pixels"}
 
 
 def _draw(work: Work, first: Tensor, second: Tensor, along: dict[str, Tensor]) -> str:
-    titles = {"latents": "Straight through the latents, decoded", "pixels": "Blended pixels"}
-    sheets = {
-        titles[name]: sheet(
-            torch.cat([first[:, None], path, second[:, None]], 1).view(-1, SIDE, SIDE), len(POSITIONS) + 2
-        )
-        for name, path in along.items()
-    }
-    return draw_panels(work, "paths", sheets)
+    grids = []
+    for name, path in along.items():
+        images = torch.cat([first[:, None], path, second[:, None]], 1)[:NUM_SHOWN]
+        grids.append(Grid(TITLES[name], images.view(*images.shape[:2], SIDE, SIDE)))
+    return draw_grids(work, "paths", grids)

@@ -1,27 +1,45 @@
-"""Pictures with titles, and curves."""
+"""Pictures with titles."""
 
 import io
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from sdvae import atomic
 from theory.work import Work
 
+COLUMNS = 2
 
-def draw_panels(work: Work, name: str, sheets: Mapping[str, Tensor]) -> str:  # title -> (H, W) in [0, 1]
-    """Sheets of grey images beside each other, each under its title, as NAME.png; returns the file's name."""
+
+def draw_panels(
+    work: Work,
+    name: str,
+    sheets: Mapping[str, Tensor],  # title -> (H, W) grey, in [0, 1]
+    clouds: Mapping[str, tuple[Tensor, Tensor]] | None = None,  # title -> (N, 2) places in [0, 1], (N,) digits
+) -> str:
+    """Sheets of images, then points coloured by their digit, two beside each other, as NAME.png; returns its name."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.0, 10.0 / len(sheets) * max(len(of) / of.shape[1] for of in sheets.values()) + 0.3))
-    for axes, (title, of) in zip(figure.subplots(1, len(sheets), squeeze=False)[0], sheets.items(), strict=True):
+    clouds = clouds or {}
+    num_rows = -(-(len(sheets) + len(clouds)) // COLUMNS)
+    tallest = max(len(of) / of.shape[1] for of in sheets.values())
+    figure = Figure(figsize=(10.0, num_rows * (10.0 / COLUMNS * tallest + 0.35)))
+    panels = list(figure.subplots(num_rows, COLUMNS, squeeze=False).flat)
+    for axes, (title, of) in zip(panels, sheets.items(), strict=False):
         axes.imshow(of.numpy(), cmap="gray", vmin=0.0, vmax=1.0)
-        axes.set_title(title, fontsize=12)
+        axes.set_title(title, fontsize=13)
+    for axes, (title, (places, labels)) in zip(panels[len(sheets) :], clouds.items(), strict=False):
+        dots = axes.scatter(*places.T.numpy(), c=labels.numpy(), cmap="tab10", vmin=-0.5, vmax=9.5, s=2.0)
+        axes.set(title=title, xlim=(0.0, 1.0), ylim=(0.0, 1.0), aspect="equal")
+        axes.title.set_fontsize(13)
+        figure.colorbar(dots, ax=axes, ticks=range(10), shrink=0.9)
+    for axes in panels:
         axes.set_axis_off()
     return save_figure(work, name, figure)
 
 
-def save_figure(work: Work, name: str, figure: object) -> str:
+def save_figure(work: Work, name: str, figure: Any) -> str:
     """Keep a matplotlib figure as NAME.png; returns the file's name."""
     figure.set_layout_engine("constrained")
     buffer = io.BytesIO()

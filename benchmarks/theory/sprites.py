@@ -9,10 +9,10 @@ from torch import Tensor
 
 from theory.dense import DenseVAE
 from theory.draw_sprites import FACTORS, SIDE, every_sprite
+from theory.figures import Grid, draw_grids
 from theory.fit import Schedule
 from theory.grey import Shape, latent_means, train_grey_vae
-from theory.panels import save_figure
-from theory.work import Findings, Row, Work, sheet
+from theory.work import Findings, Row, Work
 
 NUM_BINS = 20  # of a latent, as Locatello et al. 2019 (arXiv 1811.12359) count mutual information
 NUM_MOVES = 9  # of a latent, in the picture
@@ -76,12 +76,12 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
         bool(np.mean(strong) > np.mean(plain)),
         "Higgins et al. 2017; Chen et al. 2018",
     )
-    picture = _draw(work, {beta: sprite_vae(work, beta, 0, settings) for beta in settings.betas}, images, factors)
+    grids = [_grid(beta, sprite_vae(work, beta, 0, settings), images, factors) for beta in settings.betas]
     text = (
         "Each row moves one latent from -2 to 2 and holds the others. Left of it: the factor that this latent tells "
         "most of, and how much of its entropy."
     )
-    return Findings([row], numbers, {picture: text})
+    return Findings([row], numbers, {draw_grids(work, "latents", grids): text})
 
 
 def _sprites(settings: Settings) -> tuple[Tensor, Tensor]:  # (N, D), (N, 5)
@@ -94,35 +94,17 @@ def _listed(values: list[float]) -> str:
 
 
 @torch.inference_mode()
-def _draw(work: Work, models: dict[float, DenseVAE], images: Tensor, factors: Tensor) -> str:
-    """Beside each other, one VAE of each beta: a row of decoded images for each latent, and the factor it tells."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11.0, 5.6))
-    for axes, (beta, model) in zip(figure.subplots(1, len(models)), models.items(), strict=True):
-        told = information(latent_means(model, images).numpy(), factors.numpy())
-        order = sorted(
-            range(len(told)), key=lambda row: (told[row].max() < LITTLE, told[row].argmax(), -told[row].max())
-        )
-        axes.imshow(
-            sheet(_moved(model, images[len(images) // 2], order), NUM_MOVES).numpy(), cmap="gray", vmin=0.0, vmax=1.0
-        )
-        axes.set_yticks(
-            [(SIDE + 2) * row + SIDE / 2 for row in range(len(order))], [_named(told[row]) for row in order]
-        )
-        axes.set_xticks([])
-        axes.tick_params(length=0)
-        axes.set_frame_on(False)
-        axes.set_title(f"beta {beta:g}: mutual information gap {gaps(told).mean():.2f}")
-    return save_figure(work, "latents", figure)
-
-
-def _moved(model: DenseVAE, image: Tensor, latents: list[int]) -> Tensor:  # (rows x NUM_MOVES, SIDE, SIDE)
-    start = model.encode(image[None]).mode()
-    places = start.repeat(len(latents), NUM_MOVES, 1)
-    for row, latent in enumerate(latents):
+def _grid(beta: float, model: DenseVAE, images: Tensor, factors: Tensor) -> Grid:
+    """A row for each latent: those that tell something first, in the order of the factors."""
+    told = information(latent_means(model, images).numpy(), factors.numpy())
+    order = sorted(range(len(told)), key=lambda row: (told[row].max() < LITTLE, told[row].argmax(), -told[row].max()))
+    start = model.encode(images[len(images) // 2, None]).mode()
+    places = start.repeat(len(order), NUM_MOVES, 1)
+    for row, latent in enumerate(order):
         places[row, :, latent] = torch.linspace(-2.0, 2.0, NUM_MOVES, dtype=torch.float32, device="cpu")
-    return model.mean_image(places.flatten(0, 1)).view(-1, SIDE, SIDE)
+    moved = model.mean_image(places.flatten(0, 1)).view(len(order), NUM_MOVES, SIDE, SIDE)
+    title = f"beta {beta:g}: mutual information gap {gaps(told).mean():.2f}"
+    return Grid(title, moved, [_named(told[row]) for row in order])
 
 
 def _named(told: NDArray[np.float64]) -> str:
