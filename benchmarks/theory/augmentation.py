@@ -27,11 +27,11 @@ class Settings:
     """Each seed draws other images. All classifiers take the same number of steps."""
 
     num_of_each: int = 10
-    num_copies: int = 20  # of each image; the original is repeated as often beside them
+    num_copies: int = 10  # of each image; the original is repeated as often beside them
     strength: float = 0.2  # of the moves, in units of the latents' own std
     shape: Shape = field(default_factory=lambda: Shape(num_latents=10, width=200))  # of the VAE of the few images
     vae: Schedule = field(default_factory=lambda: Schedule(20))  # on 50 repetitions of them
-    classifier: Schedule = field(default_factory=lambda: Schedule(5))
+    classifier: Schedule = field(default_factory=lambda: Schedule(5, batch_size=50))
     num_seeds: int = 5
     start: likelihood.Settings = field(default_factory=likelihood.Settings)  # of the VAE of all training images
 

@@ -41,6 +41,6 @@ def draw_grids(work: Work, name: str, grids: Sequence[Grid], width: float = 10.0
         axes.set_yticks([step * (row + 0.5) - GAP for row in range(len(grid.row_names))], grid.row_names)
         axes.set_xticks([])
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", pad_inches=0.08, metadata={"Software": None})
     atomic.write_bytes(work.folder / f"{name}.png", buffer.getbuffer())
     return f"{name}.png"
