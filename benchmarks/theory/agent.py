@@ -22,8 +22,8 @@ class Settings:
     """The VAE sees frames of games played at random; the three policies have the same budget."""
 
     num_random_games: int = 1000
-    shape: Shape = field(default_factory=lambda: Shape(num_latents=8, width=300))
-    schedule: Schedule = field(default_factory=lambda: Schedule(30))
+    shape: Shape = field(default_factory=lambda: Shape(num_latents=8, width=256))
+    schedule: Schedule = field(default_factory=lambda: Schedule(20))
     search: Search = field(default_factory=Search)
     num_games: int = 32  # each policy is judged by in a round
     num_seeds: int = 5

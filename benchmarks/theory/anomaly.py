@@ -26,9 +26,9 @@ class Settings:
     """The protocol of OCGAN's table: normal images of the train split, judged on the whole test split."""
 
     digits: tuple[int, ...] = tuple(range(10))
-    shape: Shape = field(default_factory=lambda: Shape(num_latents=16, width=300))
+    shape: Shape = field(default_factory=lambda: Shape(num_latents=16, width=256))
     schedule: Schedule = field(default_factory=lambda: Schedule(25, batch_size=64))
-    num_samples: int = 50
+    num_samples: int = 30
     num_test: int = 10_000
 
 

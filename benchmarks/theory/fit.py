@@ -47,7 +47,7 @@ def fit(
     num_items = len(data[0])
     num_batches = -(-num_items // schedule.batch_size)
     optimizer = torch.optim.AdamW(
-        model.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay, foreach=True
+        model.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
     )
     losses: list[float] = []
     if (kept := work.load(name)) is not None:

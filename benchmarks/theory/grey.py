@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdvae.train.losses import bernoulli_nll, kl_term
 from theory.dense import DenseVAE
@@ -26,13 +26,24 @@ def train_grey_vae(
 
     A grey value is taken as the probability of white, as beta-VAE takes it (Higgins et al. 2017).
     """
-    model = seeded(lambda: DenseVAE(images.shape[1], shape.num_latents, shape.width), seed)
+    model = seeded(lambda: _new(images.shape[1], shape), seed)
 
     def loss(batch: list[Tensor], generator: torch.Generator) -> Tensor:
         posterior = model.encode(batch[0])
         return (bernoulli_nll(model.decode(posterior.sample(generator)), batch[0]) + beta * kl_term(posterior)).mean()
 
     fit(work, name, model, (images,), loss, schedule, seed)
+    return model
+
+
+def _new(num_values: int, shape: Shape) -> DenseVAE:
+    """First weights under which values keep their scale through SiLU: torch's own shrink them fivefold a layer."""
+    model = DenseVAE(num_values, shape.num_latents, shape.width)
+    for network in (model.encoder, model.decoder):
+        layers = [layer for layer in network if isinstance(layer, nn.Linear)]
+        for layer, gain in zip(layers, (1.5, 1.5, 0.3), strict=True):
+            nn.init.normal_(layer.weight, std=gain / layer.in_features**0.5)
+            nn.init.zeros_(layer.bias)
     return model
 
 

@@ -26,23 +26,32 @@ def draw_panels(
     tallest = max(len(of) / of.shape[1] for of in sheets.values())
     figure = Figure(figsize=(10.0, num_rows * (10.0 / COLUMNS * tallest + 0.35)))
     panels = list(figure.subplots(num_rows, COLUMNS, squeeze=False).flat)
+    for axes in panels:
+        axes.set_axis_off()
     for axes, (title, of) in zip(panels, sheets.items(), strict=False):
         axes.imshow(of.numpy(), cmap="gray", vmin=0.0, vmax=1.0)
         axes.set_title(title, fontsize=13)
     for axes, (title, (places, labels)) in zip(panels[len(sheets) :], clouds.items(), strict=False):
-        dots = axes.scatter(*places.T.numpy(), c=labels.numpy(), cmap="tab10", vmin=-0.5, vmax=9.5, s=2.0)
-        axes.set(title=title, xlim=(0.0, 1.0), ylim=(0.0, 1.0), aspect="equal")
-        axes.title.set_fontsize(13)
-        figure.colorbar(dots, ax=axes, ticks=range(10), shrink=0.9)
-    for axes in panels:
-        axes.set_axis_off()
+        _scatter(axes, places, labels)
+        axes.set_title(title, fontsize=13)
     return save_figure(work, name, figure)
+
+
+def _scatter(axes: Any, places: Tensor, labels: Tensor) -> None:
+    """Points in a square, and in the middle of each digit's points its name."""
+    axes.set_axis_on()
+    axes.set(xlim=(0.0, 1.0), ylim=(0.0, 1.0), xticks=[], yticks=[], aspect="equal")
+    axes.scatter(*places.T.numpy(), c=labels.numpy(), cmap="tab10", vmin=-0.5, vmax=9.5, s=2.0)
+    for digit in labels.unique():
+        middle = places[labels == digit].median(0).values.tolist()
+        box = {"boxstyle": "circle", "facecolor": "white", "alpha": 0.85}
+        axes.text(*middle, str(int(digit)), fontsize=14, ha="center", va="center", bbox=box)
 
 
 def save_figure(work: Work, name: str, figure: Any) -> str:
     """Keep a matplotlib figure as NAME.png; returns the file's name."""
     figure.set_layout_engine("constrained")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None})
     atomic.write_bytes(work.folder / f"{name}.png", buffer.getbuffer())
     return f"{name}.png"
