@@ -151,12 +151,24 @@ def test_auroc_is_1_where_all_strange_images_score_higher() -> None:
     assert anomaly.auroc(torch.tensor([0.1, 0.3, 0.2, 0.4]), is_normal) == 0.75
 
 
+def test_an_error_is_shared_out_over_the_ink() -> None:
+    """The same shape half as bright, of a VAE that draws black: the squared error is a quarter, its share a half."""
+    black = anomaly.DenseVAE(4, 2, 4)
+    torch.nn.init.constant_(black.decoder[-1].bias, -40.0)
+    torch.nn.init.zeros_(black.decoder[-1].weight)
+    image = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    found = anomaly.scores(black, image, 2, torch.Generator().manual_seed(0))
+    assert found["error"].tolist() == [2.0, 0.5]
+    assert found["share"].tolist() == [1.0, 0.5]
+    assert (found["likelihood"] <= found["elbo"] + 1e-4).all()
+
+
 def test_anomalies_run_and_score_noise_above_what_was_learned(tmp_path: Path, mnist: Path) -> None:
     work = Work(tmp_path / "anomaly", mnist)
     settings = anomaly.Settings((0, 7), Shape(num_latents=3, width=16), Schedule(60, batch_size=4), num_samples=5)
     findings = anomaly.run(work, settings)
     require_whole(work, findings)
-    assert len(findings.rows) == 3
+    assert len(findings.rows) == 4
     assert min(findings.numbers["mean"].values()) > 0.9
     by_digit = findings.numbers["by_digit"]
     assert set(by_digit) == {"0", "7"}

@@ -23,7 +23,7 @@ class Settings:
 
     num_random_games: int = 1000
     shape: Shape = field(default_factory=lambda: Shape(num_latents=8, width=256))
-    schedule: Schedule = field(default_factory=lambda: Schedule(20))
+    schedule: Schedule = field(default_factory=lambda: Schedule(15))
     search: Search = field(default_factory=Search)
     num_games: int = 32  # each policy is judged by in a round
     num_seeds: int = 5

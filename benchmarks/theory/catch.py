@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-SIDE = 24  # of a frame, in pixels
+SIDE = 16  # of a frame, in pixels
 PADDLE = 5  # wide
 BALL = 3  # wide and high
 NUM_STEPS = SIDE - BALL - 1  # until the ball touches the paddle's row
