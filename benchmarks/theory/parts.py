@@ -2,7 +2,20 @@
 
 from collections.abc import Callable
 
-from theory import autoencoder, beta, denoising, gradients, iwae, likelihood
+from theory import (
+    agent,
+    anomaly,
+    arithmetic,
+    augmentation,
+    autoencoder,
+    beta,
+    denoising,
+    gradients,
+    interpolation,
+    iwae,
+    likelihood,
+    sprites,
+)  # fmt: skip
 from theory.work import Findings, Work
 
 PARTS: dict[str, Callable[[Work], Findings]] = {
@@ -12,4 +25,10 @@ PARTS: dict[str, Callable[[Work], Findings]] = {
     "beta": beta.run,
     "autoencoder": autoencoder.run,
     "denoising": denoising.run,
+    "sprites": sprites.run,
+    "arithmetic": arithmetic.run,
+    "anomaly": anomaly.run,
+    "interpolation": interpolation.run,
+    "augmentation": augmentation.run,
+    "agent": agent.run,
 }
