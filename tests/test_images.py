@@ -456,9 +456,9 @@ def test_every_kind_of_source(tmp_path: Path) -> None:
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", r"not an image in a format sdvae reads \(HEIC\)"),
-        (b"\xff\x0a\xfa\x7f", r"\(JPEG XL\)"),
-        (b"\0\0\0\x0cJXL \r\n\x87\n", r"\(JPEG XL\)"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "the HEIC data are corrupt, or of a kind that cannot be decoded"),
+        (b"\xff\x0a\xfa\x7f", "the JPEG XL data are corrupt"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "the JPEG XL data are corrupt"),
         (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', r"\(SVG\)"),
         (b"\n<!DOCTYPE html><html>", r"\(HTML, perhaps a page saved in place of the image\)"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),

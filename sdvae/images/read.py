@@ -28,6 +28,7 @@ from sdvae.images.colour import rgb_converter, transparent_samples
 from sdvae.images.failures import PillowFailures
 from sdvae.images.formats import FORMATS, why_unidentified
 from sdvae.images.orientation import empty_upright, has_late_metadata, read_orientation, swaps_axes
+from sdvae.images.plugins import HEAD_BYTES, open_by_plugin, plugin_kind
 from sdvae.images.settings import MAX_IMAGE_PIXELS
 
 # 134 megapixels: the largest single shots (102 MP) fit, and even a progressive JPEG, whose coefficients
@@ -127,8 +128,10 @@ def _stream(source: Path | bytes | BinaryIO) -> BinaryIO:
 
 def _identify(stream: BinaryIO, max_pixels: int) -> Image.Image:
     """Open an image by its header; refuse a bomb before anything is decoded."""
+    kind = plugin_kind(stream.read(HEAD_BYTES))
+    stream.seek(0)
     try:
-        image = Image.open(stream, formats=FORMATS)
+        image = open_by_plugin(kind, stream, max_pixels) if kind else Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError as error:
         stream.seek(0)
         raise ImageError(why_unidentified(stream.read(1024))) from error
