@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
@@ -48,6 +49,13 @@ def png(width: int, height: int, bits: int, colour: int, rows: bytes, before: by
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + before + chunk(b"IDAT", zlib.compress(lines)) + after + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def deep_planes(dtype: type) -> bytes:
+    """A TIFF whose reds, greens and blues lie apart."""
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((3, 2, 2), dtype), photometric="rgb", planarconfig="separate")
+    return file.getvalue()
 
 
 def tiff(width: int, height: int, bits: int, data: bytes, **tags: int) -> bytes:
@@ -471,6 +479,9 @@ def test_every_kind_of_source(tmp_path: Path) -> None:
         (png(1, 1, 8, 0, b"\0")[:20], "the PNG header is corrupt|truncated"),
         (tiff(1, 1, 8, b"\0", dng_version=1), "a camera raw file, whose first image is only a preview"),
         (tiff(1, 1, 8, b"\0", subfile=1), "a camera raw file, whose first image is only a preview"),
+        (tiff(1, 1, 32, b"\0\0\0\xff"), "a TIFF of 32-bit integers, which Pillow cuts to 31"),
+        (deep_planes(np.uint16), "a TIFF with its deep colours in separate planes"),
+        (deep_planes(np.float32), r"the TIFF header is corrupt, or of a kind that .* \(colours of 12 bits or in float"),
     ],
 )
 def test_what_is_no_image_is_told_what_it_is(data: bytes, reason: str) -> None:

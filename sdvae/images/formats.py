@@ -18,7 +18,8 @@ def why_unidentified(head: bytes) -> str:
         return "the file is empty"
     names = [spelled(name) for name in FORMATS if (accepts := Image.OPEN[name][1]) and accepts(head[:16]) is True]
     if names:
-        return f"the {names[0]} header is corrupt, or of a kind that cannot be decoded (12 bits, lossless, ...)"
+        kinds = "colours of 12 bits or in float, ..." if names[0] == "TIFF" else "12 bits, lossless, ..."
+        return f"the {names[0]} header is corrupt, or of a kind that cannot be decoded ({kinds})"
     text = head.lstrip().lower()
     brand = head[8:12] if head[4:8] == b"ftyp" else b""
     known = {
