@@ -117,6 +117,11 @@ def test_with_wildcards_a_caption_keeps_its_lines(tmp_path: Path) -> None:
             "[[datasets]]\n[[datasets.subsets]]\nimage_dir = '../a/x'\nmetadata_file = 'my.toml'\n",
             "my.toml is no metadata_file of sd-scripts",
         ),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = '.'\nmetadata_file = 'm.json'\n"
+            "[[datasets.subsets]]\nimage_dir = '../a/x'\n",
+            "could be confused with those of",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, message: str) -> None:

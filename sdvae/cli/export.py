@@ -54,6 +54,6 @@ def export(path: Path, name: str, output: Path, seed: int, console: Console) -> 
         **done,
     )
     for setting, value in done["settings"].items():
-        console.note(f"for training, {setting}: {value}")
+        console.note(f"for training, {setting}: {output if value == 'OUT' else value}")
     if done["training"]:
         console.note(f"train with: {done['training'].replace('OUT', shlex.quote(str(output)))}")

@@ -123,7 +123,19 @@ class KohyaSource:
                     f"{self.name} has two subsets called {prefix[:-1]}, {subsets[prefix].folder} and {folder}: "
                     "rename one, or put the config into a folder above both"
                 )
+        self._require_unmistakable(subsets)
         return subsets
+
+    def _require_unmistakable(self, subsets: Mapping[str, _Subset]) -> None:
+        """Refuse a metadata file whose photos in deeper folders could be taken for those of another subset."""
+        for above in (subset for subset in subsets.values() if subset.metadata_file):
+            for subset in subsets.values():
+                is_below = subset.prefix.startswith(above.prefix)
+                if is_below and subset.folder != above.folder / subset.prefix[len(above.prefix) :]:
+                    raise SourceError(
+                        f"{self.name}: the photos of {subset.folder} could be confused with those of {above.folder}; "
+                        "put the config into a folder above both"
+                    )
 
     def _place(self, path: str) -> Path:
         """Where a path of the config leads: from its folder, or else, as in sd-scripts, from the current one."""
