@@ -288,3 +288,52 @@ def test_a_snapshot_of_the_hub_is_links_to_its_blobs(tmp_path: Path) -> None:
     assert captions(source) == {"a.jpg": "a fox"}
     assert source.read("a.jpg") == PHOTO
     assert refusals(source)["b.jpg"] == "a link that leads out of the source folder"
+
+
+# --- JSON beside photos, Parquet above them ---
+
+
+def test_json_beside_a_photo_tells_its_caption(hold: Callable[[dict[str, bytes]], Path]) -> None:
+    files = {f"{name}.jpg": PHOTO for name in "abcdef"} | {"f.png": PHOTO}
+    files |= {"a.json": b'{"caption": "an a", "status": "success"}', "b.json": b'{"Text": "a b"}', "b.txt": b"a b\n"}
+    files |= {"c.json": b'{"shapes": []}', "c.txt": b"a c", "d.json": b'{"caption": "one"}', "d.txt": b"two"}
+    files |= {"e.json": b'{"caption": ["a", "list"]}', "f.json": b"{}", "g.json": b'{"caption": "of nobody"}'}
+    source = open_source(hold(files))
+    assert captions(source) == {"a.jpg": "an a", "b.jpg": "a b", "c.jpg": "a c", "f.jpg": None, "f.png": None}
+    assert refusals(source) == {
+        "d.jpg": "it has captions that differ, in d.json and d.txt; --caption names the ending or the column "
+        "that is meant",
+        "e.jpg": "its caption is a list, which is no text",
+    }
+    assert any(
+        "3 files that are no photos were left aside (3 .json): c.json, f.json, g.json" in x for x in source.remarks
+    )
+
+
+def test_json_is_shared_by_two_photos_only_if_it_tells_nothing(hold: Callable[[dict[str, bytes]], Path]) -> None:
+    files = {"a.jpg": PHOTO, "a.png": PHOTO, "a.json": b'{"caption": "whose?"}', "b.jpg": PHOTO}
+    files |= {"b.jpg.json": b'{"title": "of an album"}', "b.txt": b"a b"}
+    source = open_source(hold(files))
+    assert refusals(source)["a.jpg"] == "a.json fits other photos, too; call what belongs to this one a.jpg.txt"
+    assert captions(source) == {"b.jpg": "a b"}
+
+
+def test_caption_names_a_member_of_json(hold: Callable[[dict[str, bytes]], Path]) -> None:
+    files = {"a.jpg": PHOTO, "a.json": b'{"caption": "short", "prompt": "long"}', "a.txt": b"other"}
+    assert captions(open_source(hold(files), "prompt")) == {"a.jpg": "long"}
+    assert captions(open_source(hold(files), ".json")) == {"a.jpg": "short"}
+
+
+def test_metadata_in_parquet(hold: Callable[[dict[str, bytes]], Path], tmp_path: Path) -> None:
+    table = pa.table({"file_name": ["a.jpg", "sub/b.jpg", "c.jpg"], "text": ["an a", None, "a c"], "label": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "made.parquet")
+    data = (tmp_path / "made.parquet").read_bytes()
+    source = open_source(hold({"a.jpg": PHOTO, "sub/b.jpg": PHOTO, "metadata.parquet": data}))
+    assert captions(source) == {"a.jpg": "an a", "sub/b.jpg": None}
+    assert [entry.label for entry in source.entries()] == ["1", None, "2"]
+    assert refusals(source) == {"c.jpg": "metadata.parquet, line 3 names it, but there is no such photo"}
+
+
+def test_a_damaged_parquet_of_metadata_is_refused(hold: Callable[[dict[str, bytes]], Path]) -> None:
+    with pytest.raises(SourceError, match=r"metadata\.parquet is damaged or no Parquet file"):
+        open_source(hold({"a.jpg": PHOTO, "metadata.parquet": b"PAR1 and no more"})).entries()

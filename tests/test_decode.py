@@ -171,13 +171,15 @@ def test_one_image_may_go_to_a_picture_by_name(small_vae: VAE, tmp_path: Path, n
     assert not (tmp_path / "b.png").exists()
 
 
-def test_our_own_kohya_files_are_decoded(tmp_path: Path) -> None:
+def test_our_own_exports_are_decoded(tmp_path: Path) -> None:
     vae = VAE.load(device="cpu", dtype="fp32")
-    (tmp_path / "photos").mkdir()
-    photo(64, 64).save(tmp_path / "photos/a.png")
+    (tmp_path / "photos/cat").mkdir(parents=True)
+    photo(64, 64).save(tmp_path / "photos/cat/a.png")
     encode_dataset(tmp_path / "photos", tmp_path / "store", vae, EncodeSettings(Preprocess(size_px=64)))
-    export(tmp_path / "store", "kohya", tmp_path / "kohya")
-    assert decode_dataset(tmp_path / "kohya", tmp_path / "out", vae, DecodeSettings()).num_written == 1
+    for name in ("kohya", "repa", "fast-dit", "webdataset"):
+        export(tmp_path / "store", name, tmp_path / name)
+        report = decode_dataset(tmp_path / name, tmp_path / "out" / name, vae, DecodeSettings())
+        assert (report.num_written, report.skipped) == (1, ()), name
 
 
 def test_the_same_command_again_writes_the_same_files_anew(store: Path, small_vae: VAE, tmp_path: Path) -> None:

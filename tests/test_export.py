@@ -1,7 +1,8 @@
 """Each export is read back by its format's own reader: transcribed, with project and commit, or the library itself."""
 
 import json
-import math
+import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from sdvae.cli.main import cli
 from sdvae.config import FAMILIES
 from sdvae.errors import OutputError, StoreError
 from sdvae.reading.dataset import record_stream
-from sdvae.reading.export import DECLARATION, export
+from sdvae.reading.declaration import DECLARATION, declared_files
+from sdvae.reading.export import export
 from sdvae.reading.formats import FORMATS
+from sdvae.reading.latent_files import list_latent_files, read_latents
 from sdvae.store.store import Store
 from tests.made_stores import make_store
 
@@ -36,6 +39,7 @@ SEED = 5
 def store_for(name: str, root: Path, num_records: Any = None, **made: Any) -> Store:
     """A store of the first space that the format holds."""
     space = (FORMATS[name].latent_spaces or ("sd1",))[0]
+    made = {"has_flips": name == "lightning-dit"} | made
     return make_store(root, num_records or SQUARE, latent_space=space, config=FAMILIES[space], **made)
 
 
@@ -64,18 +68,31 @@ def sample_of(record: dict[str, Any], is_flipped: bool = False) -> Tensor:
 
 # --- kohya: https://github.com/kohya-ss/sd-scripts, commit 48d368fa557731ad0488c07304dfeba8c07910eb ---
 
+KOHYA = {"sd1": ("kohya", "_sd.npz"), "sdxl": ("kohya", "_sdxl.npz"), "flux1": ("kohya-flux", "_flux.npz")}
+
 
 def kohya_npz_path(absolute_path: str, image_size: tuple[int, int], suffix: str) -> str:
-    """library/strategy_sd.py, SdSdxlLatentsCachingStrategy.get_latents_npz_path."""
+    """library/strategy_sd.py and strategy_flux.py, get_latents_npz_path."""
     return str(Path(absolute_path).with_suffix("")) + f"_{image_size[0]:04d}x{image_size[1]:04d}" + suffix
 
 
-def kohya_load(npz_path: str) -> tuple[Any, list[int], list[float], Any]:
+def kohya_suffix(bucket_reso: tuple[int, int], multi_resolution: bool) -> str:
+    return f"_{bucket_reso[1] // 8}x{bucket_reso[0] // 8}" if multi_resolution else ""
+
+
+def kohya_is_expected(npz_path: str, flip_aug: bool, suffix: str) -> bool:
+    """library/strategy_base.py, LatentsCachingStrategy._default_is_disk_cached_latents_expected."""
+    with np.load(npz_path) as npz:
+        return "latents" + suffix in npz and (not flip_aug or "latents_flipped" + suffix in npz)
+
+
+def kohya_load(npz_path: str, suffix: str) -> tuple[Any, list[int], list[float], Any]:
     """library/strategy_base.py, LatentsCachingStrategy._default_load_latents_from_disk, without alpha masks."""
     npz = np.load(npz_path)
-    if "latents" not in npz:
-        raise ValueError(f"latents not found in {npz_path}")
-    return npz["latents"], npz["original_size"].tolist(), npz["crop_ltrb"].tolist(), npz.get("latents_flipped")
+    if "latents" + suffix not in npz:
+        raise ValueError(f"latents{suffix} not found in {npz_path}")
+    of = [npz.get(name + suffix) for name in ("latents", "original_size", "crop_ltrb", "latents_flipped")]
+    return of[0], of[1].tolist(), of[2].tolist(), of[3]
 
 
 def kohya_size_from_path(npz_path: str) -> tuple[int, int]:
@@ -84,31 +101,21 @@ def kohya_size_from_path(npz_path: str) -> tuple[int, int]:
     return int(w), int(h)
 
 
-def kohya_buckets(settings: dict[str, Any]) -> list[tuple[int, int]]:
-    """library/model_util.py, make_bucket_resolutions; one bucket in library/train_util.py, BaseDataset.make_buckets."""
-    max_width, max_height = settings["resolution"]
-    if not settings["enable_bucket"]:
-        return [(max_width, max_height)]
-    min_size, max_size = settings["min_bucket_reso"], settings["max_bucket_reso"]
-    divisible = settings["bucket_reso_steps"]
-    max_area = max_width * max_height
-    width = int(math.sqrt(max_area) // divisible) * divisible
-    resos = {(width, width)}
-    width = min_size
-    while width <= max_size:
-        height = min(max_size, int((max_area // width) // divisible) * divisible)
-        if height >= min_size:
-            resos |= {(width, height), (height, width)}
-        width += divisible
-    return sorted(resos)
+def kohya_check_limits(resolution: tuple[int, int], min_bucket_reso: int, max_bucket_reso: int, steps: int) -> None:
+    """library/train_util.py, BaseDataset.adjust_min_max_bucket_reso_by_steps; BucketManager.__init__."""
+    assert min_bucket_reso % steps == 0 and max_bucket_reso % steps == 0, "else adjusted"
+    assert min(resolution) >= min_bucket_reso and max(resolution) <= max_bucket_reso >= min_bucket_reso
 
 
-def kohya_select_bucket(resos: list[tuple[int, int]], image_width: int, image_height: int) -> tuple[int, int]:
-    """library/train_util.py, BucketManager.select_bucket, with upscaling: the size itself, or the nearest ratio."""
-    if (image_width, image_height) in resos:
-        return image_width, image_height
-    ar_errors = np.array([w / h for w, h in resos]) - image_width / image_height
-    return resos[int(np.abs(ar_errors).argmin())]
+def kohya_select_bucket(config: dict[str, Any], image_width: int, image_height: int) -> tuple[int, int]:
+    """library/train_util.py, BucketManager.select_bucket, as make_buckets calls it."""
+    if not config["enable_bucket"]:
+        return tuple(config["resolution"])  # type: ignore[return-value]  # the one predefined bucket
+    assert config["bucket_no_upscale"]
+    width, height = config["resolution"]
+    assert image_width * image_height <= width * height, "else it is resized"
+    steps = config["bucket_reso_steps"]
+    return image_width - image_width % steps, image_height - image_height % steps
 
 
 def kohya_crop_ltrb(bucket_reso: tuple[int, int], image_size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -125,44 +132,71 @@ def kohya_crop_ltrb(bucket_reso: tuple[int, int], image_size: tuple[int, int]) -
 
 
 @pytest.mark.parametrize(
-    ("buckets", "space", "has_flips"), [(SQUARE, "sd1", True), (BUCKETS, "sd1", False), (BUCKETS, "sdxl", True)]
-)
+    ("buckets", "space", "has_flips"),
+    [
+        (SQUARE, "sd1", True), (BUCKETS, "sd1", False), (BUCKETS, "sdxl", True), (SQUARE, "flux1", False),
+        ({(512, 512): 1, (544, 480): 2}, "flux1", True),
+    ],
+)  # fmt: skip
 def test_sd_scripts_reads_what_it_would_have_cached(
     tmp_path: Path, buckets: dict[tuple[int, int], int], space: str, has_flips: bool
 ) -> None:
+    name, ending = KOHYA[space]
     config = FAMILIES[space]
     made = {"has_flips": has_flips, "broken": BROKEN, "latent_space": space, "config": config}
     store = make_store(tmp_path / "store", buckets, **made)  # type: ignore[arg-type]
     out = tmp_path / "out"
-    settings = export(store.paths.root, "kohya", out, SEED)["settings"]
-    resos = kohya_buckets(settings)
-    metadata = json.loads((out / "metadata.json").read_text(encoding="utf-8"))
+    settings = export(store.paths.root, name, out, SEED)["settings"]
+
+    # library/config_util.py, load_user_config: what --dataset_config says is all that the trainer knows
+    (of_dataset,) = tomllib.loads((out / "dataset.toml").read_text(encoding="utf-8"))["datasets"]
+    (subset,) = of_dataset.pop("subsets")
+    assert of_dataset | {"flip_aug": True} == settings | {"flip_aug": True}
+    assert subset.get("flip_aug", False) == has_flips
+    if of_dataset["enable_bucket"]:
+        limits = (of_dataset[key] for key in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"))
+        kohya_check_limits(tuple(of_dataset["resolution"]), *limits)
+        assert of_dataset["bucket_reso_steps"] % (64 if space == "sd1" else 32) == 0, "verify_bucket_reso_steps"
+
+    metadata = json.loads(Path(subset["metadata_file"]).read_text(encoding="utf-8"))
     records = truth(store)
     assert sorted(metadata) == sorted(records)
-    suffix = "_sd.npz" if space == "sd1" else "_sdxl.npz"
     for key, entry in metadata.items():
         record = records[key]
         height, width = record["bucket_px"]
-        npz_path = kohya_npz_path(str(out / key), tuple(entry["image_size"]), suffix)
+        npz_path = kohya_npz_path(str(Path(subset["image_dir"]) / key), tuple(entry["image_size"]), ending)
         assert kohya_size_from_path(npz_path) == tuple(entry["image_size"])
-        bucket = kohya_select_bucket(resos, *entry["image_size"])
+        bucket = kohya_select_bucket(of_dataset, *entry["image_size"])
         assert bucket == (width, height), "the bucket whose shape these latents have"
-        latents, original_size, crop_ltrb, flipped = kohya_load(npz_path)
-        assert latents.dtype == np.float32 and latents.shape == (4, height // 8, width // 8)
+        suffix = kohya_suffix(bucket, multi_resolution=space == "flux1")
+        assert kohya_is_expected(npz_path, has_flips, suffix), "else it is encoded again"
+        latents, original_size, crop_ltrb, flipped = kohya_load(npz_path, suffix)
+        assert latents.dtype == np.float32 and latents.shape == (config.latent_channels, height // 8, width // 8)
         assert entry["caption"] == record["caption"]
         assert original_size == record["original_px"][::-1]
         assert tuple(crop_ltrb) == kohya_crop_ltrb(bucket, tuple(original_size))
-        assert np.abs(latents - sample_of(record).numpy()).max() < 1e-5
-        if has_flips:
-            assert np.abs(flipped - sample_of(record, is_flipped=True).numpy()).max() < 1e-5
-        else:
-            assert flipped is None
+        for found, is_flipped in [(latents, False), (flipped, True)] if has_flips else [(latents, False)]:
+            z = sample_of(record, is_flipped).numpy()
+            # library/flux_models.py, AutoEncoder.encode, which alone scales
+            expected = 0.3611 * (z - 0.1159) if space == "flux1" else z
+            assert np.abs(found - expected).max() < 1e-5
+        assert has_flips or flipped is None
 
 
-def test_sizes_that_sd_scripts_would_mix_are_refused(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store", {(512, 512): 1, (504, 512): 1})
-    with pytest.raises(StoreError, match="no buckets for all sizes of this store \\(512x504, 512x512\\)"):
-        export(store.paths.root, "kohya", tmp_path / "out")
+@pytest.mark.parametrize(
+    ("space", "sizes", "message"),
+    [
+        ("sd1", {(512, 512): 1, (480, 512): 1}, "in steps of 64 pixels for these latents, and this store has 512x480"),
+        ("sdxl", {(512, 512): 1, (504, 512): 1}, "in steps of 32 pixels for these latents, and this store has 512x504"),
+        ("flux1", {(504, 512): 1}, "in steps of 16 pixels for these latents, and this store has 512x504"),
+    ],
+)
+def test_sizes_that_sd_scripts_would_mix_are_refused(
+    tmp_path: Path, space: str, sizes: dict[tuple[int, int], int], message: str
+) -> None:
+    store = make_store(tmp_path / "store", sizes, latent_space=space, config=FAMILIES[space])
+    with pytest.raises(StoreError, match=message):
+        export(store.paths.root, KOHYA[space][0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -264,6 +298,66 @@ def test_fast_dit_reads_scaled_samples_and_their_labels(tmp_path: Path) -> None:
     for latents, label, record in zip(x, y, records, strict=True):
         assert declared["classes"][int(label)] == record["label"]
         assert (latents - sample_of(record) * 0.18215).abs().max() < 1e-6
+
+
+# --- LightningDiT: https://github.com/hustvl/LightningDiT, commit 2725fed42a14898744433809949834e26957bcdd ---
+
+
+class LightningDiTDataset:
+    """datasets/img_latent_dataset.py, ImgLatentDataset, with latent_norm; which of the two latents is given."""
+
+    def __init__(self, data_dir: Path, latent_multiplier: float) -> None:
+        self.latent_multiplier = latent_multiplier
+        self.places = []
+        for safe_file in sorted(data_dir.glob("*.safetensors")):
+            with safe_open(safe_file, framework="pt", device="cpu") as f:
+                self.places += [(safe_file, i) for i in range(f.get_slice("labels").get_shape()[0])]
+        stats = torch.load(data_dir / "latents_stats.pt")
+        self.mean, self.std = stats["mean"], stats["std"]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def item(self, idx: int, tensor_key: str) -> tuple[Tensor, Tensor]:
+        safe_file, i = self.places[idx]
+        with safe_open(safe_file, framework="pt", device="cpu") as f:
+            feature, label = f.get_slice(tensor_key)[i : i + 1], f.get_slice("labels")[i : i + 1]
+        feature = (feature - self.mean) / self.std * self.latent_multiplier
+        return feature.squeeze(0), label.squeeze(0)
+
+
+@pytest.mark.parametrize("space", ["sd1", "flux1"])
+def test_lightning_dit_reads_samples_of_photos_and_their_mirror_images(tmp_path: Path, space: str) -> None:
+    made = {"latent_space": space, "config": FAMILIES[space], "has_flips": True, "broken": BROKEN}
+    store = make_store(tmp_path / "store", {(64, 64): 9}, **made)  # type: ignore[arg-type]
+    declared = export(store.paths.root, "lightning-dit", tmp_path / "out", SEED)
+    settings = declared["settings"]
+    channels = FAMILIES[space].latent_channels
+    assert (
+        settings["data.image_size"] // settings["vae.downsample_ratio"] == 8 and settings["model.in_chans"] == channels
+    )
+    dataset = LightningDiTDataset(tmp_path / "out", settings["data.latent_multiplier"])
+    records = list(truth(store).values())
+    assert len(dataset) == len(records) == 8
+    seen = []
+    for number, record in enumerate(records):
+        for tensor_key, is_flipped in (("latents", False), ("latents_flip", True)):
+            feature, label = dataset.item(number, tensor_key)
+            assert feature.shape == (channels, 8, 8) and feature.dtype == torch.float32 and label.dtype == torch.int64
+            assert declared["classes"][int(label)] == record["label"]
+            # inference.py: what is sampled, back in the space of the VAE
+            raw = feature * dataset.std[0] + dataset.mean[0]
+            assert (raw - sample_of(record, is_flipped)).abs().max() < 1e-4
+            seen.append(feature)
+    values = torch.stack(seen)
+    assert values.mean((0, 2, 3)).abs().max() < 0.1 and (values.std((0, 2, 3)) - 1).abs().max() < 0.1
+
+
+def test_lightning_dit_needs_mirrored_latents(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", SQUARE)
+    with pytest.raises(StoreError, match="no mirrored latents; encode with --flip"):
+        export(store.paths.root, "lightning-dit", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- musubi-tuner: https://github.com/kohya-ss/musubi-tuner, commit 30c658c4f4b0bf05038b3346eff9670259b10fc7 ---
@@ -392,10 +486,12 @@ def test_no_export_tells_less_than_what_it_is(tmp_path: Path) -> None:
     for name, form in FORMATS.items():
         store, out = store_for(name, tmp_path / f"{name}-store"), tmp_path / name
         declared = export(store.paths.root, name, out, SEED)
-        assert json.loads((out / DECLARATION).read_text(encoding="utf-8")) == json.loads(json.dumps(declared))
+        told = json.loads((out / DECLARATION).read_text(encoding="utf-8"))
+        assert told.pop("latent_files") == asdict(form.latent_files)
+        assert told == json.loads(json.dumps(declared))
         assert declared["value"] == form.value and declared["scaling"] == form.scaling
         assert declared["pixel_range"] == [-1, 1]
-        assert declared["flips"] == "none; the store has none"
+        assert declared["flips"] == (form.flips if name == "lightning-dit" else "none; the store has none")
         assert declared["seed"] == (SEED if form.value == "sample" else None)
         assert declared["vae"]["fingerprint"] == "0" * 64
 
@@ -409,7 +505,25 @@ def test_the_same_export_has_the_same_bytes(tmp_path: Path) -> None:
         first, second = (
             {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()} for out in outs
         )
+        config = first.pop(Path("dataset.toml"), b"")
+        assert config.replace(str(outs[0]).encode(), str(outs[1]).encode()) == second.pop(Path("dataset.toml"), b"")
         assert first == second and len(first) > 2
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_export_decodes_back_without_a_word_from_the_user(tmp_path: Path, name: str) -> None:
+    store, out = store_for(name, tmp_path / "store", broken=BROKEN), tmp_path / "out"
+    export(store.paths.root, name, out, SEED)
+    config = FAMILIES[store.manifest["vae"]["latent_space"]]
+    found = [read_latents(path, config, declared=declared_files(out)) for path in list_latent_files(out)]
+    raw = torch.cat([each.raw for each in found])
+    assert not any(each.is_told for each in found)
+    is_sample = FORMATS[name].value == "sample"
+    records = truth(store)
+    is_by_key = len(found) == len(records) and name != "fast-dit"  # one file each, under its key
+    ordered = [records[key] for key in (sorted(records) if is_by_key else records)]
+    expected = torch.stack([sample_of(each) if is_sample else each["mean"] for each in ordered])
+    assert raw.shape == expected.shape and (raw - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["repa", "fast-dit"])
@@ -436,7 +550,7 @@ def test_what_a_class_conditional_format_cannot_hold_is_refused(
 
 def test_a_space_that_sd_scripts_caches_otherwise_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", SQUARE, latent_space="sd3", config=FAMILIES["sd3"])
-    with pytest.raises(StoreError, match="trains on those of sd1 or sdxl"):
+    with pytest.raises(StoreError, match=r"sd1 or sdxl. Formats for sd3: lightning-dit, webdataset$"):
         export(store.paths.root, "kohya", tmp_path / "out")
 
 
@@ -489,6 +603,7 @@ def test_the_verb_says_what_it_wrote(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "9 records written to" in done.stdout and "sample, raw" in done.stdout and "latents_flipped" in done.stdout
     assert "for training, resolution: [64, 64]" in done.stderr
+    assert f"train_network.py --dataset_config {tmp_path}/a/dataset.toml --cache_latents_to_disk" in done.stderr
     arguments = ["export", root, "--to", "repa", "-o", str(tmp_path / "b"), "--json", "-q"]
     result = json.loads(CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout)
     assert (result["value"], result["num_records"], result["output"]) == ("mean and std", 9, str(tmp_path / "b"))

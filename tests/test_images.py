@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
@@ -48,6 +49,13 @@ def png(width: int, height: int, bits: int, colour: int, rows: bytes, before: by
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + before + chunk(b"IDAT", zlib.compress(lines)) + after + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def deep_planes(dtype: type) -> bytes:
+    """A TIFF whose reds, greens and blues lie apart."""
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((3, 2, 2), dtype), photometric="rgb", planarconfig="separate")
+    return file.getvalue()
 
 
 def tiff(width: int, height: int, bits: int, data: bytes, **tags: int) -> bytes:
@@ -456,9 +464,9 @@ def test_every_kind_of_source(tmp_path: Path) -> None:
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", r"not an image in a format sdvae reads \(HEIC\)"),
-        (b"\xff\x0a\xfa\x7f", r"\(JPEG XL\)"),
-        (b"\0\0\0\x0cJXL \r\n\x87\n", r"\(JPEG XL\)"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "the HEIC data are corrupt, or of a kind that cannot be decoded"),
+        (b"\xff\x0a\xfa\x7f", "the JPEG XL data are corrupt"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "the JPEG XL data are corrupt"),
         (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', r"\(SVG\)"),
         (b"\n<!DOCTYPE html><html>", r"\(HTML, perhaps a page saved in place of the image\)"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
@@ -471,6 +479,9 @@ def test_every_kind_of_source(tmp_path: Path) -> None:
         (png(1, 1, 8, 0, b"\0")[:20], "the PNG header is corrupt|truncated"),
         (tiff(1, 1, 8, b"\0", dng_version=1), "a camera raw file, whose first image is only a preview"),
         (tiff(1, 1, 8, b"\0", subfile=1), "a camera raw file, whose first image is only a preview"),
+        (tiff(1, 1, 32, b"\0\0\0\xff"), "a TIFF of 32-bit integers, which Pillow cuts to 31"),
+        (deep_planes(np.uint16), "a TIFF with its deep colours in separate planes"),
+        (deep_planes(np.float32), r"the TIFF header is corrupt, or of a kind that .* \(colours of 12 bits or in float"),
     ],
 )
 def test_what_is_no_image_is_told_what_it_is(data: bytes, reason: str) -> None:

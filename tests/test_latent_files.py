@@ -14,6 +14,7 @@ from sdvae.config import VAEConfig
 from sdvae.errors import LatentsError, SdvaeError, UnsafeFileError
 from sdvae.latents import scale
 from sdvae.reading import latent_files
+from sdvae.reading.declaration import DECLARATION
 from sdvae.reading.latent_files import list_latent_files
 from sdvae.reading.spread import Spread
 
@@ -206,6 +207,24 @@ def test_what_sd_scripts_caches_is_raw(tmp_path: Path, name: str, compressed: bo
     np.savez(tmp_path / "b.npz", allow_pickle=False, latents=tensor.numpy())
     with pytest.raises(LatentsError, match="raw or scaled"):
         read_latents(tmp_path / "b.npz", SD1)
+
+
+def test_what_sd_scripts_caches_for_flux_is_scaled(tmp_path: Path) -> None:
+    scaled = latents(16, 8, 8)
+    np.savez(
+        tmp_path / "a_0064x0064_flux.npz", allow_pickle=False, latents_8x8=scaled.numpy(), crop_ltrb_8x8=np.zeros(4)
+    )
+    raw = scaled[None] / 0.3611 + 0.1159
+    assert (read_latents(tmp_path / "a_0064x0064_flux.npz", FLUX) - raw).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "declared", ["{", "[]", '{"latent_files": {"pattern": "../*", "scaling": "raw", "has_std": false}}']
+)
+def test_a_damaged_declaration_is_told(tmp_path: Path, declared: str) -> None:
+    (tmp_path / DECLARATION).write_text(declared)
+    with pytest.raises(LatentsError, match=r"sdvae-export\.json is damaged"):
+        list_latent_files(tmp_path)
 
 
 def test_a_packed_array_of_gigabytes_is_refused(tmp_path: Path) -> None:

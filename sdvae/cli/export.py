@@ -1,5 +1,6 @@
 """`sdvae export`: a store in the format of another trainer."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -16,8 +17,10 @@ from sdvae.cli.shared import PATH, Console, with_console
     type=click.Choice(
         [
             "kohya",
+            "kohya-flux",
             "repa",
             "fast-dit",
+            "lightning-dit",
             "musubi-flux2-dev",
             "musubi-flux2-klein-4b",
             "musubi-flux2-klein-9b",
@@ -27,7 +30,8 @@ from sdvae.cli.shared import PATH, Console, with_console
     ),
     required=True,
     metavar="FORMAT",
-    help="kohya (sd-scripts), repa, fast-dit, musubi-flux2-dev (or -klein-4b, -klein-9b), musubi-z-image, webdataset.",
+    help="kohya (sd-scripts: SD 1, SDXL), kohya-flux, repa, fast-dit, lightning-dit, musubi-flux2-dev (or -klein-4b, "
+    "-klein-9b), musubi-z-image, webdataset.",
 )
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="The new folder to write.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of samples.")
@@ -50,4 +54,6 @@ def export(path: Path, name: str, output: Path, seed: int, console: Console) -> 
         **done,
     )
     for setting, value in done["settings"].items():
-        console.note(f"for training, {setting}: {value}")
+        console.note(f"for training, {setting}: {output if value == 'OUT' else value}")
+    if done["training"]:
+        console.note(f"train with: {done['training'].replace('OUT', shlex.quote(str(output)))}")

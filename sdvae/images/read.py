@@ -28,6 +28,7 @@ from sdvae.images.colour import rgb_converter, transparent_samples
 from sdvae.images.failures import PillowFailures
 from sdvae.images.formats import FORMATS, why_unidentified
 from sdvae.images.orientation import empty_upright, has_late_metadata, read_orientation, swaps_axes
+from sdvae.images.plugins import HEAD_BYTES, open_by_plugin, plugin_kind
 from sdvae.images.settings import MAX_IMAGE_PIXELS
 
 # 134 megapixels: the largest single shots (102 MP) fit, and even a progressive JPEG, whose coefficients
@@ -35,7 +36,7 @@ from sdvae.images.settings import MAX_IMAGE_PIXELS
 BACKGROUND = (255, 255, 255)
 
 _BAND_PIXELS = 2**20  # colours are converted in bands of rows, so that a big image is in memory twice, not five times
-_NEW_SUBFILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF tags
+_NEW_SUBFILE_TYPE, _BITS_PER_SAMPLE, _PLANAR_CONFIGURATION, _SAMPLE_FORMAT, _DNG_VERSION = 254, 258, 284, 339, 50706
 
 
 def read_image(
@@ -127,8 +128,10 @@ def _stream(source: Path | bytes | BinaryIO) -> BinaryIO:
 
 def _identify(stream: BinaryIO, max_pixels: int) -> Image.Image:
     """Open an image by its header; refuse a bomb before anything is decoded."""
+    kind = plugin_kind(stream.read(HEAD_BYTES))
+    stream.seek(0)
     try:
-        image = Image.open(stream, formats=FORMATS)
+        image = open_by_plugin(kind, stream, max_pixels) if kind else Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError as error:
         stream.seek(0)
         raise ImageError(why_unidentified(stream.read(1024))) from error
@@ -139,12 +142,23 @@ def _identify(stream: BinaryIO, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(f"too large: {size_text(height, width)} is more than the limit of {max_pixels:,} pixels")
+    if reason := _why_not_tiff(image):
+        raise ImageError(reason)
+    return image
+
+
+def _why_not_tiff(image: Any) -> str | None:
+    """Why a TIFF that Pillow decodes would not be the picture that was meant."""
     tags = getattr(image, "tag_v2", {})
     if tags.get(_NEW_SUBFILE_TYPE, 0) == 1 or _DNG_VERSION in tags:
-        raise ImageError(
-            "a camera raw file, whose first image is only a preview; develop it to JPEG, PNG or TIFF first"
-        )
-    return image
+        return "a camera raw file, whose first image is only a preview; develop it to JPEG, PNG or TIFF first"
+    bits = tags.get(_BITS_PER_SAMPLE, (1,))
+    is_planar = len(bits) > 1 and tags.get(_PLANAR_CONFIGURATION, 1) == 2
+    if is_planar and max(bits) > 8 and image.tile and image.tile[0].codec_name == "raw":  # Pillow takes them for bytes
+        return "a TIFF with its deep colours in separate planes; save it with the colours of a pixel side by side"
+    if bits == (32,) and image.mode == "I" and tags.get(_SAMPLE_FORMAT, (1,)) == (1,):
+        return "a TIFF of 32-bit integers, which Pillow cuts to 31; save it with 8 or 16 bits"
+    return None
 
 
 def _samples_by_simplejpeg(image: Any, at_least_px: tuple[int, int] | None) -> NDArray[np.uint8] | None:

@@ -17,6 +17,8 @@ _SETTINGS = {
     (GifImagePlugin.__name__, "LOADING_STRATEGY"): GifImagePlugin.LoadingStrategy.RGB_AFTER_FIRST,
     ("PIL.TiffImagePlugin", "READ_LIBTIFF"): False,
     ("PIL.AvifImagePlugin", "DECODE_CODEC_CHOICE"): "auto",
+    ("pillow_heif.options", "DECODE_THREADS"): 1,  # photos are decoded beside each other
+    ("pillow_jxl.JpegXLImagePlugin", "DECODE_THREADS"): 0,
 }
 _theirs: dict[tuple[str, str], Any] = {}
 

@@ -23,7 +23,8 @@ from sdvae.errors import LatentsError, OutputError, StoreError
 from sdvae.images.provenance import Provenance
 from sdvae.images.write import encode_image
 from sdvae.progress import Progress, silent
-from sdvae.reading.latent_files import FoundLatents, Scaling, list_latent_files, read_latents
+from sdvae.reading.declaration import Scaling, declared_files
+from sdvae.reading.latent_files import FoundLatents, list_latent_files, read_latents
 from sdvae.reading.names import plan_names
 from sdvae.reading.spaces import require_space, warn_of_denied
 from sdvae.reading.spread import Spread
@@ -198,13 +199,14 @@ def _read_rows(mean: NDArray[np.floating[Any]], rows: slice) -> Tensor:
 
 def _open_files(source: Path, vae: VAE, told: Scaling | None, spread: Spread) -> tuple[list[_Series], tuple[str, ...]]:
     """The latents of each size, and what is wrong with the files of a folder that hold none for this VAE."""
+    declared = declared_files(source)
     held: dict[Path, FoundLatents] = {}  # the last file: one of many images is read once for all of its batches
 
     def load(path: Path) -> FoundLatents:
         place = path.absolute()  # which holds when the program leaves its folder; messages name the path as given
         if place not in held:
             held.clear()
-            held[place] = read_latents(path, vae.config, told)
+            held[place] = read_latents(path, vae.config, told, declared)
         return held[place]
 
     def read(places: list[tuple[Path, int]], rows: slice) -> Tensor:

@@ -1,6 +1,5 @@
 """A store written in the format of another trainer, as far as that format can tell the truth about it."""
 
-import json
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,12 +10,13 @@ from sdvae import atomic
 from sdvae.errors import ConfigError, OutputError, StoreError
 from sdvae.progress import Progress, silent
 from sdvae.reading.dataset import LatentDataset
-from sdvae.reading.formats import FORMATS, File, Row
+from sdvae.reading.declaration import write_declaration
+from sdvae.reading.formats import FORMATS
 from sdvae.reading.names import plan_names
+from sdvae.reading.row import File, Row
 from sdvae.sources.kinds import is_junk
 from sdvae.store.records import written
 
-DECLARATION = "sdvae-export.json"
 _NUM_WRITERS = 16
 
 
@@ -40,7 +40,11 @@ def export(
     space = manifest["vae"]["latent_space"]
     if form.latent_spaces and space not in form.latent_spaces:
         spaces = " or ".join(form.latent_spaces)
-        raise StoreError(f"{path} holds latents of the space {space}; {form.reader} trains on those of {spaces}")
+        fitting = ", ".join(other for other, each in FORMATS.items() if space in (each.latent_spaces or (space,)))
+        raise StoreError(
+            f"{path} holds latents of the space {space}; {form.reader} trains on those of {spaces}. "
+            f"Formats for {space}: {fitting}"
+        )
     declaration = {
         "format": name,
         "reader": form.reader,
@@ -52,13 +56,16 @@ def export(
         "num_records": len(dataset),
         "classes": dataset.classes,
         "settings": form.settings(dataset),
+        "training": form.training(dataset) if form.training else None,
         "latent_scaling": manifest["latent_scaling"],
         "vae": manifest["vae"],
     }
     _claim(out, dataset.store.paths.root)
     out = out.absolute()
     _write(out, form.files(dataset, _rows(dataset, progress)))
-    atomic.write_bytes(out / DECLARATION, json.dumps(declaration, indent=2, ensure_ascii=False).encode() + b"\n")
+    if form.config:
+        _write(out, iter([form.config(declaration["settings"], out)]))
+    write_declaration(out, declaration, form.latent_files)
     return declaration
 
 

@@ -6,132 +6,28 @@ None of them says itself what it holds; FORMATS does.
 import io
 import itertools
 import json
+import math
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.random import Generator
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sdvae import sealed
 from sdvae.amounts import size_text
 from sdvae.errors import StoreError
 from sdvae.latents import scale
-from sdvae.posterior import DiagonalGaussian
-from sdvae.reading.dataset import LatentDataset, record_stream
+from sdvae.reading.dataset import LatentDataset
+from sdvae.reading.declaration import LatentFiles
+from sdvae.reading.row import File, Format, Row, Settings
+from sdvae.reading.sd_scripts import sd_scripts
+from sdvae.reading.stats import measure
 from sdvae.store.buckets import Size
-from sdvae.store.shard import Shard
-from sdvae.weights.write import OutputTensor, safetensors_bytes
-
-Settings = dict[str, Any]
-File = tuple[str, bytes | Iterator[bytes]]  # path below the folder of the export, content
-
-
-@dataclass(frozen=True)
-class Row:
-    """One record on its way out."""
-
-    number: int  # counted over the whole store
-    name: str  # for a file, without an ending: the record's key, made safe
-    shard: Shard
-    record: dict[str, Any]  # its line of the index
-    label: int | None  # index into the dataset's classes
-    moments: dict[str, NDArray[Any]]  # mean, logvar, of mirrored photos mean_flip, logvar_flip: (C, h, w) raw
-    seed: int
-
-    @property
-    def size_px(self) -> Size:
-        """(height, width) of the pixels that were encoded."""
-        assert self.shard.bucket_px is not None
-        return self.shard.bucket_px
-
-    def posterior(self, ending: str = "") -> DiagonalGaussian:  # of (C, h, w) float32
-        """What the encoder said of the photo, or with "_flip" of the mirrored one."""
-        mean, logvar = (torch.from_numpy(self.moments[name + ending].astype(np.float32)) for name in ("mean", "logvar"))
-        return DiagonalGaussian(mean, logvar)
-
-    def samples(self) -> dict[str, Tensor]:  # raw (C, h, w) float32
-        """One draw from each posterior, under "" and, where it is stored, "_flip"; the same in every export."""
-        noise = Generator(record_stream(self.seed, self.record["key"], epoch=0))
-        drawn = {}
-        for ending in ("", "_flip"):
-            if f"mean{ending}" in self.moments:
-                posterior = self.posterior(ending)
-                values = noise.standard_normal(posterior.mean.shape, np.float32)
-                drawn[ending] = posterior.mean + posterior.std * torch.from_numpy(values)
-        return drawn
-
-
-@dataclass(frozen=True)
-class Format:
-    """What a format holds, whose reader says so, and what a store must be for it to hold the truth."""
-
-    reader: str
-    value: Literal["sample", "mean", "mean and std", "mean and logvar"]
-    scaling: str
-    flips: str
-    latent_spaces: tuple[str, ...] | None  # None: any
-    settings: Callable[[LatentDataset], Settings]  # what to tell the trainer; StoreError for a store it would misread
-    files: Callable[[LatentDataset, Iterator[Row]], Iterator[File]]
-
-
-# --- kohya-ss/sd-scripts ---
-
-_KOHYA_ENDINGS = {"sd1": "_sd.npz", "sdxl": "_sdxl.npz"}
-_KOHYA_TABLES = {512: (256, 1024), 1024: (256, 2048)}  # resolution: shortest and longest side, in steps of 64
-
-
-def _kohya_settings(dataset: LatentDataset) -> Settings:
-    """The resolution and buckets under which sd-scripts puts every record into the bucket of its own size."""
-    sizes = set(dataset.buckets)
-    if len(sizes) == 1:
-        height, width = sizes.pop()
-        return {"resolution": [width, height], "enable_bucket": False}
-    for resolution, (shortest, longest) in _KOHYA_TABLES.items():
-        sides = range(shortest, longest + 1, 64)
-        pairs = {(side, min(longest, resolution**2 // side // 64 * 64)) for side in sides} | {(resolution, resolution)}
-        if sizes <= {size for a, b in pairs if b >= shortest for size in ((a, b), (b, a))}:
-            limits = {"min_bucket_reso": shortest, "max_bucket_reso": longest, "bucket_reso_steps": 64}
-            return {"resolution": [resolution, resolution], "enable_bucket": True} | limits
-    raise StoreError(
-        f"sd-scripts has no buckets for all sizes of this store ({_spelled(sizes)}) and would mix them; "
-        "encode with --buckets, or with --size and a crop"
-    )
-
-
-def _kohya_files(dataset: LatentDataset, rows: Iterator[Row]) -> Iterator[File]:
-    ending = _KOHYA_ENDINGS[dataset.store.manifest["vae"]["latent_space"]]
-    metadata = {}
-    for row in rows:
-        (height, width), (photo_height, photo_width) = row.size_px, row.record["original_px"]
-        arrays = {"latents" + "_flipped" * bool(flip): drawn.numpy() for flip, drawn in row.samples().items()}
-        arrays["original_size"] = np.array([photo_width, photo_height])
-        arrays["crop_ltrb"] = np.array(_kohya_crop((width, height), (photo_width, photo_height)))
-        file = io.BytesIO()
-        np.savez(file, allow_pickle=False, **arrays)
-        # sd-scripts picks the bucket that is nearest to the size in the name. It would write the photo's own there;
-        # ours makes it pick the bucket that this record was resized for.
-        yield f"{row.name}_{width:04d}x{height:04d}{ending}", file.getvalue()
-        photo = row.name + (
-            PurePosixPath(row.record["key"]).suffix or ".png"
-        )  # whose name it looks for, without the ending
-        metadata[photo] = {"caption": row.record["caption"] or "", "image_size": [width, height]}
-    yield "metadata.json", json.dumps(metadata, ensure_ascii=False, indent=1).encode()
-
-
-def _kohya_crop(bucket: Size, photo: Size) -> tuple[float, float, float, float]:  # both (width, height)
-    """left, top, right, bottom as sd-scripts means them: where the whole photo would lie, fitted into the bucket."""
-    aspect = photo[0] / photo[1]
-    is_narrow = aspect < bucket[0] / bucket[1]
-    width, height = (bucket[1] * aspect, bucket[1]) if is_narrow else (bucket[0], bucket[0] / aspect)
-    left, top = (bucket[0] - width) // 2, (bucket[1] - height) // 2
-    return left, top, left + width, top + height
-
+from sdvae.weights.files import as_bytes
+from sdvae.weights.write import OutputTensor, safetensors_bytes, safetensors_chunks
 
 # --- sihyun-yu/REPA ---
 
@@ -178,6 +74,55 @@ def _fast_dit_files(dataset: LatentDataset, rows: Iterator[Row]) -> Iterator[Fil
         scaled_latents = scale(row.samples()[""][None], dataset.latent_scaling)
         yield f"imagenet256_features/{name}", _npy(scaled_latents)
         yield f"imagenet256_labels/{name}", _npy(torch.tensor([row.label], dtype=torch.int64, device="cpu"))
+
+
+# --- hustvl/LightningDiT ---
+
+
+def _lightning_dit_settings(dataset: LatentDataset) -> Settings:
+    if not dataset.has_flips:
+        raise StoreError(
+            "LightningDiT trains on photos and their mirror images, and this store has no mirrored latents; "
+            "encode with --flip"
+        )
+    settings = _class_settings(dataset)
+    mean, _ = next(shard.moments() for shard in dataset.store.shards() if shard.num_rows)
+    _, channels, height, _ = mean.shape
+    return {
+        "data.data_path": "OUT",
+        "data.image_size": settings["resolution"],
+        "data.num_classes": settings["num_classes"],
+        "data.latent_norm": True,
+        "data.latent_multiplier": 1.0,
+        "vae.downsample_ratio": settings["resolution"] // height,
+        "model.in_chans": channels,
+        "decoding": "its inference.py decodes with VA-VAE; decode what it samples with the VAE of this store",
+    }
+
+
+def _lightning_dit_files(dataset: LatentDataset, rows: Iterator[Row]) -> Iterator[File]:
+    """A file for each shard, and the statistics by which its reader brings latents to unit std."""
+    for number, of_shard in itertools.groupby(rows, key=lambda row: row.shard.number):
+        yield f"latents_rank00_shard{number:06d}.safetensors", _lightning_dit_shard(list(of_shard))
+    stats = measure(dataset.store)
+    moments = {
+        name: torch.tensor(values, dtype=torch.float32, device="cpu").view(1, -1, 1, 1)
+        for name, values in (("mean", stats.mean), ("std", stats.std))
+    }
+    file = io.BytesIO()
+    torch.save(moments, file)  # which torch.load reads with weights_only: nothing but tensors
+    yield "latents_stats.pt", file.getvalue()
+
+
+def _lightning_dit_shard(rows: list[Row]) -> Iterator[memoryview]:
+    def drawn(ending: str) -> OutputTensor:  # one record at a time: those of a shard would take gigabytes
+        shape = (len(rows), *rows[0].moments["mean"].shape)
+        num_bytes = 4 * math.prod(shape)
+        return OutputTensor("F32", shape, num_bytes, lambda: (as_bytes(row.samples()[ending]) for row in rows))
+
+    labels = torch.tensor([row.label for row in rows], dtype=torch.int64, device="cpu")
+    tensors = {"latents": drawn(""), "latents_flip": drawn("_flip"), "labels": OutputTensor.of(labels)}
+    return safetensors_chunks(tensors, {"latents": "raw", "total_size": str(len(rows)), "dtype": "torch.float32"})
 
 
 # --- kohya-ss/musubi-tuner ---
@@ -237,6 +182,7 @@ class _Musubi:
             latent_spaces=(space,),
             settings=self.settings,
             files=self.files,
+            latent_files=LatentFiles("**/*.safetensors", "scaled" if self.is_scaled else "raw"),
         )
 
 
@@ -279,15 +225,8 @@ def _npy(values: Tensor) -> bytes:
 
 
 FORMATS = {
-    "kohya": Format(
-        reader="kohya-ss/sd-scripts, --cache_latents_to_disk",
-        value="sample",
-        scaling="raw; sd-scripts scales while it trains",
-        flips="latents_flipped, drawn from the posterior of the mirrored photo",
-        latent_spaces=tuple(_KOHYA_ENDINGS),
-        settings=_kohya_settings,
-        files=_kohya_files,
-    ),
+    "kohya": sd_scripts("sd1", "sdxl", is_scaled=False),
+    "kohya-flux": sd_scripts("flux1", is_scaled=True),
     "repa": Format(
         reader="sihyun-yu/REPA",
         value="mean and std",
@@ -296,6 +235,7 @@ FORMATS = {
         latent_spaces=("sd1",),
         settings=_repa_settings,
         files=_repa_files,
+        latent_files=LatentFiles("vae-sd/**/*.npy", "raw", has_std=True),
     ),
     "fast-dit": Format(
         reader="chuanyangjin/fast-DiT",
@@ -305,6 +245,17 @@ FORMATS = {
         latent_spaces=("sd1",),
         settings=_class_settings,
         files=_fast_dit_files,
+        latent_files=LatentFiles("imagenet256_features/*.npy", "scaled"),
+    ),
+    "lightning-dit": Format(
+        reader="hustvl/LightningDiT",
+        value="sample",
+        scaling="raw; LightningDiT scales by latents_stats.pt while it trains",
+        flips="latents_flip, drawn from the posterior of the mirrored photo",
+        latent_spaces=None,
+        settings=_lightning_dit_settings,
+        files=_lightning_dit_files,
+        latent_files=LatentFiles("*.safetensors", "raw"),
     ),
     "musubi-flux2-dev": _Musubi("f2d", "flux_2_dev", is_scaled=True, has_frames=False).format("FLUX.2 dev", "flux2"),
     "musubi-flux2-klein-4b": _Musubi("f2k4b", "flux_2_klein_4b", is_scaled=True, has_frames=False).format(
@@ -322,5 +273,6 @@ FORMATS = {
         latent_spaces=None,
         settings=lambda dataset: {},
         files=_webdataset_files,
+        latent_files=LatentFiles("*.tar", "raw"),
     ),
 }

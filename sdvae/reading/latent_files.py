@@ -1,8 +1,9 @@
-"""Latents that samplers and trainers save (.safetensors, .npy, .npz, .pt, ComfyUI's .latent), read as raw latents."""
+"""Latents that samplers and trainers save (.safetensors, .npy, .npz, .pt, ComfyUI's .latent, tars), as raw latents."""
 
 import io
 import math
 import re
+import tarfile
 import warnings
 import zipfile
 import zlib
@@ -10,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,14 +20,14 @@ from torch import Tensor
 from sdvae.config import VAEConfig
 from sdvae.errors import LatentsError, UnsafeFileError, WeightsError
 from sdvae.latents import unscale
+from sdvae.reading.declaration import LatentFiles, Scaling, declared_files
 from sdvae.weights.files import TensorFile, open_weights
-
-Scaling = Literal["raw", "scaled"]
 
 _METADATA_KEY = "latents"  # in safetensors' __metadata__: "raw" or "scaled"
 # Which tensor to take from a file that holds several; `mean` is what a shard of a store calls it.
 _NAMES = ("latent_tensor", "latents", "latent", "samples", "mean")
 _SIZED_NAME = re.compile(r"latents_\d+x\d+")  # sd-scripts, where one file holds several sizes
+_SCALED_CACHES = ("_flux", "_lumina")  # sd-scripts': the encoder it uses there scales what it gives
 # Before ComfyUI marked its files with `latent_format_version_0` it passed scaled latents from node to node, and knew
 # one scale only. Its LoadLatent still multiplies unmarked files by 1 / 0.18215; marked ones are raw, of any model.
 _COMFYUI_OLD_SCALE = 0.18215
@@ -35,9 +36,11 @@ _DAMAGED_ARRAY = (ValueError, SyntaxError, TokenError, OverflowError, RecursionE
 
 
 def list_latent_files(source: Path) -> list[Path]:
-    """The latent files of a folder and its subfolders, sorted; or `source` itself, where it is a file."""
+    """The latent files of an export or of a folder and its subfolders, sorted; or `source`, where it is a file."""
     if source.is_dir():
-        found = (path for path in source.rglob("*") if path.suffix.lower() in _READERS)
+        declared = declared_files(source)
+        found = source.glob(declared.pattern if declared else "**/*")
+        found = (path for path in found if path.suffix.lower() in _READERS)
         files = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
         if not files:
             raise LatentsError(f"{source} holds no latents: neither a manifest.json nor a file ending {_SUFFIXES}")
@@ -56,11 +59,14 @@ class FoundLatents:
     is_told: bool  # whether the user says so, not the file
 
 
-def read_latents(path: Path, config: VAEConfig, told: Scaling | None = None) -> FoundLatents:
+def read_latents(
+    path: Path, config: VAEConfig, told: Scaling | None = None, declared: LatentFiles | None = None
+) -> FoundLatents:
     """Read one file of latents for the VAE of `config`; one image may come as (C, h, w).
 
-    `told` says whether the latents are raw or scaled where the file does not. Raises LatentsError where neither
-    does, or where the latents do not fit the VAE or are not finite; UnsafeFileError where reading would run code.
+    `told` says whether the latents are raw or scaled where neither the file does nor the export, `declared`, that it
+    belongs to. Raises LatentsError where none of them does, or where the latents do not fit the VAE or are not finite;
+    UnsafeFileError where reading would run code.
     """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -69,6 +75,9 @@ def read_latents(path: Path, config: VAEConfig, told: Scaling | None = None) -> 
         found, says = reader(path)
     except OSError as error:
         raise LatentsError(f"{path} cannot be read: {error.strerror or error}") from error
+    if declared:
+        says = says or declared.scaling
+        found = found.chunk(2, dim=-3)[0] if declared.has_std and found.dim() >= 3 else found
     latents = _check(path, found, (config.latent_channels, config.scaled_channels))
     if config.latents_patch > 1:  # FLUX.2's scaled latents have four times as many channels: that is proof
         says = "raw" if latents.shape[1] == config.latent_channels else "scaled"
@@ -171,8 +180,26 @@ def _read_npz(path: Path) -> tuple[Tensor, Scaling | None]:
                 data = packed.read(_MAX_PACKED_BYTES)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise LatentsError(f"{path} is a damaged .npz file, or none ({str(error)[:99]}); write it again") from None
-    is_of_sd_scripts = any(key.startswith("crop_ltrb") for key in records)
-    return _read_array(path, io.BytesIO(data), len(data)), "raw" if is_of_sd_scripts else None
+    says: Scaling | None = None
+    if any(key.startswith("crop_ltrb") for key in records):
+        says = "scaled" if path.stem.endswith(_SCALED_CACHES) else "raw"
+    return _read_array(path, io.BytesIO(data), len(data)), says
+
+
+def _read_tar(path: Path) -> tuple[Tensor, Scaling | None]:
+    """The `mean.npy` of every sample in a WebDataset shard, in its order; all have one shape."""
+    means = []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isfile() and member.name.endswith(".mean.npy") and (file := archive.extractfile(member)):
+                    data = file.read(_MAX_PACKED_BYTES)
+                    means.append(_read_array(path, io.BytesIO(data), len(data)))
+        return torch.stack(means), None
+    except (tarfile.TarError, EOFError, ValueError, RuntimeError) as error:
+        raise LatentsError(
+            f"{path} is no tar of latents of one shape, each in a mean.npy ({str(error)[:99]})"
+        ) from None
 
 
 def _read_array(path: Path, file: BinaryIO, size: int) -> Tensor:
@@ -204,5 +231,6 @@ _READERS: dict[str, Callable[[Path], tuple[Tensor, Scaling | None]]] = {
     ".npz": _read_npz,
     ".pt": _read_tensors,
     ".pth": _read_tensors,
+    ".tar": _read_tar,
 }
 _SUFFIXES = " ".join(_READERS)

@@ -23,6 +23,7 @@ from sdvae.sources.entries import (
     sorted_by_key,
     why_unsafe,
 )
+from sdvae.sources.img2dataset import failed_downloads
 from sdvae.sources.kinds import HEAD_BYTES, remarks_on, sort_out
 from sdvae.sources.pairing import MAX_TEXT_BYTES, Pairing, is_table
 
@@ -197,7 +198,8 @@ class ArchiveSource:
             found, others = self._entries(prefix, archive, pairing)
             entries += found
             aside += others
-        self.remarks = [*pairing.remarks(), *remarks_on(aside)]
+        stats = [f"{archive.path.with_suffix('')}_stats.json" for archive in self._archives.values()]
+        self.remarks = [*pairing.remarks(), *failed_downloads(self._root, stats), *remarks_on([*aside, *pairing.aside])]
         return sorted_by_key(entries, self.name)
 
     def read(self, key: str) -> bytes:

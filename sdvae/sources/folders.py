@@ -3,13 +3,14 @@
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from sdvae.errors import SourceError
 from sdvae.sources.entries import MAX_FILE_BYTES, Entry, class_folder, sorted_by_key, why_no_file
-from sdvae.sources.kinds import HEAD_BYTES, PACKED, is_junk, remarks_on, sort_out
+from sdvae.sources.img2dataset import failed_downloads
+from sdvae.sources.kinds import HEAD_BYTES, PACKED, Listing, is_junk, remarks_on, sort_out
 from sdvae.sources.pairing import MAX_TEXT_BYTES, Pairing, is_table
 
 
@@ -39,21 +40,38 @@ class FolderSource:
     def entries(self) -> list[Entry]:
         """Every record of the folder, sorted by key; SourceError when a folder in it cannot be listed."""
         pairing = Pairing(self._caption)
-        listing = sort_out((self._entry(*child) for child in self._children()), pairing.is_text, self._read_head)
-        packed = {PurePosixPath(name).suffix.lower() for name in listing.aside}.intersection(PACKED)
+        listing = self.listing(pairing.is_text)
+        suffixes = {PurePosixPath(name).suffix.lower() for name in listing.aside}
+        packed = next((suffix for suffix in PACKED if suffix in suffixes), None)
         if packed and not listing.photos:
             raise SourceError(
-                f"{self.name} holds no photos, but files that hold some; name those, as in '{self.name}/*{min(packed)}'"
+                f"{self.name} holds no photos, but files that hold some; name those, as in '{self.name}/*{packed}'"
             )
         photos = (replace(entry, label=class_folder(entry.key)) for entry in listing.photos)
-        paired = pairing.pair(photos, listing.texts, self._read_text)
-        self.remarks = [*pairing.remarks(), *remarks_on(list(filter(self._counts, listing.aside)))]
+        paired = pairing.pair(photos, listing.texts, self.read_text)
+        aside = list(filter(self._counts, [*listing.aside, *pairing.aside]))
+        self.remarks = [*pairing.remarks(), *failed_downloads(self.root, listing.texts), *remarks_on(aside)]
         return sorted_by_key((entry for entry in paired if self._counts(entry.key)), self.name)
 
     def read(self, key: str) -> bytes:
         """The bytes of one file, at most MAX_FILE_BYTES of them; OSError as the file system gives it."""
         with self._path_of(key.encode()).open("rb") as file:
             return file.read(MAX_FILE_BYTES)
+
+    def listing(self, is_text: Callable[[str], bool]) -> Listing:
+        """All its files, sorted by what they are."""
+        return sort_out((self._entry(*child) for child in self._children()), is_text, self._read_head)
+
+    def read_text(self, key: str) -> bytes:
+        """The bytes of a file that tells of photos, one more than MAX_TEXT_BYTES at most but of a table."""
+        place = self._path_of(key.encode())
+        status = place.lstat()
+        is_link = stat.S_ISLNK(status.st_mode)  # resolving every path would take longer than all the rest
+        reason = self._why_not_to_open(place, place.stat()) if is_link else why_no_file(status)
+        if reason is not None:
+            raise OSError(errno.EINVAL, reason)
+        with place.open("rb") as file:
+            return file.read() if is_table(key) else file.read(MAX_TEXT_BYTES + 1)
 
     def _counts(self, key: str) -> bool:
         if "" in self._only or key in self._only:
@@ -66,8 +84,8 @@ class FolderSource:
         listed: set[bytes] = set()
         for folder in sorted(os.fsencode(name) for name in whole):
             yield from self._walk(folder, listed, is_deep=True)
-        for name in sorted(self._only.difference(whole)):
-            yield from self._walk(os.fsencode(name.rpartition("/")[0]), listed, is_deep=False)
+        for folder in sorted({os.fsencode(name.rpartition("/")[0]) for name in self._only.difference(whole)}):
+            yield from self._walk(folder, listed, is_deep=False)
 
     def _walk(self, top: bytes, listed: set[bytes], *, is_deep: bool) -> Iterator[tuple[bytes, "os.DirEntry[bytes]"]]:
         if self._path_of(top).resolve() != self._path_of(top):
@@ -113,16 +131,6 @@ class FolderSource:
         if not any(map(place.resolve().is_relative_to, self._homes)):
             return "a link that leads out of the source folder"
         return why_no_file(status)
-
-    def _read_text(self, key: str) -> bytes:
-        place = self._path_of(key.encode())
-        status = place.lstat()
-        is_link = stat.S_ISLNK(status.st_mode)  # resolving every path would take longer than all the rest
-        reason = self._why_not_to_open(place, place.stat()) if is_link else why_no_file(status)
-        if reason is not None:
-            raise OSError(errno.EINVAL, reason)
-        with place.open("rb") as file:
-            return file.read() if is_table(key) else file.read(MAX_TEXT_BYTES + 1)
 
     def _read_head(self, key: str) -> bytes:
         with self._path_of(key.encode()).open("rb") as file:

@@ -14,12 +14,12 @@ from pathlib import PurePosixPath
 from sdvae.sources.entries import Entry, some_of
 
 READABLE = (
-    ".apng", ".avif", ".bmp", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf",
-    ".jpg", ".jpx", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".hif", ".ico", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc",
+    ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff",
+    ".webp",
 )  # fmt: skip
 UNREADABLE = (
-    ".arw", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".heic", ".heif", ".jxl", ".nef", ".orf", ".psd", ".raf", ".rw2",
-    ".svg", ".tga", ".xcf",
+    ".arw", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".nef", ".orf", ".psd", ".raf", ".rw2", ".svg", ".tga", ".xcf",
 )  # fmt: skip
 PACKED = (".tar", ".zip", ".parquet", ".arrow")  # sources of their own
 _NO_PHOTOS = (  # never opened to see how they begin
@@ -31,7 +31,7 @@ _JUNK = ("thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__macosx", "$recy
 HEAD_BYTES = 32
 _HEAD = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|RIFF....WEBP|BM....\0\0\0\0|P[1-6][\s#]|II[*+]\0|MM\0[*+]|\0\0\x01\0[^\0]\0"
-    rb"|....ftyp(?:avi[fs]|mif1|msf1|hei[cfmsx]|hevc)|\0\0\0\x0cj(?:P  |XL )|\xff\x4f\xff\x51|\xff\x0a|8BPS",
+    rb"|....ftyp(?:avi[fs]|mif1|msf1|hei[cfmsx]|hev[cmsx])|\0\0\0\x0cj(?:P  |XL )|\xff\x4f\xff\x51|\xff\x0a|8BPS",
     re.DOTALL,
 )
 

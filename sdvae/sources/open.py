@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sdvae.errors import SourceError
-from sdvae.sources import archives, arrow, tables
+from sdvae.sources import archives, arrow, kohya, tables
 from sdvae.sources.archives import ArchiveSource
 from sdvae.sources.arrow import ArrowSource, open_hub, open_saved, open_tables
 from sdvae.sources.entries import Entry, Source, shown, why_no_name
 from sdvae.sources.folders import FolderSource
+from sdvae.sources.kohya import KohyaSource
 from sdvae.sources.lists import ListSource
 from sdvae.sources.mnist import MnistSource, is_idx
 
@@ -24,10 +25,10 @@ _MAGIC = re.compile(r"[*?\[{]")
 def open_source(spec: str | Path | Source | Iterable[Any], caption: str | None = None) -> Source:
     """The source that a user means; SourceError where there is none.
 
-    A path to a folder, zip file, tar, Parquet or Arrow file, list (.csv, .tsv, .jsonl), saved Hugging Face dataset or
-    MNIST's images; a pattern of such paths (`shards/{000..099}.tar`, `photos/**/*.jpg`); `hf://org/name:split`; or
-    an iterable of images. A source is returned as it is. `caption` names the ending of the files (`.tags`) or the
-    column (`prompt`) that holds captions.
+    A path to a folder, zip file, tar, Parquet or Arrow file, list (.csv, .tsv, .jsonl), dataset config of sd-scripts
+    (.toml), saved Hugging Face dataset or MNIST's images; a pattern of such paths (`shards/{000..099}.tar`,
+    `photos/**/*.jpg`); `hf://org/name:split`; or an iterable of images. A source is returned as it is. `caption` names
+    the ending of the files (`.tags`) or the column (`prompt`) that holds captions.
     """
     if isinstance(spec, Source):
         return spec
@@ -85,6 +86,7 @@ _KINDS: dict[tuple[str, ...], Callable[[Path, str | None], Source]] = {
     archives.SUFFIXES: _open_archive,
     arrow.SUFFIXES: _open_table,
     tables.SUFFIXES: ListSource,
+    kohya.SUFFIXES: KohyaSource,
 }
 
 

@@ -1,5 +1,6 @@
 """Captions and labels: which file beside a photo, or which line of a table, speaks of it. In doubt none does."""
 
+import json
 import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,11 +8,12 @@ from dataclasses import dataclass, replace
 from unicodedata import normalize
 
 from sdvae.errors import SourceError
-from sdvae.sources.entries import DoubtError, Entry, some_of, why_unsafe
+from sdvae.sources.entries import DoubtError, Entry, as_text, some_of, why_unsafe
 from sdvae.sources.kinds import can_be_read
-from sdvae.sources.tables import Table, column_name, read_table
+from sdvae.sources.tables import CAPTIONS, Table, column_name, read_table
 
-TABLES = ("metadata.csv", "metadata.jsonl")  # of Hugging Face's imagefolder
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of Hugging Face's imagefolder
+_JSON = ".json"
 MAX_TEXT_BYTES = 2**20  # more is no caption
 
 ReadText = Callable[[str], bytes]  # the bytes of a text; OSError with a `strerror`
@@ -20,21 +22,24 @@ ReadText = Callable[[str], bytes]  # the bytes of a text; OSError with a `strerr
 class Pairing:
     """Finds the captions and labels of photos, in one folder or in one archive after the other.
 
-    Captions are files that end in `.txt` or `.caption`, and the columns `caption` or `text` of tables. `caption` names
-    the ending (`.tags`) or the column (`prompt`) that is meant instead.
+    Captions are files that end in `.txt` or `.caption`, and the columns `caption` or `text` of tables and of JSON files
+    beside photos. `caption` names the ending (`.tags`) or the column (`prompt`) that is meant instead.
     """
 
     def __init__(self, caption: str | None = None) -> None:
         self._caption = caption
         endings = ("." + caption.lower().removeprefix("."),) if caption else (".txt", ".caption")
-        self._members = {".cls": "label"} | dict.fromkeys(endings, "caption")  # what a file beside a photo tells
+        self._columns = (column_name(caption),) if caption and _JSON not in endings else CAPTIONS
+        self._endings = tuple(dict.fromkeys((*endings, ".cls", _JSON)))
         self._has_captions = False
+        self.aside: list[str] = []  # JSON files that say nothing of photos
+        self._telling_json: set[str] = set()
         self._left: list[str] = []
         self._table_remarks: list[str] = []
 
     def is_text(self, name: str) -> bool:
         """Whether a file of this path may tell something about photos."""
-        return name.lower().endswith(tuple(self._members)) or is_table(name)
+        return name.lower().endswith(self._endings) or is_table(name)
 
     def pair(self, photos: Iterable[Entry], texts: Iterable[str], read: ReadText, prefix: str = "") -> list[Entry]:
         """Every photo with what the files `texts` tell of it; remarks name texts with `prefix`.
@@ -47,9 +52,9 @@ class Pairing:
         photos, texts = list(photos), list(texts)
         tables = {name: self._read_table(name, read) for name in sorted(texts) if is_table(name)}
         lines = _lines_by_key(tables)
-        beside = _Beside((name for name in texts if name not in tables), tuple(self._members))
+        beside = _Beside((name for name in texts if name not in tables), self._endings)
         own = {entry.key: beside.of(entry.key) for entry in photos}
-        sharing = Counter(_stem(_same(key)) for key, found in own.items() if not found and can_be_read(key))
+        sharing = Counter(_stem(_same(key)) for key in own if can_be_read(key) and all(map(_is_json, own[key])))
         alike = Counter(_same(key) for key in own)
         paired: list[Entry] = []
         for entry in photos:
@@ -57,8 +62,9 @@ class Pairing:
             try:
                 if alike[_same(entry.key)] > 1:
                     raise DoubtError("another photo has the same name in another of Unicode's forms; rename one")
-                names = own[entry.key] or _shared(entry.key, beside, sharing)
-                paired.append(entry if entry.reason else self._with(entry, told, names, read))
+                if not entry.reason:
+                    told = [*told, *self._told_beside(entry.key, own[entry.key], beside, sharing, read)]
+                paired.append(entry if entry.reason else _with(entry, told))
             except DoubtError as doubt:
                 paired.append(replace(entry, reason=str(doubt)))
         for told in lines.values():
@@ -77,26 +83,46 @@ class Pairing:
         texts = "text belongs" if len(self._left) == 1 else "texts belong"
         return [*self._table_remarks, f"{len(self._left)} {texts} to no photo: {some_of(self._left)}"]
 
-    def _with(self, entry: Entry, told: "Sequence[_Told]", names: Sequence[str], read: ReadText) -> Entry:
-        told = [*told, *(self._read_text(name, read) for name in names)]
-        caption, label = _agreed(told, "caption"), _agreed(told, "label")
-        return replace(entry, caption=caption, label=entry.label if label is None else label)
+    def _told_beside(
+        self, key: str, own: Sequence[str], beside: "_Beside", sharing: Mapping[str, int], read: ReadText
+    ) -> "list[_Told]":
+        """What the texts called `a.jpg.txt` tell, or else those called `a.txt`."""
+        if told := self._telling(own, read):
+            return told
+        stem = _stem(_same(key))
+        told = self._telling(beside.of(stem), read)
+        if told and sharing[stem] > 1:
+            raise DoubtError(f"{told[0].where} fits other photos, too; call what belongs to this one {key}.txt")
+        return told
 
-    def _read_text(self, name: str, read: ReadText) -> "_Told":
+    def _telling(self, names: Sequence[str], read: ReadText) -> "list[_Told]":
+        told = (self._read_beside(name, read) for name in names)
+        return [each for each in told if each.caption is not None or each.label is not None]
+
+    def _read_beside(self, name: str, read: ReadText) -> "_Told":
+        ending = _ending(name, self._endings)
+        if ending == ".cls":
+            return _Told(name, name, None, read_caption(name, read))
+        if ending != _JSON:
+            return _Told(name, name, read_caption(name, read), None)
+        return _Told(name, name, self._caption_in_json(name, read), None)
+
+    def _caption_in_json(self, name: str, read: ReadText) -> str | None:
+        """What a JSON file says under the names of captions; most that lie beside photos say other things."""
+        data = _read(name, read)
         try:
-            data = read(name)
-            text = data.decode("utf-8-sig").strip()
-        except OSError as error:
-            raise DoubtError(f"{name} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise DoubtError(f"{name} is not UTF-8") from error
-        if len(data) > MAX_TEXT_BYTES:
-            raise DoubtError(f"{name} is larger than {MAX_TEXT_BYTES:,} bytes")
-        is_caption = self._is_caption(name)
-        return _Told(name, name, text if is_caption else None, None if is_caption else text)
-
-    def _is_caption(self, name: str) -> bool:
-        return self._members[_ending(name, self._members)] == "caption"
+            values = json.loads(data) if len(data) <= MAX_TEXT_BYTES else None
+        except (ValueError, RecursionError):
+            return None
+        members = values.items() if isinstance(values, dict) else ()
+        captions = [value for member, value in members if column_name(member) in self._columns and value is not None]
+        if not captions:
+            return None
+        self._telling_json.add(name)
+        self._has_captions = True
+        if any(other != captions[0] for other in captions):
+            raise DoubtError(f"{name} has captions that differ; --caption names the one that is meant")
+        return as_text(captions[0], "caption")
 
     def _read_table(self, name: str, read: ReadText) -> Table:
         try:
@@ -106,12 +132,34 @@ class Pairing:
         return read_table(name, data, self._caption)
 
     def _note(self, tables: Mapping[str, Table], beside: "_Beside", prefix: str) -> None:
-        self._left += [prefix + name for name in beside.names - beside.used]
+        silent = set(filter(_is_json, beside.names)) - self._telling_json
+        self.aside += [prefix + name for name in silent]
+        self._left += [prefix + name for name in beside.names - beside.used - silent]
+        self._telling_json.clear()
         if self._caption is None:
             self._table_remarks += [remark for name, table in tables.items() for remark in table.remarks(name)]
             return
         columns = {column for table in tables.values() for column in table.columns}
-        self._has_captions |= column_name(self._caption) in columns or any(map(self._is_caption, beside.names))
+        is_there = any(_ending(name, self._endings) not in (".cls", _JSON) for name in beside.names)
+        self._has_captions |= column_name(self._caption) in columns or is_there
+
+
+def read_caption(name: str, read: ReadText) -> str:
+    """The text of a caption file; DoubtError for one that cannot be read, is no UTF-8 or too long."""
+    data = _read(name, read)
+    if len(data) > MAX_TEXT_BYTES:
+        raise DoubtError(f"{name} is larger than {MAX_TEXT_BYTES:,} bytes")
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DoubtError(f"{name} is not UTF-8") from error
+
+
+def _read(name: str, read: ReadText) -> bytes:
+    try:
+        return read(name)
+    except OSError as error:
+        raise DoubtError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def is_table(name: str) -> bool:
@@ -148,12 +196,9 @@ class _Beside:
         return found
 
 
-def _shared(key: str, beside: _Beside, sharing: Mapping[str, int]) -> list[str]:
-    stem = _stem(_same(key))
-    found = beside.of(stem)
-    if found and sharing[stem] > 1:
-        raise DoubtError(f"{found[0]} fits other photos, too; call what belongs to this one {key}.txt")
-    return found
+def _with(entry: Entry, told: Sequence[_Told]) -> Entry:
+    caption, label = _agreed(told, "caption"), _agreed(told, "label")
+    return replace(entry, caption=caption, label=entry.label if label is None else label)
 
 
 def _lines_by_key(tables: Mapping[str, Table]) -> dict[str, list[_Told]]:
@@ -183,6 +228,10 @@ def _differing(member: str, places: list[str]) -> str:
 
 def _ending(name: str, endings: Iterable[str]) -> str:
     return next(ending for ending in endings if name.lower().endswith(ending))
+
+
+def _is_json(name: str) -> bool:
+    return name.lower().endswith(_JSON)
 
 
 def _stem(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Tables of photos as people write them: CSV, TSV and JSON lines with a path, a caption, a label."""
+"""Tables of photos as people write them: CSV, TSV, JSON lines and Parquet with a path, a caption, a label."""
 
 import csv
 import io
@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from sdvae.errors import SourceError
@@ -13,6 +14,7 @@ from sdvae.sources.entries import DoubtError, as_text, shown, some_of, why_no_na
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 CAPTIONS = ("caption", "text")
+_ROWS_AT_ONCE = 2**12  # of Parquet as Python's objects
 # Two spellings of one thing; a table that has both leaves open which is meant.
 _SPELLINGS = {"path": ("path", "file_name"), "key": ("key",), "caption": CAPTIONS, "label": ("label",)}
 
@@ -57,11 +59,7 @@ def read_table(name: str, data: bytes, caption: str | None = None) -> Table:
 
     Captions are the column `caption`, or those named `caption` or `text`. Columns that mean nothing are left alone.
     """
-    try:
-        text = data.decode("utf-8-sig")  # Excel begins with a byte order mark
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{name} is not UTF-8 (byte {error.start:,}); save it as UTF-8") from error
-    lines = _read_jsonl(name, text) if name.lower().endswith(".jsonl") else _read_csv(name, text)
+    lines = _read_parquet(name, data) if name.lower().endswith(".parquet") else _read_lines(name, data)
     spellings = _SPELLINGS | {"caption": (column_name(caption),)} if caption else _SPELLINGS
     rows: list[Row] = []
     columns: set[str] = set()
@@ -69,6 +67,32 @@ def read_table(name: str, data: bytes, caption: str | None = None) -> Table:
         columns.update(values)
         rows.append(_row(f"{name}, line {number}", number, values, spellings))
     return Table(rows, frozenset(columns))
+
+
+def _read_lines(name: str, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        text = data.decode("utf-8-sig")  # Excel begins with a byte order mark
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{name} is not UTF-8 (byte {error.start:,}); save it as UTF-8") from error
+    return _read_jsonl(name, text) if name.lower().endswith(".jsonl") else _read_csv(name, text)
+
+
+def _read_parquet(name: str, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows count as lines, the first as line 1."""
+    if find_spec("pyarrow") is None:
+        raise SourceError(f"reading {name} needs pyarrow, which is not installed; pip install 'sdvae[data]'")
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.read_table(io.BytesIO(data))
+        columns = [column_name(shown(column)) for column in table.column_names]
+        _require_unlike(name, columns)
+        for start in range(0, len(table), _ROWS_AT_ONCE):
+            values = (column.to_pylist() for column in table.slice(start, _ROWS_AT_ONCE).columns)
+            for number, row in enumerate(zip(*values, strict=True), start + 1):
+                yield number, dict(zip(columns, row, strict=True))
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{name} is damaged or no Parquet file ({error}); write it again") from error
 
 
 def _read_csv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

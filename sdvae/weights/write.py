@@ -29,15 +29,16 @@ class OutputTensor:
 
 def write_safetensors(path: Path, tensors: Mapping[str, OutputTensor], metadata: Mapping[str, str]) -> None:
     """Write the file a chunk at a time; it appears under its name when it is complete."""
-    atomic.write_stream(path, _chunks(tensors, metadata))
+    atomic.write_stream(path, safetensors_chunks(tensors, metadata))
 
 
 def safetensors_bytes(tensors: Mapping[str, OutputTensor], metadata: Mapping[str, str]) -> bytes:
     """The whole file at once, for small ones."""
-    return b"".join(_chunks(tensors, metadata))
+    return b"".join(safetensors_chunks(tensors, metadata))
 
 
-def _chunks(tensors: Mapping[str, OutputTensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+def safetensors_chunks(tensors: Mapping[str, OutputTensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+    """The file a piece at a time, its tensors made when they are due."""
     # Wide elements first, as safetensors' own writer has it: then each tensor lies at a multiple of its element size.
     ordered = sorted(tensors.items(), key=lambda item: -_element_bytes(item[1].dtype))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
