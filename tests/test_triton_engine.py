@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from sdvae.config import FAMILIES, Padding
-from sdvae.engine import arena, graphs, ops
+from sdvae.engine import arena, graphs, ops, selfcheck
 from sdvae.engine import calibrate as calibrating
 from sdvae.engine import plan as planning
 from sdvae.engine import program as programs
-from sdvae.engine import run as running
 from sdvae.engine.execute import execute
 from sdvae.engine.kernels import Norm
 from sdvae.engine.plan import Plan, make_plan
@@ -35,7 +34,7 @@ HEIGHT, WIDTH = 3, 2  # of latents: the interpreter takes a second for a hundred
 def kernels() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         module = triton_interpreter.triton_ops(patch)
-        for place in (programs, running):
+        for place in (programs, selfcheck):
             patch.setattr(place, "choose_kernels", lambda device: module)
         patch.setattr(planning, "GPU_STRIP_BYTES", 0)
         yield module

@@ -18,7 +18,8 @@ from sdvae.engine.graphs import Executor
 from sdvae.engine.memory import free_bytes, parse_bytes
 from sdvae.engine.plan import IMAGES_AT_ONCE, Plan, make_plan
 from sdvae.engine.precision import full_precision, inference
-from sdvae.engine.program import Program, choose_kernels, compile_program
+from sdvae.engine.program import Program, compile_program
+from sdvae.engine.selfcheck import trusted_kernels, why_torch
 from sdvae.engine.session import DeviceSession
 from sdvae.engine.stages import Direction, build_network
 from sdvae.errors import BudgetError
@@ -168,7 +169,7 @@ class Engine:
 
     def _host_bytes(self, device: torch.device) -> int:
         """What of the host's memory a plan may take: only Triton's kernels reach into it."""
-        if choose_kernels(device) is ops:
+        if trusted_kernels(device) is ops:
             return 0
         return free_bytes(torch.device("cpu")) or 0
 
@@ -185,8 +186,9 @@ class Engine:
             known = None  # before the new one is made
             is_scaled = dtype == torch.float16
             with inference(), self._on(device).guard():
-                exponents = calibrate(self.config, direction, weights, device) if is_scaled else {}
-                known = state, compile_program(self.config, direction, weights, dtype, device, exponents)
+                kernels = trusted_kernels(device)
+                exponents = calibrate(self.config, direction, weights, device, kernels) if is_scaled else {}
+                known = state, compile_program(self.config, direction, weights, dtype, device, exponents, kernels)
         self._programs[direction] = known
         return known[1]
 
@@ -249,7 +251,8 @@ class Engine:
         where = f"{str(dtype).removeprefix('torch.')} on {device}"
         if obstacle is not None:
             return f"sdvae's reference network, {where}, because {obstacle}"
-        lines = [f"sdvae's engine, {where}"]
+        reason = why_torch(device)
+        lines = [f"sdvae's engine, {where}" + (f", by torch's operations, because {reason}" if reason else "")]
         sides: dict[Direction, int] = {"encode": _DESCRIBED_PX, "decode": _DESCRIBED_PX // self.config.downscale}
         for direction, side in sides.items():
             lines.append(describe_plan(self.plan(direction, side, side), self.program(direction)))
