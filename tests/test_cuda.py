@@ -104,13 +104,13 @@ def test_torch_and_triton_agree() -> None:
 
 def test_repeated_runs_are_replayed_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     replays: list[object] = []
-    replay = graphs._Graph.replay
+    replay = graphs.ImageGraph.replay
 
     def counting(self: Any, image: Tensor, out: Tensor) -> None:
         replays.append(self)
         replay(self, image, out)
 
-    monkeypatch.setattr(graphs._Graph, "replay", counting)
+    monkeypatch.setattr(graphs.ImageGraph, "replay", counting)
     vae = VAE(quiet_model(CONFIG), GPU, torch.float16, "")
     latents = inputs("decode", 32, 32, batch=3).to(GPU)
     with vae.deterministic():

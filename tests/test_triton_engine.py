@@ -1,7 +1,6 @@
 """The engine as it runs on a GPU, in Triton's interpreter: kernels, plans, arenas on the host, repeated runs."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,17 +10,17 @@ import torch
 from torch import Tensor
 
 from sdvae.config import FAMILIES, Padding
-from sdvae.engine import arena, graphs, ops
+from sdvae.engine import arena, graphs, ops, selfcheck
 from sdvae.engine import calibrate as calibrating
 from sdvae.engine import plan as planning
 from sdvae.engine import program as programs
-from sdvae.engine import run as running
 from sdvae.engine.execute import execute
 from sdvae.engine.kernels import Norm
 from sdvae.engine.plan import Plan, make_plan
 from sdvae.engine.precision import full_precision
 from sdvae.engine.program import Program
 from sdvae.engine.run import Engine
+from sdvae.engine.session import DeviceSession
 from sdvae.engine.stages import Direction
 from sdvae.model import AutoencoderKL
 from tests import triton_interpreter
@@ -35,7 +34,7 @@ HEIGHT, WIDTH = 3, 2  # of latents: the interpreter takes a second for a hundred
 def kernels() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         module = triton_interpreter.triton_ops(patch)
-        for place in (programs, running):
+        for place in (programs, selfcheck):
             patch.setattr(place, "choose_kernels", lambda device: module)
         patch.setattr(planning, "GPU_STRIP_BYTES", 0)
         yield module
@@ -84,11 +83,8 @@ def test_half_precision_is_no_worse_than_by_torch(dtype: torch.dtype, monkeypatc
 
 @pytest.mark.parametrize("direction", [pytest.param("encode", marks=pytest.mark.slow), "decode"])
 def test_an_arena_on_the_host_changes_no_bit(direction: Direction, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def unpinned(num_elements: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        yield torch.full((num_elements,), torch.nan, dtype=dtype)
-
-    monkeypatch.setattr(arena, "_pinned", unpinned)
+    monkeypatch.setattr(arena, "_pin", lambda num_bytes: torch.full((num_bytes,), 255, dtype=torch.uint8))  # NaN
+    monkeypatch.setattr(arena, "_unpin", lambda memory: None)
     images = inputs("odd widths", direction, HEIGHT, WIDTH)
     program = compiled("odd widths", direction)
     near = gpu_plan(program, images)
@@ -117,23 +113,27 @@ def test_the_second_run_of_a_shape_is_captured_and_replayed(monkeypatch: pytest.
     captured: list[Plan] = []
 
     class Graph:
-        def __init__(self, program: Program, plan: Plan, image: Tensor) -> None:
-            captured.append(plan)
+        def __init__(self, program: Program, plan: Plan) -> None:
             self._program, self._plan = program, plan
+
+        @classmethod
+        def capture(cls, session: DeviceSession, program: Program, plan: Plan, image: Tensor) -> "Graph":
+            captured.append(plan)
+            return cls(program, plan)
 
         def replay(self, image: Tensor, out: Tensor) -> None:
             out.copy_(execute(self._program, self._plan, image[None])[0])
 
-    monkeypatch.setattr(graphs, "_Graph", Graph)
-    monkeypatch.setattr(graphs, "_is_repeatable", lambda program, plan: True)
+    monkeypatch.setattr(graphs, "ImageGraph", Graph)
+    monkeypatch.setattr(graphs, "_is_repeatable", lambda session, program, plan: True)
     monkeypatch.setattr(programs, "choose_kernels", lambda device: ops)  # any will do
     small, large = (inputs("plain", "decode", 1, width, batch=2) for width in (1, 2))
     program = compiled("plain", "decode")
-    executor = graphs.Executor()
+    executor, session = graphs.Executor(), DeviceSession(torch.device("cpu"))
 
     def run(images: Tensor, **precision: bool) -> Tensor:
         with full_precision(**precision):
-            return executor.run(program, gpu_plan(program, images), images)
+            return executor.run(session, program, gpu_plan(program, images), images)
 
     first = run(small)
     assert captured == []
@@ -157,10 +157,11 @@ def test_a_graph_is_only_for_triton_on_a_gpu() -> None:
     program = compiled("plain", "decode")
     plan = gpu_plan(program, inputs("plain", "decode", 1, 1))
     on_gpu = replace(program, device=torch.device("cuda"))
-    assert graphs._is_repeatable(on_gpu, plan)
-    assert not graphs._is_repeatable(program, plan)
-    assert not graphs._is_repeatable(replace(on_gpu, kernels=ops), plan)
-    assert not graphs._is_repeatable(on_gpu, replace(plan, is_on_host=True))
+    session = DeviceSession(on_gpu.device)
+    assert graphs._is_repeatable(session, on_gpu, plan)
+    assert not graphs._is_repeatable(DeviceSession(program.device), program, plan)
+    assert not graphs._is_repeatable(session, replace(on_gpu, kernels=ops), plan)
+    assert not graphs._is_repeatable(session, on_gpu, replace(plan, is_on_host=True))
 
 
 def test_a_run_asks_the_host_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,10 @@ def seconds_of(run: Run, device: torch.device) -> float:
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(device)
-    begin.record()
-    run()
-    end.record()
+    with torch.cuda.device(device):  # events are recorded on the current one
+        begin.record()
+        run()
+        end.record()
     torch.cuda.synchronize(device)
     return float(begin.elapsed_time(end)) / 1e3
 

@@ -129,12 +129,27 @@ def _check_devices() -> Iterator[Finding]:
         memory_gib = properties.total_memory / 2**30
         capability = f"compute capability {properties.major}.{properties.minor}"
         yield Finding("devices", f"cuda:{index}", f"{properties.name}, {memory_gib:.0f} GiB, {capability}")
+        yield _check_kernels(index)
     if torch.backends.mps.is_available():
         yield Finding("devices", "mps", "Apple GPU")
     device = choose_device("auto")
     choice = choose_dtype("auto", device)
     dtype = str(choice.dtype).removeprefix("torch.")
     yield Finding("devices", "chosen", f"{device} in {dtype}: {choice.reason}")
+
+
+def _check_kernels(index: int) -> Finding:
+    """The kernels of a GPU on a small decode, in a process of their own: an illegal address would end this one."""
+    command = [sys.executable, "-P", "-m", "sdvae.engine.selfcheck", str(index)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    name = f"kernels of cuda:{index}"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
+        return Finding("devices", name, "the self-check fails", "broken", lines[-1])
+    fault = json.loads(done.stdout)
+    if fault is None:
+        return Finding("devices", name, "Triton's, which decode as torch's operations do")
+    return Finding("devices", name, "torch's operations, several times slower", "warning", fault)
 
 
 def _check_embedded_vae() -> Iterator[Finding]:

@@ -1,13 +1,14 @@
 """The memory of a run: the arena that a plan lays out, on the device or on its host, and what lies beside it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sdvae.amounts import memory_text
 from sdvae.engine.plan import Plan
+from sdvae.errors import BudgetError
 
 
 @dataclass(frozen=True)
@@ -23,26 +24,53 @@ class Memory:
         return self.arena[offset : offset + num_elements] if self.own_keys is None else self.own_keys[:num_elements]
 
 
-@contextmanager
-def allocate(plan: Plan, dtype: torch.dtype, device: torch.device) -> Iterator[Memory]:
-    """The memory of a plan, for as long as the context lasts."""
+class PinnedMemory:
+    """Memory of the host that a GPU's kernels reach; kept from run to run, because pinning gigabytes takes seconds."""
+
+    def __init__(self) -> None:
+        self._bytes: Tensor | None = None
+        self._unpin: weakref.finalize | None = None  # type: ignore[type-arg]
+
+    def take(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        """So many elements, uninitialised; BudgetError where the host cannot pin them."""
+        num_bytes = num_elements * dtype.itemsize
+        if self._bytes is None or self._bytes.numel() < num_bytes:
+            self.free()
+            self._bytes = _pin(num_bytes)
+            self._unpin = weakref.finalize(self, _unpin, self._bytes)
+            self._unpin.atexit = False  # the driver may be gone by then, and the memory with it
+        return self._bytes[:num_bytes].view(dtype)
+
+    def free(self) -> None:
+        """Give the memory back, once no kernel is at work in it."""
+        if self._unpin is not None:
+            self._unpin()
+        self._bytes = self._unpin = None
+
+
+def allocate(plan: Plan, dtype: torch.dtype, device: torch.device, pinned: PinnedMemory) -> Memory:
+    """The memory of a plan, the arena in `pinned` where the plan has it on the host."""
     window = torch.empty(plan.window_elements, dtype=dtype, device=device)
     if not plan.is_on_host:
-        yield Memory(torch.empty(plan.arena_elements, dtype=dtype, device=device), window, None)
-        return
+        return Memory(torch.empty(plan.arena_elements, dtype=dtype, device=device), window, None)
     keys = torch.empty(plan.keys_elements, dtype=dtype, device=device)
-    with _pinned(plan.arena_elements, dtype) as arena:
-        yield Memory(arena, window, keys)
+    return Memory(pinned.take(plan.arena_elements, dtype), window, keys)
 
 
-@contextmanager
-def _pinned(num_elements: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Memory of the host that kernels reach; torch would round such blocks up to a power of two."""
-    memory = torch.empty(num_elements, dtype=dtype, device="cpu")
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    torch.cuda.check_error(cudart.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+def _pin(num_bytes: int) -> Tensor:
+    """Torch's own pinned memory would be rounded up to a power of two."""
+    memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)  # type: ignore[no-untyped-call]
+    if int(code):
+        raise BudgetError(
+            f"{memory_text(num_bytes)} of the host's memory could not be pinned for the GPU (CUDA error {int(code)}); "
+            "give a larger --budget or a smaller size, or free memory of the host"
+        )
+    return memory
+
+
+def _unpin(memory: Tensor) -> None:
     try:
-        yield memory
         torch.cuda.synchronize()  # kernels may still be at work in it
     finally:
-        cudart.cudaHostUnregister(memory.data_ptr())
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]

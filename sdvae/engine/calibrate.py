@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sdvae.config import VAEConfig
 from sdvae.engine.execute import Peaks, execute
+from sdvae.engine.kernels import Kernels
 from sdvae.engine.plan import make_plan
 from sdvae.engine.program import Weights, compile_program
 from sdvae.engine.scaling import Exponents, choose_exponents, plan_scales
@@ -19,9 +20,11 @@ _SIZE = 32  # of the calibration's latents; its pixels are as many as they stand
 _MAX_ERROR_GROWTH = 1.5  # of a weight's rounding, when scaling makes it subnormal
 
 
-def calibrate(config: VAEConfig, direction: Direction, weights: Weights, device: torch.device) -> Exponents:
+def calibrate(
+    config: VAEConfig, direction: Direction, weights: Weights, device: torch.device, kernels: Kernels | None = None
+) -> Exponents:
     """The exponents that keep fp16 in range; DeviceError for weights that fp16 would round away at these."""
-    program = compile_program(config, direction, weights, torch.float32, device)
+    program = compile_program(config, direction, weights, torch.float32, device, kernels=kernels)
     images = calibration_images(config, direction)
     peaks: Peaks = {}
     plan = make_plan(program.network, images.shape[2], images.shape[3], element_bytes=4)

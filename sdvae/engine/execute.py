@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdvae.engine import ops
-from sdvae.engine.arena import Memory, allocate
+from sdvae.engine.arena import Memory, PinnedMemory, allocate
 from sdvae.engine.kernels import Kernels, RunningStatistics
 from sdvae.engine.levels import Level, input_rows, window_shape
 from sdvae.engine.plan import Plan
@@ -16,15 +16,18 @@ from sdvae.engine.stages import Border
 Peaks = dict[str, float]  # the largest absolute value that each stage and shortcut left behind
 
 
-def execute(program: Program, plan: Plan, images: Tensor, peaks: Peaks | None = None) -> Tensor:
+def execute(
+    program: Program, plan: Plan, images: Tensor, peaks: Peaks | None = None, pinned: PinnedMemory | None = None
+) -> Tensor:
     """All images (N, C, H, W) through the network -> (N, C', H', W') fp32; a dict of `peaks` is filled.
 
-    Memory is allocated once and freed at the end.
+    Memory is allocated once and freed at the end, but for what belongs to `pinned`.
     """
     out = empty_output(program, plan, len(images))
-    with allocate(plan, program.dtype, program.device) as memory:
-        for image, target in zip(images, out, strict=True):
-            execute_image(program, plan, memory, image.to(program.device), target, peaks)
+    pinned = pinned or PinnedMemory()
+    memory = allocate(plan, program.dtype, program.device, pinned)
+    for image, target in zip(images, out, strict=True):
+        execute_image(program, plan, memory, image.to(program.device), target, peaks)
     return out
 
 

@@ -63,7 +63,7 @@ def choose_dtype(name: str | torch.dtype, device: torch.device) -> DtypeChoice:
         raise DeviceError(f"unknown dtype {name!r}; choose auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
         # fp16 with its range scaled becomes the default when it has been measured on a GPU.
-        if torch.cuda.is_bf16_supported():
+        if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8:  # older ones emulate it
             return DtypeChoice(torch.bfloat16, "this GPU computes bf16, which cannot overflow")
         return DtypeChoice(torch.float32, "this GPU has no bf16")
     if device.type == "cpu":

@@ -66,9 +66,10 @@ def compile_program(
     dtype: torch.dtype,
     device: torch.device,
     exponents: Exponents = MappingProxyType({}),
+    kernels: Kernels | None = None,
 ) -> Program:
     """Rewrite and pack one direction of a VAE; weights are added up and scaled in fp32 and rounded once."""
-    kernels = choose_kernels(device)
+    kernels = kernels or choose_kernels(device)
     compiler = _Compiler(weights, config.norm_num_groups, dtype, device, kernels)
     network = build_network(config, direction)
     scales = plan_scales(network, exponents)
@@ -78,11 +79,25 @@ def compile_program(
 
 def choose_kernels(device: torch.device) -> Kernels:
     """Triton's on a GPU that has it, torch's elsewhere."""
-    if device.type == "cuda" and find_spec("triton") is not None:
+    if triton_obstacle(device) is None:
         from sdvae.engine import triton_ops
 
         return triton_ops
     return ops
+
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton's kernels are not for a device, as far as it can be told without running one; or None."""
+    if device.type != "cuda":
+        return f"there are no others for {device.type}"
+    if torch.version.hip is not None:
+        return "ROCm's convolutions give another order of memory than our kernels read"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"our kernels need compute capability 8.0, and this GPU has {major}.{minor}"
+    return None
 
 
 class _Compiler:

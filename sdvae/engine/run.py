@@ -18,7 +18,9 @@ from sdvae.engine.graphs import Executor
 from sdvae.engine.memory import free_bytes, parse_bytes
 from sdvae.engine.plan import IMAGES_AT_ONCE, Plan, make_plan
 from sdvae.engine.precision import full_precision, inference
-from sdvae.engine.program import Program, choose_kernels, compile_program
+from sdvae.engine.program import Program, compile_program
+from sdvae.engine.selfcheck import trusted_kernels, why_torch
+from sdvae.engine.session import DeviceSession
 from sdvae.engine.stages import Direction, build_network
 from sdvae.errors import BudgetError
 from sdvae.model import AutoencoderKL
@@ -79,6 +81,7 @@ class Engine:
         self._layers: dict[str, nn.Module] = {}
         self._programs: dict[Direction, tuple[object, Program]] = {}
         self._executors: dict[Direction, Executor] = {}
+        self._session: DeviceSession | None = None  # on the device of the last run
         self._float32: Engine | None = None  # the twin that runs what overflows
         self._original: Engine | None = None  # whose twin this is
         self._plans: dict[tuple[object, ...], Plan] = {}  # those that no budget changed
@@ -96,7 +99,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy starts with: packed weights cannot be copied, and are made again when they are needed."""
-        return vars(self) | {"_programs": {}, "_executors": {}, "_float32": None}
+        return vars(self) | {"_programs": {}, "_executors": {}, "_session": None, "_float32": None}
 
     @property
     def source(self) -> nn.Module:
@@ -154,14 +157,19 @@ class Engine:
         num_bytes = plan.predict_bytes(num_images)
         if budget is None and num_bytes < _ALWAYS_FREE:
             return plan
-        budget_bytes = free_bytes(device) if budget is None else parse_bytes(budget)
+        budget_bytes = self._free_bytes(device, direction) if budget is None else parse_bytes(budget)
         if budget_bytes is None or num_bytes <= budget_bytes:
             return plan
         return make(budget_bytes=budget_bytes, host_bytes=self._host_bytes(device))
 
+    def _free_bytes(self, device: torch.device, direction: Direction) -> int | None:
+        """What a run may take: a graph's memory too, which is its own, or is given back before another size runs."""
+        free, executor = free_bytes(device), self._executors.get(direction)
+        return free if free is None or executor is None else free + executor.held_bytes
+
     def _host_bytes(self, device: torch.device) -> int:
         """What of the host's memory a plan may take: only Triton's kernels reach into it."""
-        if choose_kernels(device) is ops:
+        if trusted_kernels(device) is ops:
             return 0
         return free_bytes(torch.device("cpu")) or 0
 
@@ -177,9 +185,10 @@ class Engine:
         if known is None or known[0] != state:
             known = None  # before the new one is made
             is_scaled = dtype == torch.float16
-            with inference():
-                exponents = calibrate(self.config, direction, weights, device) if is_scaled else {}
-                known = state, compile_program(self.config, direction, weights, dtype, device, exponents)
+            with inference(), self._on(device).guard():
+                kernels = trusted_kernels(device)
+                exponents = calibrate(self.config, direction, weights, device, kernels) if is_scaled else {}
+                known = state, compile_program(self.config, direction, weights, dtype, device, exponents, kernels)
         self._programs[direction] = known
         return known[1]
 
@@ -191,6 +200,8 @@ class Engine:
         """Forget what is packed and captured; it will be packed again when it is needed."""
         self._programs.clear()
         self._executors.clear()
+        if self._session is not None:
+            self._session.release()
         self._float32 = None
 
     def obstacle(self, batch: Tensor | None = None) -> str | None:
@@ -240,7 +251,8 @@ class Engine:
         where = f"{str(dtype).removeprefix('torch.')} on {device}"
         if obstacle is not None:
             return f"sdvae's reference network, {where}, because {obstacle}"
-        lines = [f"sdvae's engine, {where}"]
+        reason = why_torch(device)
+        lines = [f"sdvae's engine, {where}" + (f", by torch's operations, because {reason}" if reason else "")]
         sides: dict[Direction, int] = {"encode": _DESCRIBED_PX, "decode": _DESCRIBED_PX // self.config.downscale}
         for direction, side in sides.items():
             lines.append(describe_plan(self.plan(direction, side, side), self.program(direction)))
@@ -280,14 +292,23 @@ class Engine:
         return torch.cat([run(part) for part in parts]).to(self._place()[0], torch.float32)
 
     def _execute(self, direction: Direction, plan: Plan, batch: Tensor) -> Tensor:
-        executor = self._executors[direction]
+        executor, session = self._executors[direction], self._on(self._place()[0])
         packed = self._programs.get(direction)
-        if packed is not None and packed[1].device.type == "cuda":
-            # It is compared with the weights while it runs: the host would wait as long for the answer.
-            out = executor.run(packed[1], plan, batch)
-            if not self._is_watched or packed[0] == self._state(self._weights(direction)):
-                return out
-        return executor.run(self.program(direction), plan, batch)
+        with session.guard():
+            if packed is not None and packed[1].device.type == "cuda":
+                # It is compared with the weights while it runs: the host would wait as long for the answer.
+                out = executor.run(session, packed[1], plan, batch)
+                if not self._is_watched or packed[0] == self._state(self._weights(direction)):
+                    return out
+            return executor.run(session, self.program(direction), plan, batch)
+
+    def _on(self, device: torch.device) -> DeviceSession:
+        """What this engine owns on a device; that on another one is given back."""
+        if self._session is None or self._session.device != device:
+            if self._session is not None:
+                self._session.release()
+            self._session = DeviceSession(device)
+        return self._session
 
     def _mend(self, out: Tensor, direction: Direction, batch: Tensor, budget: Budget) -> None:
         """Compute the images again in fp32 that overflowed, and say so."""

@@ -73,7 +73,7 @@ class Victim:
 
     @property
     def pause(self) -> Path:
-        """While this file exists, encoding stops in the middle of its third shard: who looks at the processes has time."""
+        """While this file exists, encoding stops inside its third shard, so that processes can be looked at."""
         return self.folder / "pause"
 
     @property
