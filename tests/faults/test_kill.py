@@ -73,7 +73,7 @@ class Victim:
 
     @property
     def pause(self) -> Path:
-        """While this file exists, encoding stops in the middle of its third shard: who looks at the processes has time."""
+        """While this file exists, encoding stops in the middle of its third shard: one can look at the processes."""
         return self.folder / "pause"
 
     @property
