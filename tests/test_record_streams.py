@@ -1,6 +1,7 @@
 """Streams of a store: what is attached to its records, or made of pictures beside the photos, and read with latents."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import sdvae
+from sdvae.encoding.repair import remedy, repair
 from sdvae.errors import ConfigError, ShapeError, StoreError
 from sdvae.reading.dataset import LatentDataset
 from sdvae.reading.samplers import BucketBatchSampler
@@ -78,8 +80,6 @@ def test_no_byte_of_the_store_changes_and_other_readers_see_nothing(root: Path) 
 
 
 def test_order_and_repetition_change_no_byte(root: Path, tmp_path: Path) -> None:
-    import shutil
-
     other = Path(shutil.copytree(root, tmp_path / "other"))
     sdvae.attach(root, "text", texts_of(root).items())
     sdvae.attach(other, "text", reversed(texts_of(root).items()))
@@ -219,6 +219,12 @@ def test_verify_finds_every_flipped_bit_and_attaching_again_mends_it(root: Path)
             sdvae.attach(root, "text", texts_of(root).items())
             assert read_store(root) == whole
         path.write_bytes(data)
+    flip(paths[1], 5000)
+    found = repair(root)
+    (damage,) = found.verdict.damages
+    assert found.restored == [] and "remove its folder, and make the stream again" in remedy(damage)
+    sdvae.attach(root, "text", texts_of(root).items())
+    assert read_store(root) == whole
     for path in paths:
         data = path.read_bytes()
         path.unlink()

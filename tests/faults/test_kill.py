@@ -237,6 +237,29 @@ def test_killed_at_a_random_moment_then_finished(
     assert max(repeated) <= 3, "more than the one in the network, and those that waited for the disk"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_two_processes_killed_at_random_moments_then_finished(victim: Victim, undisturbed: Victim) -> None:
+    """Both encode all shards of one store, keep and take up each other's batches, and die together."""
+    expected, moments = read_store(undisturbed.out), random.Random(1)
+    encoding_s = _time_encoding(victim, num_workers=0)
+    num_left: Counter[int] = Counter()
+    while num_left.total() < NUM_KILLS // 3:
+        shutil.rmtree(victim.folder)
+        processes = [victim.start(), victim.start()]
+        _wait_until(lambda: victim.num_batches > 0, processes[0])
+        time.sleep(moments.uniform(0.0, encoding_s))
+        _kill([one for process in processes for one in _tree(process)])
+        for process in processes:
+            process.join()
+        num_left[len(list(victim.out.glob("journal/*.batch")))] += 1
+        victim.check_left_behind(expected)
+        victim.finish()
+        assert read_store(victim.out) == expected and not list(victim.out.glob("journal/*.batch"))
+    print(f"\n{num_left.total()} kills of two processes; batches kept after them: {dict(sorted(num_left.items()))}")
+    assert max(num_left) > 0
+
+
 def test_killed_in_the_middle_of_a_shard_no_batch_is_encoded_twice(victim: Victim, undisturbed: Victim) -> None:
     process = _start_and_pause(victim, lambda: bool(list(victim.out.glob("journal/00002-00000.batch"))))
     assert victim.num_batches == 2 * BATCHES_IN_SHARD + 1
