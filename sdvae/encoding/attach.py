@@ -1,5 +1,6 @@
 """Arrays of a program, one a record, into a store: text embeddings, scores, maps."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from sdvae.errors import ShapeError, StoreError
 from sdvae.store.buckets import Size
+from sdvae.store.records import written
 from sdvae.store.remote import url_of
 from sdvae.store.shard import Shard
 from sdvae.store.store import Store
@@ -50,9 +52,9 @@ def attach(
     store = finished_store(path)
     places = _Places(store)
     gathered: dict[int, list[Row]] = {}  # of shards whose rows are not all there yet
+    num_gathered: Counter[int] = Counter()
     stream: Stream | None = None
     shapes: dict[Size | None, tuple[int, ...]] = {}
-    num_records = 0
     for key, value in records:
         array, dtype = _to_array(key, value)
         place = places.take(key)
@@ -63,16 +65,26 @@ def attach(
         _require_like(key, array, dtype, stream, shapes.setdefault(place.shard.bucket_px, array.shape[1:]))
         rows = gathered.setdefault(place.shard.number, [None] * place.shard.num_rows)
         rows[place.row] = array
-        num_records += 1
-        if not any(row is None for row in rows):
+        num_gathered[place.shard.number] += 1
+        if num_gathered[place.shard.number] == len(rows):
             stream.commit(place.shard, gathered.pop(place.shard.number))
     if stream is None:
         raise StoreError(f"nothing was attached to {store.paths.root}: no record came that it has")
     for shard in store.shards():
         if shard.number in gathered or not stream.has(shard.number):
             stream.commit(shard, gathered.get(shard.number, [None] * shard.num_rows))
-    num_missing = sum(stream.shard(shard.number).num_missing for shard in store.shards())
+    num_records, num_missing = count_rows(store, stream)
     return StreamReport(name, num_records, {"not attached": num_missing} if num_missing else {})
+
+
+def count_rows(store: Store, stream: Stream) -> tuple[int, int]:
+    """How many records have a row of a finished stream, and how many have none."""
+    num_records = num_missing = 0
+    for shard in store.shards():
+        lengths = stream.lengths(shard.number)
+        there = [bool(lengths[line["row"]]) for line in written(shard.records())]
+        num_records, num_missing = num_records + sum(there), num_missing + len(there) - sum(there)
+    return num_records, num_missing
 
 
 def finished_store(path: str | Path) -> Store:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdvae.encoding.attach import StreamReport, finished_store
+from sdvae.encoding.attach import StreamReport, count_rows, finished_store
 from sdvae.encoding.load_photo import Failure
 from sdvae.encoding.manifest import fixed_threads, require_same_vae
 from sdvae.encoding.pipeline import Decoders
@@ -92,11 +92,9 @@ class _Run:
             compute = self.store.manifest["compute"]
             with fixed_threads(compute["num_threads"]), self.vae.deterministic(compute.get("images_at_once", 0)):
                 self._encode(source, shards, plan, progress)
-        every = [self.stream.shard(shard.number) for shard in self.store.shards()]
-        num_missing = sum(shard.num_missing for shard in every)
+        num_records, num_missing = count_rows(self.store, self.stream)
         if num_before := num_missing - self.missing.total():
             self.missing["none in an earlier run"] = num_before
-        num_records = sum(shard.num_rows for shard in every) - num_missing
         return StreamReport(self.stream.name, num_records, dict(self.missing.most_common()))
 
     def _scan(self, source: Source, progress: Progress) -> dict[str, Record | str]:
@@ -110,17 +108,18 @@ class _Run:
         )
 
     def _plan(self, shard: Shard, found: dict[str, Record | str]) -> Iterator[_Batch]:
-        lines = list(written(shard.records()))
+        keys = {line["row"]: line["key"] for line in written(shard.records())}
         size = rows_in_batch(shard.bucket_px, self.store.manifest["compute"]["batch_rows"]) if shard.bucket_px else 1
-        for first in range(0, len(lines), size):
+        for first in range(0, shard.num_rows, size):
+            num_rows = min(size, shard.num_rows - first)
             pictures: dict[int, Record] = {}
-            for row, line in enumerate(lines[first : first + size], first):
-                picture = found[line["key"]]
+            for row in range(first, first + num_rows):
+                picture = found[keys[row]] if row in keys else None
                 if isinstance(picture, Record):
                     pictures[row] = picture
-                else:
+                elif picture is not None:
                     self.missing[picture] += 1
-            yield _Batch(first, min(size, len(lines) - first), pictures)
+            yield _Batch(first, num_rows, pictures)
 
     def _encode(
         self, source: Source, shards: Sequence[Shard], plan: dict[int, list[_Batch]], progress: Progress

@@ -173,7 +173,7 @@ class LatentDataset(Dataset[Example]):
         numbers = self._class_numbers() if any(record["label"] is not None for record in records) else {}
         labels = [-1 if record["label"] is None else numbers[record["label"]] for record in records]
         for reader in self._streams:
-            batch |= reader.read([self._shards[position] for position, _ in places], rows, flips)
+            batch |= reader.read([shard.shard for shard in shards], rows, flips)
         return {"latents": self._latents(shards, rows, flips, streams), "label": _numbers(labels)} | batch
 
     def _latents(
@@ -233,6 +233,7 @@ class _MappedShard:
 
     def __init__(self, store: Store, shard: Shard) -> None:
         assert shard.tensors_file is not None
+        self.shard = shard
         shard.require_whole_index()
         shard.tensors()  # checks length and header
         places, file = shard.places, shard.tensors_file

@@ -121,6 +121,13 @@ class Stream:
             DTYPES[self.declaration.dtype],
         )
 
+    def lengths(self, number: int) -> NDArray[np.int64]:  # (rows,)
+        """The length of each row of a shard; 0 where a record has none."""
+        shard = self.shard(number)
+        if not shard.file.is_present():
+            raise VerifyError(f"{shard.file.path} is missing, or is not the {shard.file.num_bytes:,} bytes committed")
+        return np.diff(np.fromfile(shard.file.path, "<i8", shard.num_rows + 1, offset=DATA_START))
+
     def commit(self, shard: Shard, rows: Sequence[Row], flipped: Sequence[Row] | None = None) -> None:
         """Write the rows of a shard, one a written record; all that are there agree in every axis but the first.
 
