@@ -243,12 +243,12 @@ def encode(
                 ranks=ranks,
                 progress=show,
             )
-            found = [
+            made = [
                 encode_pictures(out, name, pictures, vae, work, show)
                 for name, pictures in others.items()
                 if not report.num_shards_left  # else the process that finishes the store makes them
             ]
-    _tell(console, report, found, place, vae.name)
+    _tell(console, report, made, place, vae.name)
     if report.quarantined and ranks.world_size == 1:  # a launcher ends all ranks when one does not exit with 0
         click.get_current_context().exit(3)
 
