@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sdvae.config import VAEConfig
+    from sdvae.encoding.attach import attach
     from sdvae.encoding.encode import encode_dataset
     from sdvae.encoding.manifest import EncodeSettings
     from sdvae.errors import SdvaeError
@@ -38,6 +39,7 @@ __all__ = [
     "Preprocess",
     "SdvaeError",
     "VAEConfig",
+    "attach",
     "attribute_vector",
     "augment_dataset",
     "decode_dataset",
@@ -61,6 +63,7 @@ _MODULES = {
     "Preprocess": "sdvae.store.geometry",
     "SdvaeError": "sdvae.errors",
     "VAEConfig": "sdvae.config",
+    "attach": "sdvae.encoding.attach",
     "attribute_vector": "sdvae.explore.arithmetic",
     "augment_dataset": "sdvae.explore.augment",
     "decode_dataset": "sdvae.reading.decode",

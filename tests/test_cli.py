@@ -129,7 +129,7 @@ def test_options_are_the_documented_ones() -> None:
     own = {
         "encode": f"{runs} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
         "--resizer --jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit "
-        "--runner --address --batch-size --budget --limit --dry-run --caption",
+        "--runner --address --batch-size --budget --limit --dry-run --caption --with",
         "decode": f"{runs} --format --latents --space --no-metadata --batch-size --budget",
         "verify": f"{runs} --repair --source",
         "stats": console,

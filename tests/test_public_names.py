@@ -24,11 +24,12 @@ def documented_names() -> set[str]:
 def test_public_names_are_the_documented_ones() -> None:
     assert documented_names() >= NOT_YET
     assert set(sdvae.__all__) == documented_names() - NOT_YET
-    assert len(sdvae.__all__) == len(set(sdvae.__all__)) == 20
+    assert len(sdvae.__all__) == len(set(sdvae.__all__)) == 21
 
 
 def test_each_name_is_the_thing_its_module_defines() -> None:
     from sdvae.config import VAEConfig
+    from sdvae.encoding.attach import attach
     from sdvae.encoding.encode import encode_dataset
     from sdvae.encoding.manifest import EncodeSettings
     from sdvae.errors import SdvaeError
@@ -49,7 +50,7 @@ def test_each_name_is_the_thing_its_module_defines() -> None:
 
     things = (
         VAE, VAEConfig, AutoencoderKL, BucketBatchSampler, DecodeSettings, DiagonalGaussian, EncodeSettings,
-        LatentDataset, Preprocess, SdvaeError, attribute_vector, augment_dataset, decode_dataset,
+        LatentDataset, Preprocess, SdvaeError, attach, attribute_vector, augment_dataset, decode_dataset,
         encode_dataset, export, fit_latents, install, rank_anomalies, uninstall, verify,
     )  # fmt: skip
     defined = {thing.__name__: thing for thing in things}

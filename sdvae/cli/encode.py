@@ -26,6 +26,7 @@ from sdvae.cli.shared import (
 from sdvae.errors import StoreError
 
 if TYPE_CHECKING:
+    from sdvae.encoding.attach import StreamReport
     from sdvae.encoding.encode import EncodeReport, Survey
     from sdvae.encoding.runners import Runner
     from sdvae.encoding.times import Times
@@ -51,11 +52,21 @@ def _parse_workers(ctx: click.Context, param: click.Parameter, value: str) -> in
     return None if value == "auto" else int(value)
 
 
+def _parse_streams(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    streams: dict[str, str] = {}
+    for value in values:
+        name, _, source = value.partition("=")
+        if not source or name in streams:
+            raise click.BadParameter(f"{value!r} is not NAME=SRC with a name of its own, such as mask=masks.")
+        streams[name] = source
+    return streams
+
+
 @click.command(
     cls=Grouped,
     short_help="Encode photos to a latent store.",
     groups={
-        "What is encoded": ("caption", "limit"),
+        "What is encoded": ("caption", "with", "limit"),
         "How photos are prepared": (
             "size",
             "crop",
@@ -82,6 +93,14 @@ def _parse_workers(ctx: click.Context, param: click.Parameter, value: str) -> in
     "--caption",
     metavar="NAME",
     help="The ending of the files, or the column, that holds captions.  [default: .txt, .caption; caption, text]",
+)
+@click.option(
+    "--with",
+    "streams",
+    metavar="NAME=SRC",
+    multiple=True,
+    callback=_parse_streams,
+    help="Pictures beside the photos, of the same names: mask=SRC for masks, any other name for controls. Repeatable.",
 )
 @with_preprocess
 @click.option(
@@ -139,6 +158,7 @@ def encode(
     source: str,
     out: Path,
     caption: str | None,
+    streams: dict[str, str],
     size: int | None,
     min_size: int | None,
     shard_rows: int,
@@ -174,13 +194,20 @@ def encode(
 
     from sdvae.encoding.encode import encode_dataset, survey
     from sdvae.encoding.manifest import EncodeSettings, recorded_settings
+    from sdvae.encoding.pictures import encode_pictures
     from sdvae.encoding.resize import choose_resizer
     from sdvae.encoding.runners import Ranks
     from sdvae.encoding.tasks import Work, encode_tasks
     from sdvae.sources.open import open_source
     from sdvae.store.geometry import Preprocess
     from sdvae.store.store import Store
+    from sdvae.store.streams import require_stream_name
 
+    for name in streams:
+        require_stream_name(name)
+    others = {name: open_source(pictures) for name, pictures in streams.items()}
+    if streams and url_of(out):
+        raise StoreError(f"--with needs a store in a local folder, not {place}")
     has_own_size = preprocess["crop"] == "none" or preprocess["buckets"] is not None
     size_px = size or (None if has_own_size else 512)
     settings = EncodeSettings(
@@ -202,6 +229,7 @@ def encode(
         if dry_run:
             _tell_survey(console, survey(source, out, vae, settings, limit=limit, progress=show), place)
             return
+        work = Work(workers, on_oom, audit, budget)
         with _telling_what_is_kept(out):
             report = encode_dataset(
                 open_source(source, caption),
@@ -210,12 +238,17 @@ def encode(
                 settings,
                 restart=not resume,
                 limit=limit,
-                work=Work(workers, on_oom, audit, budget),
+                work=work,
                 runner=encode_tasks if runner == "local" else _ray_runner(address),
                 ranks=ranks,
                 progress=show,
             )
-    _tell(console, report, place, vae.name)
+            made = [
+                encode_pictures(out, name, pictures, vae, work, show)
+                for name, pictures in others.items()
+                if not report.num_shards_left  # else the process that finishes the store makes them
+            ]
+    _tell(console, report, made, place, vae.name)
     if report.quarantined and ranks.world_size == 1:  # a launcher ends all ranks when one does not exit with 0
         click.get_current_context().exit(3)
 
@@ -284,7 +317,12 @@ def _ray_runner(address: str | None) -> "Runner":
     return RayRunner(VAESpec(given["vae"], given["family"], given["padding"]), address)
 
 
-def _tell(console: Console, report: "EncodeReport", place: str, vae_name: str) -> None:
+def _tell(console: Console, report: "EncodeReport", streams: "list[StreamReport]", place: str, vae_name: str) -> None:
+    for stream in streams:
+        missing = ", ".join(f"{number} {reason}" for reason, number in stream.missing.items())
+        console.note(
+            f"{stream.name}: of {count(stream.num_records, 'photo')}" + f"; without: {missing}" * bool(missing)
+        )
     for reason, number in Counter(report.quarantined).most_common(10):
         console.note(f"{count(number, 'photo')} quarantined: {reason}")
     if report.num_degraded:
@@ -319,6 +357,9 @@ def _tell(console: Console, report: "EncodeReport", place: str, vae_name: str) -
         slowest=times.slowest() if times.num_images else None,
         psnr_db=times.psnr_db,
         remarks=list(report.remarks),
+        streams=[
+            {"name": stream.name, "num_records": stream.num_records, "missing": stream.missing} for stream in streams
+        ],
         vae=vae_name,
     )
 

@@ -71,6 +71,8 @@ def repair(root: Path, photos: Photos | None = None, progress: Progress = silent
 
 def remedy(damage: Damage) -> str:
     """What a person can still do about a file that `repair` left damaged."""
+    if damage.path.parent.parent.name == "streams":
+        return "it was attached, or made from pictures of yours; remove its folder, and make the stream again"
     match damage.path.parent.name, damage.path.suffix:
         case "roster", ".jsonl":
             return "it follows from the indexes of all its shards; mend or encode those first"

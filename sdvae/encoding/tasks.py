@@ -109,7 +109,7 @@ class _Encoder:
         self.batch_rows: int = store.manifest["compute"]["batch_rows"]
         self.rows_at_once: dict[Size, int] = {}  # where whole batches are too much for the memory
         self.num_committed = 0  # records
-        num_workers = _choose_workers(vae.device) if work.num_workers is None else work.num_workers
+        num_workers = choose_workers(vae.device) if work.num_workers is None else work.num_workers
         self.times = Times(num_workers=num_workers)
 
     def encode(self, left: deque[int]) -> None:
@@ -248,7 +248,7 @@ class _Encoder:
                 self.times.psnr_db[record.key] = min(psnr(after, before), _NO_DIFFERENCE_DB)
 
 
-def _choose_workers(device: torch.device) -> int:
+def choose_workers(device: torch.device) -> int:
     """As many as keep the encoder busy: a CPU takes ten times as long to encode a photo as to decode it."""
     return max(1, num_cores() // 8 if device.type == "cpu" else min(num_cores() - 1, 16))
 

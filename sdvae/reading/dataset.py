@@ -20,10 +20,12 @@ from sdvae.errors import ConfigError, DeviceError, ShapeError, StoreError, Verif
 from sdvae.latents import scale, scaled_shape
 from sdvae.notebook import card
 from sdvae.posterior import DiagonalGaussian
+from sdvae.reading.streams import StreamReader
 from sdvae.store.buckets import Size
 from sdvae.store.remote import local_copy
 from sdvae.store.shard import Shard
 from sdvae.store.store import Store, differences
+from sdvae.store.streams import Stream, stream_names
 
 if TYPE_CHECKING:
     from sdvae.vae import VAE
@@ -49,6 +51,10 @@ class LatentDataset(Dataset[Example]):
         target_size    (height, width) of the crop
         is_flipped     whether these are the latents of the mirrored photo
 
+    and for each of `streams` (names; all that the store has by default) its rows: "mask" (1, h, w) in [0, 1], a control
+    (C, h, w) scaled as latents are, or what was attached; beside it NAME_length, the length of the first axis. In a
+    batch shorter rows end in zeros. Where a record has none the length is 0, a mask ones and all else zeros.
+
     `sample` draws from the posterior, anew in each epoch; without it latents are the mean. Where the store holds
     mirrored photos, either is as likely. Both draws come from Philox on the CPU, keyed by (seed, key) at a counter
     from the epoch: no worker, rank, resumption, batch or device changes them.
@@ -65,6 +71,7 @@ class LatentDataset(Dataset[Example]):
         seed: int = 0,
         preload: Literal["ram", "cuda"] | None = None,
         expect_vae: "VAE | str | None" = None,
+        streams: Sequence[str] | None = None,
     ) -> None:
         if not 0 <= seed < 2**64:
             raise ConfigError(f"seed is {seed}; it must be a number of 64 bits, 0 or above")
@@ -79,6 +86,10 @@ class LatentDataset(Dataset[Example]):
         self.sample, self.seed, self.preload = sample, seed, preload
         self.has_flips: bool = self.store.manifest["preprocess"].get("flip", False)
         self._shards = _written_shards(self.store)
+        names = stream_names(self.store) if streams is None else streams
+        self._streams = [
+            StreamReader(Stream.open(self.store, name), self._shards, self.latent_scaling) for name in names
+        ]
         self._starts = list(itertools.accumulate((shard.num_rows for shard in self._shards), initial=0))
         # In shared memory: `set_epoch` reaches workers that live on from epoch to epoch.
         with torch.inference_mode(False):  # else `set_epoch` could not write to it
@@ -161,6 +172,8 @@ class LatentDataset(Dataset[Example]):
         batch = _conditions(records, flips)
         numbers = self._class_numbers() if any(record["label"] is not None for record in records) else {}
         labels = [-1 if record["label"] is None else numbers[record["label"]] for record in records]
+        for reader in self._streams:
+            batch |= reader.read([shard.shard for shard in shards], rows, flips)
         return {"latents": self._latents(shards, rows, flips, streams), "label": _numbers(labels)} | batch
 
     def _latents(
@@ -220,6 +233,7 @@ class _MappedShard:
 
     def __init__(self, store: Store, shard: Shard) -> None:
         assert shard.tensors_file is not None
+        self.shard = shard
         shard.require_whole_index()
         shard.tensors()  # checks length and header
         places, file = shard.places, shard.tensors_file

@@ -10,8 +10,10 @@ from sdvae.store.buckets import Size
 
 _OWN_FOLDERS = ("roster", "shards", "index", "done", "journal")
 _OWN_FILE = re.compile(
-    r"manifest\.json|quarantine\.jsonl|roster/\d{5,}\.jsonl?|journal/(scan\.jsonl|timings\.jsonl|(manifest|listing)\.json|lock|\d{5,}-\d{5,}\.batch)"
+    r"manifest\.json|quarantine\.jsonl|roster/\d{5,}\.jsonl?"
+    r"|journal/(scan\.jsonl|timings\.jsonl|(manifest|listing)\.json|lock|\d{5,}-\d{5,}\.batch)"
     r"|shards/\d{5,}-\d+x\d+\.safetensors|index/\d{5,}\.jsonl|done/\d{5,}\.json"
+    r"|streams/[a-z][a-z0-9_]*/(stream\.json|\d{5,}\.(json|safetensors))"
 )
 
 
@@ -57,6 +59,10 @@ class StorePaths:
         """All that is kept of a shard under way, or of all of them."""
         pattern = "*.batch" if shard is None else f"{shard:05d}-*.batch"
         return [path for path in sorted(self.journal.glob(pattern)) if self._is_own(f"journal/{path.name}")]
+
+    def stream(self, name: str) -> Path:
+        """The folder of a stream."""
+        return self.root / "streams" / name
 
     def tensors(self, number: int, bucket_px: Size) -> Path:
         """The numbers of a shard."""
@@ -107,5 +113,5 @@ class StorePaths:
 
     def _is_own(self, name: str) -> bool:
         folder, _, file = name.rpartition("/")
-        is_here = not folder or folder.partition("/")[0] in _OWN_FOLDERS
+        is_here = not folder or folder.partition("/")[0] in (*_OWN_FOLDERS, "streams")
         return _OWN_FILE.fullmatch(name) is not None or (is_here and atomic.is_temporary(file))

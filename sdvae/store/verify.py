@@ -17,6 +17,7 @@ from sdvae.store.paths import StorePaths
 from sdvae.store.records import pack_index, read_roster, written
 from sdvae.store.shard import CommittedFile, Shard
 from sdvae.store.store import FORMAT, Store
+from sdvae.store.streams import examine_streams
 
 State = Literal["damaged", "missing", "not encoded yet"]
 
@@ -122,11 +123,14 @@ class _Examination:
         damages += map(self._name_lost, of_shards)
         if not any(damage.path.parent.name in ("done", "index") for damage in of_shards):
             damages += self._examine_quarantine()
+        of_streams = list(examine_streams(self.store))
+        damages += [Damage(path, state) for path, _, state in of_streams if state]
         files = [*rosters, *(file for finding in findings for file in finding.files)]
         return Verdict(
             damages,
-            num_files=len(files) + len(numbers) + len(rosters) + 1,  # the commits, of shards and of rosters; quarantine
-            num_bytes=sum(file.num_bytes for file in files),
+            # The commits, of shards and of rosters; quarantine.
+            num_files=len(files) + len(numbers) + len(rosters) + 1 + len(of_streams),
+            num_bytes=sum(file.num_bytes for file in files) + sum(num_bytes for _, num_bytes, _ in of_streams),
             num_records=num_records,
         )
 

@@ -73,7 +73,7 @@ class Victim:
 
     @property
     def pause(self) -> Path:
-        """While this file exists, encoding stops inside its third shard, so that processes can be looked at."""
+        """While this file exists, encoding stops in the middle of its third shard: one can look at the processes."""
         return self.folder / "pause"
 
     @property
@@ -235,6 +235,29 @@ def test_killed_at_a_random_moment_then_finished(
         print(f"  {stage:24} {count:4} {'#' * count}")
     print(f"batches repeated after a kill: {dict(sorted(repeated.items()))}")
     assert max(repeated) <= 3, "more than the one in the network, and those that waited for the disk"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_two_processes_killed_at_random_moments_then_finished(victim: Victim, undisturbed: Victim) -> None:
+    """Both encode all shards of one store, keep and take up each other's batches, and die together."""
+    expected, moments = read_store(undisturbed.out), random.Random(1)
+    encoding_s = _time_encoding(victim, num_workers=0)
+    num_left: Counter[int] = Counter()
+    while num_left.total() < NUM_KILLS // 3:
+        shutil.rmtree(victim.folder)
+        processes = [victim.start(), victim.start()]
+        _wait_until(lambda: victim.num_batches > 0, processes[0])
+        time.sleep(moments.uniform(0.0, encoding_s))
+        _kill([one for process in processes for one in _tree(process)])
+        for process in processes:
+            process.join()
+        num_left[len(list(victim.out.glob("journal/*.batch")))] += 1
+        victim.check_left_behind(expected)
+        victim.finish()
+        assert read_store(victim.out) == expected and not list(victim.out.glob("journal/*.batch"))
+    print(f"\n{num_left.total()} kills of two processes; batches kept after them: {dict(sorted(num_left.items()))}")
+    assert max(num_left) > 0
 
 
 def test_killed_in_the_middle_of_a_shard_no_batch_is_encoded_twice(victim: Victim, undisturbed: Victim) -> None:
