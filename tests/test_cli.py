@@ -27,7 +27,7 @@ from sdvae.encoding.resize import choose_resizer
 
 Run = Callable[..., Result]
 VERBS = [
-    "encode", "decode", "verify", "stats", "export", "roundtrip", "eval", "report", "app",
+    "encode", "decode", "verify", "compact", "stats", "export", "roundtrip", "eval", "report", "app",
     "sample", "interpolate", "arithmetic", "anomaly", "augment", "inspect", "identify", "compare",
     "convert", "extract", "swap", "train", "plan", "bench", "doctor",
 ]  # fmt: skip
@@ -132,6 +132,7 @@ def test_options_are_the_documented_ones() -> None:
         "--runner --address --batch-size --budget --limit --keep-vanished --dry-run --caption",
         "decode": f"{runs} --format --latents --space --no-metadata --batch-size --budget",
         "verify": f"{runs} --repair --source",
+        "compact": f"{console} -o --output",
         "stats": console,
         "export": f"{console} --to -o --output --seed",
         "roundtrip": f"{runs} -o --output --size --no-metadata --budget",

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from sdvae import atomic, sealed
 from sdvae.encoding import encode
+from sdvae.encoding.compact import compact
 from sdvae.encoding.manifest import EncodeSettings
 from sdvae.encoding.tasks import Work
-from sdvae.errors import StoreError
+from sdvae.errors import StoreError, VerifyError
 from sdvae.posterior import DiagonalGaussian
 from sdvae.reading.dataset import LatentDataset
 from sdvae.store.generations import Change, Known, compare, fold, parse_changes, viewed
@@ -325,6 +327,8 @@ def check_history(
             assert records(out, generation) == view
     dataset = LatentDataset(out, sample=False)
     fresh = LatentDataset(folder / "fresh", sample=False)
+    compact(out, folder / "compact")
+    assert read_store(folder / "compact") == read_store(folder / "fresh")
     ours, theirs = ({one[n]["key"]: one[n] for n in range(len(one))} for one in (dataset, fresh))
     assert ours.keys() == theirs.keys() == {key for key, found in newest.items() if found[-1] is not None}
     for key, example in ours.items():
@@ -415,3 +419,52 @@ def test_the_lines_of_a_generation_are_those_of_the_specification(lived: Path) -
     ]
     rows = [line["row"] for shard in Store.open(lived).shards() for line in written(shard.records())]
     assert rows == [1, 0, 0]
+
+
+# --- Compaction ---
+
+
+def test_a_compaction_that_is_killed_goes_on(lived: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compact(lived, tmp_path / "expected")
+    assert not verify(tmp_path / "expected").damages
+    out, num_kills = tmp_path / "out", 0
+
+    def die(operation: str, path: Path) -> None:
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0:
+            raise StoppedError
+
+    while True:
+        num_left = 7 + num_kills  # each run comes a little further
+        with monkeypatch.context() as patch:
+            patch.setattr(atomic, "hook", die)
+            try:
+                compact(lived, out)
+                break
+            except StoppedError:
+                num_kills += 1
+    assert num_kills > 5 and read_store(out) == read_store(tmp_path / "expected")
+
+
+def test_what_cannot_be_compacted_is_refused(lived: Path, photos: Path, tmp_path: Path, vae: CountingVAE) -> None:
+    with pytest.raises(StoppedError):
+        encode_dataset(photos, tmp_path / "begun", vae, progress=stop_in_the_encoding)
+    with pytest.raises(StoreError, match="is not finished; run sdvae encode to its end, then compact it"):
+        compact(tmp_path / "begun", tmp_path / "out")
+    encode_dataset(photos, tmp_path / "begun", vae)
+    with pytest.raises(StoreError, match="holds other records than the newest generation"):
+        compact(lived, tmp_path / "begun")
+    root = Path(shutil.copytree(lived, tmp_path / "lived"))
+    path = next((root / "shards").glob("00002-*"))
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7b")
+    with pytest.raises(VerifyError, match=r"the latents of a\.png are damaged"):
+        compact(root, tmp_path / "out")
+
+
+def test_degraded_shards_stay_marked(lived: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(lived, tmp_path / "lived"))
+    done = root / "done" / "00001.json"
+    done.write_bytes(sealed.seal(sealed.read_json(done) | {"degraded": 1}))
+    compact(root, tmp_path / "out")
+    assert [shard.degraded for shard in Store.open(tmp_path / "out").shards()] == [1, None]
