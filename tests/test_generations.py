@@ -20,6 +20,7 @@ from sdvae import atomic, sealed
 from sdvae.encoding import encode
 from sdvae.encoding.compact import compact
 from sdvae.encoding.manifest import EncodeSettings
+from sdvae.encoding.repair import repair
 from sdvae.encoding.tasks import Work
 from sdvae.errors import StoreError, VerifyError
 from sdvae.posterior import DiagonalGaussian
@@ -394,8 +395,6 @@ def test_lost_records_have_the_names_of_the_newest_view(lived: Path, tmp_path: P
 
 
 def test_changes_come_back_from_the_journal(lived: Path, tmp_path: Path) -> None:
-    from sdvae.encoding.repair import repair
-
     root = Path(shutil.copytree(lived, tmp_path / "out"))
     before = read_store(root)
     for path in store_files(root):
@@ -404,6 +403,9 @@ def test_changes_come_back_from_the_journal(lived: Path, tmp_path: Path) -> None
             found = repair(root)
             assert (found.restored, found.verdict.damages) == ([path], [])
             assert read_store(root) == before
+    for name in ("index/00000.jsonl", "done/00000.json", "index/00002.jsonl"):
+        (root / name).unlink()
+        assert repair(root).verdict.damages == [] and read_store(root) == before, name
     (root / "journal" / "changes-00002.jsonl").unlink()
     flip(root / "roster" / "00002.jsonl", 0)
     assert [one.path.name for one in repair(root).verdict.damages] == ["00002.jsonl"], "nothing is guessed"

@@ -158,7 +158,7 @@ def prepare(
         previous = rosters[-1].sha256 if rosters else None
         changes = None if store.version == OLD_VERSION else found.changes
         if rosters:
-            _LOG.warning("%s has changed: %s", source.name, describe(found))
+            _LOG.warning("%s differs from the store: %s", source.name, describe(found))
         commit_roster(store, roster_lines(tasks, len(rosters), previous, first, changes))
     sealed.write_json(_listing_path(paths), _listing(store, digest))
     return store, found

@@ -24,7 +24,7 @@ from sdvae.errors import StoreError, VerifyError
 from sdvae.journal import read_journal
 from sdvae.progress import Progress, silent
 from sdvae.sources.entries import Source
-from sdvae.store.generations import Change, parse_changes
+from sdvae.store.generations import Change, View, parse_changes
 from sdvae.store.paths import StorePaths
 from sdvae.store.records import Line, Record, quarantined_line, read_roster, written_line
 from sdvae.store.roster import Roster, Task, roster_lines
@@ -227,7 +227,10 @@ class _Rest:
                     self.records[number].append(record)
         path = store.paths.quarantine
         found = [_parse(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
-        self.failures = {line["key"]: line for line in found if line is not None and "key" in line}
+        self._quarantined = {line["key"]: line for line in found if line is not None and "key" in line}
+        self._view: View = {}
+        with suppress(VerifyError):  # changes are damaged, so the quarantine cannot be read by the names in it
+            self._view = store.view()
 
     def restore(self, number: int) -> bool:
         """Restore index or commit of a shard; False where that takes the photos."""
@@ -255,12 +258,24 @@ class _Rest:
         atomic.write_bytes(shard.index_file.path, content[shard.index_file.path])
         return shard.tensors_file is None or shard.tensors_file.is_whole()
 
-    def _has_failed(self, record: Record) -> bool:
-        return record.step is not None or record.key in self.failures
+    def _failures(self, number: int) -> list[tuple[str, str] | None]:
+        """Why each record of a shard has no latents, None where it has some; of a retired one nothing more is known."""
+        failures: list[tuple[str, str] | None] = []
+        changes = self._view.get(number, {})
+        for place, record in enumerate(self.records[number]):
+            change = changes.get(place)
+            line = self._quarantined.get(change.key if change else record.key)
+            if record.step is not None:
+                failures.append((record.step, record.reason or ""))
+            elif line is not None and not (change and change.is_retired):
+                failures.append((line["step"], line["reason"]))
+            else:
+                failures.append(None)
+        return failures
 
     def _tensors(self, number: int) -> dict[str, NDArray[Any]] | None:
         """The tensors of a shard by their place; None where the file has not the length it should have."""
-        num_rows = sum(not self._has_failed(record) for record in self.records[number])
+        num_rows = self._failures(number).count(None)
         bucket_px = self.records[number][0].bucket_px
         if bucket_px is None or not num_rows:
             return {}
@@ -276,10 +291,9 @@ class _Rest:
         """The index, as roster, numbers and quarantine have it."""
         lines: list[Line] = []
         row = 0
-        for record in self.records[number]:
-            if self._has_failed(record):
-                failure = self.failures.get(record.key, {"step": record.step, "reason": record.reason})
-                lines.append(quarantined_line(record, failure["step"], failure["reason"]))
+        for record, failure in zip(self.records[number], self._failures(number), strict=True):
+            if failure is not None:
+                lines.append(quarantined_line(record, *failure))
             else:
                 lines.append(written_line(record, row, row_sha256(tensors, row)))
                 row += 1
