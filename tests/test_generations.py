@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from sdvae import atomic, sealed
+from sdvae.cli.main import cli
 from sdvae.encoding import encode
 from sdvae.encoding.compact import compact
 from sdvae.encoding.manifest import EncodeSettings
@@ -470,3 +472,33 @@ def test_degraded_shards_stay_marked(lived: Path, tmp_path: Path) -> None:
     done.write_bytes(sealed.seal(sealed.read_json(done) | {"degraded": 1}))
     compact(root, tmp_path / "out")
     assert [shard.degraded for shard in Store.open(tmp_path / "out").shards()] == [1, None]
+
+
+# --- The commands ---
+
+
+def test_the_commands_say_what_they_will_do(photos: Path, tmp_path: Path, vae: CountingVAE) -> None:
+    def run(*arguments: object) -> Result:
+        return CliRunner().invoke(cli, [str(argument) for argument in arguments], prog_name="sdvae")
+
+    vae.save(tmp_path / "vae")
+    out = tmp_path / "out"
+    arguments = ("encode", photos, out, "--size", 32, "--workers", 0, "--vae", tmp_path / "vae", "--dtype", "fp32")
+    assert run(*arguments).exit_code == 3, "one photo is broken"
+    (photos / "a.txt").write_text("another")
+    (photos / "b.png").unlink()
+    before = read_store(out)
+    told = run(*arguments, "--dry-run")
+    table = [line for line in told.stderr.splitlines() if line.removeprefix("sdvae:").strip()[:1].isdecimal()]
+    assert [line.split(maxsplit=1)[1].strip() for line in table] == [
+        "0 added", "0 changed", "1 vanished", "0 renamed", "1 with another caption or label",
+    ]  # fmt: skip
+    assert told.stdout.startswith("would encode 0 photos of 4 into") and read_store(out) == before
+    done = run(*arguments, "--json")
+    assert (
+        "differs from the store: 1 vanished (b.png), 1 with another caption or label (a.png); nothing to" in done.stderr
+    )
+    assert json.loads(done.stdout)["changes"] == NO_CHANGE | {"vanished": 1, "texts": 1}
+    done = run("compact", out, "-o", tmp_path / "new")
+    assert done.stdout == f"4 records of {out} written to {tmp_path / 'new'}\n"
+    assert records(tmp_path / "new") == records(out)
