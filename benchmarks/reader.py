@@ -16,12 +16,12 @@ import torch
 from common import write_result
 from torch.utils.data import DataLoader
 
-from sdvae import LatentDataset, atomic, sealed
+from sdvae import LatentDataset, sealed
 from sdvae.config import FAMILIES
 from sdvae.reading.samplers import BucketBatchSampler
 from sdvae.store.paths import StorePaths
 from sdvae.store.shard import commit_shard, row_sha256
-from sdvae.store.store import FORMAT, VERSION, Store
+from sdvae.store.store import FORMAT, VERSION, Store, commit_roster
 
 SHARD_ROWS, BATCH_SIZE = 1024, 256
 READER_FLOOR_PER_S = 20_000
@@ -32,16 +32,17 @@ def make_store(root: Path, num_records: int) -> Store:
     paths = StorePaths(root)
     paths.make_folders()
     num_shards = num_records // SHARD_ROWS
-    roster = {"sha256": atomic.write_bytes(paths.roster(0), b""), "num_bytes": 0}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "vae": {"fingerprint": "0" * 64, "latent_space": "sd1", "config": FAMILIES["sd1"].to_diffusers()},
         "preprocess": {"flip": False},
         "store_dtype": "fp16",
-        "roster": roster | {"num_records": num_records, "num_shards": num_shards},
+        "latent_scaling": FAMILIES["sd1"].latent_scaling.to_json(),
     }
     sealed.write_json(paths.manifest, manifest)
+    header = {"generation": 0, "previous": None, "first_shard": 0, "num_shards": num_shards, "num_records": num_records}
+    commit_roster(Store.open(root), [sealed.canonical_json(header)])
     random = np.random.default_rng(0)
     for shard in range(num_shards):
         noise = random.standard_normal((2, SHARD_ROWS, 4, 64, 64), np.float32)

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvae import atomic, sealed
+from sdvae import sealed
 from sdvae.config import FAMILIES, VAEConfig
 from sdvae.store.buckets import Size
 from sdvae.store.paths import StorePaths
 from sdvae.store.shard import STORE_DTYPES, commit_shard, row_sha256
-from sdvae.store.store import FORMAT, VERSION, Store
+from sdvae.store.store import FORMAT, VERSION, Store, commit_roster
 
 LABELS = ("cat", "dog", "owl")
 
@@ -29,10 +29,12 @@ def make_store(
     broken: tuple[str, ...] = (),
     is_labelled: bool = True,
     evidence: Mapping[str, Any] | None = None,
+    has_scaling: bool = True,
 ) -> Store:
     """A finished store with so many records of each size; those whose keys are in `broken` are quarantined.
 
     Keys are "LABEL/NNN.png", captions "a LABEL, NNN"; the photo was twice as large as the crop from its middle.
+    Without `has_scaling` the manifest is as older stores have it.
     """
     paths = StorePaths(root)
     paths.make_folders()
@@ -41,9 +43,6 @@ def make_store(
         for bucket_px, count in sorted(num_records.items())
         for start in range(0, count, shard_rows)
     ]
-    roster = b"the roster\n"
-    entry = {"sha256": atomic.write_bytes(paths.roster(0), roster), "num_bytes": len(roster)}
-    entry |= {"num_records": sum(num_records.values()), "num_shards": len(shards)}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -53,11 +52,11 @@ def make_store(
         | ({"evidence": evidence} if evidence else {}),
         "preprocess": {"size_px": 64, "crop": "center", "flip": has_flips},
         "store_dtype": store_dtype,
-        "roster": entry,
     }
-    if config.latents_patch > 1:  # older stores, without this member, are of before FLUX.2
+    if has_scaling:
         manifest["latent_scaling"] = config.latent_scaling.to_json()
     sealed.write_json(paths.manifest, manifest)
+    make_generation(Store.open(root), sum(num_records.values()), len(shards))
     place = 0
     for number, (bucket_px, members) in enumerate(shards):
         keys = [f"{LABELS[(place + i) % len(LABELS)]}/{place + i:03d}.png" for i in range(len(members))]
@@ -70,6 +69,12 @@ def make_store(
     store = Store.open(root)
     store.finalise()
     return store
+
+
+def make_generation(store: Store, num_records: int, num_shards: int) -> None:
+    """Commit a first generation of so many shards, whose roster names no record."""
+    header = {"generation": 0, "previous": None, "first_shard": 0, "num_shards": num_shards, "num_records": num_records}
+    commit_roster(store, [sealed.canonical_json(header), b"the records\n"])
 
 
 def _moments(shape: tuple[int, ...], has_flips: bool, store_dtype: str, seed: int) -> dict[str, NDArray[Any]]:

@@ -27,7 +27,7 @@ from sdvae.encoding.resize import choose_resizer
 
 Run = Callable[..., Result]
 VERBS = [
-    "encode", "decode", "verify", "stats", "export", "roundtrip", "eval", "report", "app",
+    "encode", "decode", "verify", "compact", "stats", "export", "roundtrip", "eval", "report", "app",
     "sample", "interpolate", "arithmetic", "anomaly", "augment", "inspect", "identify", "compare",
     "convert", "extract", "swap", "train", "plan", "bench", "doctor",
 ]  # fmt: skip
@@ -129,9 +129,10 @@ def test_options_are_the_documented_ones() -> None:
     own = {
         "encode": f"{runs} --size --crop --seed --buckets --flip --max-upscale --min-size --resample --decoder "
         "--resizer --jpeg-draft --shard-rows --store-dtype --resume --restart --yes --workers --on-oom --audit "
-        "--runner --address --batch-size --budget --limit --dry-run --caption --with",
+        "--runner --address --batch-size --budget --limit --keep-vanished --dry-run --caption --with",
         "decode": f"{runs} --format --latents --space --no-metadata --batch-size --budget",
         "verify": f"{runs} --repair --source",
+        "compact": f"{console} -o --output",
         "stats": console,
         "export": f"{console} --to -o --output --seed",
         "roundtrip": f"{runs} -o --output --size --no-metadata --budget",
@@ -207,7 +208,8 @@ def test_json_is_one_object_on_stdout_and_quiet_is_quiet(
     values = json.loads(encoded.stdout)
     assert values.keys() == {
         "command", "output", "num_seen", "num_written", "quarantined", "num_shards_left",
-        "num_degraded", "seconds", "images_per_s", "steps_s", "slowest", "psnr_db", "remarks", "vae",
+        "num_degraded", "seconds", "images_per_s", "steps_s", "slowest", "psnr_db", "remarks",
+        "changes", "vae",
     }  # fmt: skip
     assert (values["command"], values["num_seen"], values["num_written"]) == ("encode", 3, 3)
     assert values["quarantined"] == {}

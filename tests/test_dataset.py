@@ -221,7 +221,7 @@ def test_whitened_latents_are_whitened_per_channel(tmp_path: Path) -> None:
 
 def test_a_store_of_a_taesd_is_scaled_as_its_family(tmp_path: Path) -> None:
     tiny = TinyConfig.from_family("sdxl")
-    old = make_store(tmp_path / "store", {SIZE: 1}, latent_space="sdxl", config=tiny)
+    old = make_store(tmp_path / "store", {SIZE: 1}, latent_space="sdxl", config=tiny, has_scaling=False)
     assert b"latent_scaling" not in old.paths.manifest.read_bytes(), "what sdvae wrote before there was this member"
     assert old.manifest["vae"]["config"]["scaling_factor"] == 1.0
     assert old.latent_scaling == tiny.latent_scaling and tiny.scaling_factor == 0.13025

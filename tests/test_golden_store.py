@@ -14,8 +14,10 @@ from PIL import Image
 import sdvae
 from sdvae.config import FAMILIES
 from sdvae.encoding import prepare
-from sdvae.encoding.manifest import recorded_settings
+from sdvae.encoding.compact import compact
+from sdvae.encoding.manifest import identify_run, recorded_settings
 from sdvae.encoding.tasks import Work
+from sdvae.errors import StoreError
 from sdvae.store.store import Store
 from sdvae.vae import VAE
 
@@ -49,6 +51,21 @@ def printed() -> Reader:
     return reader
 
 
+@pytest.fixture
+def make_home(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes this machine the one that a store was begun on."""
+
+    def make_home(root: Path) -> None:
+        recorded = Store.open(root).manifest
+
+        def on_the_machine_of_then(*arguments: Any) -> dict[str, Any]:
+            return identify_run(*arguments) | {key: recorded[key] for key in ("compute", "decoder")}
+
+        monkeypatch.setattr(prepare, "identify_run", on_the_machine_of_then)
+
+    return make_home
+
+
 def test_an_old_store_opens_verifies_and_is_read_with_its_scale(name: str, printed: Reader) -> None:
     root = GOLDEN / name
     assert b"latent_scaling" not in (root / "manifest.json").read_bytes()
@@ -67,19 +84,13 @@ def test_an_old_store_opens_verifies_and_is_read_with_its_scale(name: str, print
             np.testing.assert_allclose(read, dataset[number]["latents"], rtol=1e-5, atol=1e-7)
 
 
-def test_an_old_store_grows(name: str, vae: VAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_store_grows(name: str, vae: VAE, make_home: Callable[[Path], None], tmp_path: Path) -> None:
     root, photos = tmp_path / name, tmp_path / "photos"
     shutil.copytree(GOLDEN / name, root)
     shutil.copytree(GOLDEN / "photos", photos)
+    make_home(root)
     Image.fromarray(np.random.default_rng(2).integers(0, 256, (70, 80, 3), np.uint8)).save(photos / "2.png")
     store = Store.open(root)
-
-    def on_the_machine_of_then(*arguments: Any) -> dict[str, Any]:
-        identity = identify_run(*arguments)
-        return identity | {key: store.manifest[key] for key in ("compute", "decoder")}
-
-    identify_run = prepare.identify_run
-    monkeypatch.setattr(prepare, "identify_run", on_the_machine_of_then)
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != "quarantine.jsonl"}
     report = sdvae.encode_dataset(photos, root, vae, recorded_settings(store), work=Work(num_workers=0))
     assert (report.num_seen, report.num_written, report.quarantined) == (3, 3, {})
@@ -91,6 +102,53 @@ def test_an_old_store_grows(name: str, vae: VAE, tmp_path: Path, monkeypatch: py
     np.testing.assert_allclose(
         dataset[2]["latents"], vae.scale(vae.encode_images([cropped(photos / "2.png")]).latents[0])[0], atol=0.05
     )
+
+
+def test_an_old_store_changes_once_it_is_compacted(
+    name: str, vae: VAE, make_home: Callable[[Path], None], tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(GOLDEN / name, tmp_path / "old"))
+    make_home(root)
+    photos = Path(shutil.copytree(GOLDEN / "photos", tmp_path / "photos"))
+    (photos / "0.txt").write_text("another text")
+    settings, work = recorded_settings(Store.open(root)), Work(num_workers=0)
+    with pytest.raises(StoreError, match=r"of version 1, which can only grow, .*label \(0\.jpg\).*; sdvae compact"):
+        sdvae.encode_dataset(photos, root, vae, settings, work=work)
+    assert compact(root, tmp_path / "new") == 2
+    make_home(tmp_path / "new")
+    before = Store.open(root).shards()[0].records()
+    assert Store.open(tmp_path / "new").shards()[0].records() == before
+    report = sdvae.encode_dataset(photos, tmp_path / "new", vae, settings, work=work)
+    assert report.changes["texts"] == 1 and not sdvae.verify(tmp_path / "new").damages
+    assert sdvae.LatentDataset(tmp_path / "new")[0]["caption"] == "another text"
+
+
+def test_the_store_of_version_2_opens_verifies_and_is_read_as_printed(printed: Reader) -> None:
+    root = GOLDEN.parent / "store-2" / "small"
+    assert not sdvae.verify(root).damages
+    newest, first = (sdvae.LatentDataset(root, sample=False, generation=number) for number in (None, 0))
+    told = [[(one[number]["key"], one[number]["caption"]) for number in range(len(one))] for one in (newest, first)]
+    assert told == [
+        [("0.jpg", "another text"), ("2.jpg", "photo 1"), ("3.jpg", "")],
+        [("0.jpg", "photo 0"), ("1.jpg", "photo 1")],
+    ]
+    for (record, mean, _), number in zip(printed(root), range(3), strict=True):
+        assert (record["key"], record["caption"] or "") == told[0][number]
+        np.testing.assert_allclose(mean, newest[number]["latents"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["small"])
+def test_the_store_of_version_2_goes_on_as_it_is(vae: VAE, make_home: Callable[[Path], None], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(GOLDEN.parent / "store-2" / "small", tmp_path / "small"))
+    make_home(root)
+    photos = Path(shutil.copytree(GOLDEN.parent / "store-2" / "photos", tmp_path / "photos"))
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    settings, work = recorded_settings(Store.open(root)), Work(num_workers=0)
+    assert not any(sdvae.encode_dataset(photos, root, vae, settings, work=work).changes.values())
+    assert {path: path.read_bytes() for path in before} == before and len(Store.open(root).rosters) == 2
+    (photos / "0.jpg").unlink()
+    assert sdvae.encode_dataset(photos, root, vae, settings, work=work).changes["vanished"] == 1
+    assert {path: path.read_bytes() for path in before} == before and not sdvae.verify(root).damages
 
 
 def cropped(path: Path) -> Image.Image:

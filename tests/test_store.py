@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from sdvae import atomic, sealed
+from sdvae import sealed
 from sdvae.config import FAMILIES, VAEConfig
 from sdvae.errors import StoreError, VerifyError
 from sdvae.reading.dataset import LatentDataset
 from sdvae.store.paths import StorePaths
 from sdvae.store.shard import TensorPlaces, commit_shard, row_sha256
 from sdvae.store.store import FORMAT, VERSION, Store, commit_roster, differences
-from tests.made_stores import make_store
+from tests.made_stores import make_generation, make_store
 
 SCALING = {"scaling_factor": 0.5}
 KEYS = ["cats/a.jpg", "cats/b.jpg", "c.jpg", "é\u2028.jpg"]
@@ -52,18 +52,15 @@ def store(tmp_path: Path) -> Store:
     """Three shards: two rows and a failure, one row, and a shard of nothing but failures."""
     paths = StorePaths(tmp_path / "out")
     paths.make_folders()
-    roster = b"the roster\n"
-    sha256 = atomic.write_bytes(paths.roster(0), roster)
-    entry = {"sha256": sha256, "num_bytes": len(roster), "num_records": 6, "num_shards": 3}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "store_dtype": "fp16",
-        "roster": entry,
         "latent_scaling": SCALING,
     }
     manifest["preprocess"] = {"flip": False}
     sealed.write_json(paths.manifest, manifest)
+    make_generation(Store.open(paths.root), num_records=6, num_shards=3)
     first, second = _moments(2), _moments(1, seed=1)
     commit_shard(paths, 0, (16, 24), _lines(KEYS[:3], KEYS[1], first), first)
     commit_shard(paths, 1, (16, 24), _lines(KEYS[3:], "", second), second)
@@ -189,7 +186,7 @@ def _python_of_the_specification() -> list[str]:
 
 def _all_files(store: Store) -> list[Path]:
     files = [path for path in sorted(store.paths.root.rglob("*")) if path.is_file()]
-    assert len(files) == 2 + 2 + 3 + 3 + 1  # manifest and roster, shards, indexes, commits, quarantine
+    assert len(files) == 3 + 2 + 3 + 3 + 1  # manifest, roster and its commit, shards, indexes, commits, quarantine
     return files
 
 
@@ -253,8 +250,8 @@ def test_what_is_no_store_is_refused(tmp_path: Path, store: Store) -> None:
     (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
     with pytest.raises(StoreError, match="is not the manifest of a latent store"):
         Store.open(tmp_path)
-    sealed.write_json(tmp_path / "manifest.json", store.manifest | {"version": 2})
-    with pytest.raises(StoreError, match="a store of version 2; this sdvae reads 1"):
+    sealed.write_json(tmp_path / "manifest.json", store.manifest | {"version": 3})
+    with pytest.raises(StoreError, match="a store of version 3; this sdvae reads 1 and 2"):
         Store.open(tmp_path)
 
 
@@ -269,7 +266,7 @@ def test_clearing_removes_the_store_and_leaves_the_rest(store: Store) -> None:
     kept = ["elsewhere/00000.json", "index/00009.jsonl", "notes.txt", "shards/mine.safetensors"]
     own, other = store.paths.contents()
     assert [path.relative_to(root).as_posix() for path in other] == kept
-    assert len(own) == 12
+    assert len(own) == 13
     store.paths.clear()
     assert sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()) == kept
 
@@ -282,10 +279,9 @@ def flipped(tmp_path: Path) -> Store:
     """One shard of two rows, with mirrored photos."""
     paths = StorePaths(tmp_path / "flipped")
     paths.make_folders()
-    sha256 = atomic.write_bytes(paths.roster(0), b"the roster\n")
-    entry = {"sha256": sha256, "num_bytes": 11, "num_records": 2, "num_shards": 1}
-    manifest = {"format": FORMAT, "version": VERSION, "store_dtype": "fp16", "roster": entry}
+    manifest = {"format": FORMAT, "version": VERSION, "store_dtype": "fp16"}
     sealed.write_json(paths.manifest, manifest | {"preprocess": {"flip": True}, "latent_scaling": SCALING})
+    make_generation(Store.open(paths.root), num_records=2, num_shards=1)
     moments = _flipped_moments()
     commit_shard(paths, 0, (16, 24), _lines(KEYS[:2], "", moments), moments, degraded=1)
     store = Store.open(paths.root)

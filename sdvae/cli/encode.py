@@ -66,7 +66,7 @@ def _parse_streams(ctx: click.Context, param: click.Parameter, values: tuple[str
     cls=Grouped,
     short_help="Encode photos to a latent store.",
     groups={
-        "What is encoded": ("caption", "with", "limit"),
+        "What is encoded": ("caption", "with", "limit", "keep_vanished"),
         "How photos are prepared": (
             "size",
             "crop",
@@ -123,6 +123,7 @@ def _parse_streams(ctx: click.Context, param: click.Parameter, values: tuple[str
 )
 @click.option("--yes", is_flag=True, help="With --restart: delete without asking.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Encode only the first N photos of SRC.")
+@click.option("--keep-vanished", is_flag=True, help="Keep the records of photos that are no longer in SRC.")
 @click.option("--dry-run", is_flag=True, help="Report what would be encoded, and write nothing.")
 @click.option(
     "--workers",
@@ -166,6 +167,7 @@ def encode(
     resume: bool,
     yes: bool,
     limit: int | None,
+    keep_vanished: bool,
     dry_run: bool,
     workers: int | None,
     on_oom: Literal["stop", "degrade"],
@@ -181,9 +183,10 @@ def encode(
 ) -> None:
     """Encode the photos in SRC into the latent store OUT, a folder or s3://BUCKET/STORE.
 
-    After an interruption, the same command continues. It also adds photos that are new in SRC. A photo that cannot be
-    read is quarantined with a reason, and the exit code is then 3. Under accelerate launch, torchrun or srun, each
-    process encodes its share.
+    After an interruption, the same command continues. Where SRC has changed, it encodes new and changed photos, takes
+    over new names, captions and labels, and retires photos that are gone. A photo that cannot be read is quarantined
+    with a reason, and the exit code is then 3. Under accelerate launch, torchrun or srun, each process encodes its
+    share.
     """
     from sdvae.store.remote import local_copy, url_of
 
@@ -226,18 +229,21 @@ def encode(
         settings = replace(settings, preprocess=replace(settings.preprocess, resizer=resizer))
         vae = load_vae(begun.manifest["compute"]["dtype"] if begun else "auto")  # a store holds latents of one dtype
         console.note(_describe_run(vae, settings.preprocess))
+        photos = open_source(source, caption)
         if dry_run:
-            _tell_survey(console, survey(source, out, vae, settings, limit=limit, progress=show), place)
+            found = survey(photos, out, vae, settings, limit=limit, keep_vanished=keep_vanished, progress=show)
+            _tell_survey(console, found, place)
             return
         work = Work(workers, on_oom, audit, budget)
         with _telling_what_is_kept(out):
             report = encode_dataset(
-                open_source(source, caption),
+                photos,
                 out,
                 vae,
                 settings,
                 restart=not resume,
                 limit=limit,
+                keep_vanished=keep_vanished,
                 work=work,
                 runner=encode_tasks if runner == "local" else _ray_runner(address),
                 ranks=ranks,
@@ -281,6 +287,10 @@ def _describe_run(vae: "VAE", preprocess: "Preprocess") -> str:
 
 
 def _tell_survey(console: Console, found: "Survey", place: str) -> None:
+    from sdvae.encoding.prepare import KINDS
+
+    for kind, number in found.changes.items() if sum(found.changes.values()) else ():
+        console.note(f"{number:>9} {KINDS[kind]}")
     for size, number in found.sizes.items():
         console.note(f"{number:>9} of {size_text(*size)} px")
     for reason, number in found.quarantined.items():
@@ -294,6 +304,7 @@ def _tell_survey(console: Console, found: "Survey", place: str) -> None:
         num_to_encode=num_new,
         sizes=[{"width": width, "height": height, "num_photos": n} for (height, width), n in found.sizes.items()],
         quarantined=found.quarantined,
+        changes=found.changes,
         num_bytes=found.num_bytes,
     )
 
@@ -360,6 +371,7 @@ def _tell(console: Console, report: "EncodeReport", streams: "list[StreamReport]
         streams=[
             {"name": stream.name, "num_records": stream.num_records, "missing": stream.missing} for stream in streams
         ],
+        changes=report.changes,
         vae=vae_name,
     )
 

@@ -16,6 +16,7 @@ from sdvae.cli.app import app
 from sdvae.cli.arithmetic import arithmetic
 from sdvae.cli.augment import augment
 from sdvae.cli.bench import bench
+from sdvae.cli.compact import compact
 from sdvae.cli.compare import compare
 from sdvae.cli.convert import convert
 from sdvae.cli.decode import decode
@@ -79,7 +80,7 @@ def cli() -> None:
     """Turn photos into latents and back, with a KL-VAE in Stable Diffusion's format."""
 
 
-_PICTURES = (encode, decode, verify, stats, export, roundtrip, evaluate, report, app)
+_PICTURES = (encode, decode, verify, compact, stats, export, roundtrip, evaluate, report, app)
 _SPACE = (sample, interpolate, arithmetic, anomaly, augment)
 _WEIGHTS = (inspect, identify, compare, convert, extract, swap)
 _TRAINING = (train,)

@@ -27,7 +27,7 @@ def stats(path: Path, console: Console) -> None:
 
     store = Store.open(local_copy(path))
     found = measure(store)
-    num_shards = len(store.shards())
+    num_shards = len(store.paths.committed())
     vae_factor = store.latent_scaling.overall_factor
     console.result(
         "\n".join(_lines(path, found, vae_factor)),

@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,15 @@ from typing import Any
 from sdvae import atomic
 from sdvae.encoding.kept import KeptBatches
 from sdvae.encoding.manifest import EncodeSettings, fit_settings, row_bytes
-from sdvae.encoding.prepare import find_store, identify, list_entries, one_at_a_time, prepare, require_apart
+from sdvae.encoding.prepare import (
+    find_difference,
+    find_store,
+    identify,
+    list_photos,
+    one_at_a_time,
+    prepare,
+    require_apart,
+)
 from sdvae.encoding.runners import Ranks, Runner, uploading
 from sdvae.encoding.scan import scan
 from sdvae.encoding.tasks import Work, encode_tasks
@@ -23,9 +31,10 @@ from sdvae.progress import Progress, silent
 from sdvae.sources.entries import Source
 from sdvae.sources.open import open_source
 from sdvae.store.buckets import Size
+from sdvae.store.generations import Difference
 from sdvae.store.paths import StorePaths
 from sdvae.store.remote import local_copy, open_mirror
-from sdvae.store.roster import Roster, find_new, plan_records
+from sdvae.store.roster import Roster, plan_records
 from sdvae.store.store import Store
 from sdvae.vae import VAE
 
@@ -45,6 +54,7 @@ class EncodeReport:
     seconds: float
     times: Times
     remarks: tuple[str, ...] = ()  # what the source left aside: texts of no photo, files that are no photos
+    changes: dict[str, int] = field(default_factory=dict)  # kind -> records: what was not so in the store before
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Survey:
     sizes: dict[Size, int]  # (height, width) in pixels -> photos that would be encoded, those of the store not counted
     quarantined: dict[str, int]  # reason -> photos that would not
     num_bytes: int  # of the latents
+    changes: dict[str, int]  # kind -> records: what is not so in the store
 
 
 def survey(
@@ -64,6 +75,7 @@ def survey(
     settings: EncodeSettings | None = None,
     *,
     limit: int | None = None,
+    keep_vanished: bool = False,
     progress: Progress = silent,
 ) -> Survey:
     """Scan `source` as `encode_dataset` does, and tell what would be encoded; nothing is written.
@@ -74,20 +86,26 @@ def survey(
     source = open_source(source)
     store = find_store(StorePaths(local_copy(out).resolve()), restart=False)
     identify(store, vae, settings, Ranks())
-    entries = list_entries(source, limit)
+    listing = list_photos(source, limit, keep_vanished)
     preprocess = settings.preprocess
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "scan.jsonl"
-        records = scan(source, entries, preprocess.max_pixels, journal, partial(progress, "scan"))
+        records = scan(source, listing.entries, preprocess.max_pixels, journal, partial(progress, "scan"))
     planned = list(plan_records(records, preprocess, vae.config.scaled_downscale))
-    new = find_new([roster.path for roster in store.rosters], planned) if store else planned
+    found = (
+        find_difference(store, planned, listing)
+        if store
+        else Difference([one.key for one in planned], to_encode=planned)
+    )
+    new = found.to_encode
     num_tensors = 4 if preprocess.flip else 2
     sizes = Counter(record.bucket_px for record in new if record.bucket_px)
     return Survey(
-        num_seen=len(entries),
+        num_seen=len(listing.entries),
         sizes=dict(sorted(sizes.items())),
         quarantined=dict(Counter(record.reason for record in new if record.reason).most_common()),
         num_bytes=num_tensors * sum(count * row_bytes(vae, settings, size) for size, count in sizes.items()),
+        changes=found.counts(),
     )
 
 
@@ -99,6 +117,7 @@ def encode_dataset(
     *,
     restart: bool = False,
     limit: int | None = None,
+    keep_vanished: bool = False,
     work: Work | None = None,
     runner: Runner = encode_tasks,
     ranks: Ranks | None = None,
@@ -107,12 +126,13 @@ def encode_dataset(
     """Encode every photo of `source` into the store `out`, a folder or a URL; a store begun before is continued.
 
     The bytes of the store are a function of the photos, the VAE, the settings and the compute block that the first
-    run recorded, whatever happened in between, and however many `ranks` and workers there are. Photos that came to
-    the source since become a generation of their own. `restart` deletes what is there; `limit` takes the first
-    photos only.
+    run recorded, whatever happened in between, and however many `ranks` and workers there are. Where the source has
+    changed since, the store gets a generation that says how: new and changed photos are encoded, new names, captions
+    and labels are noted, and vanished photos retired (unless `keep_vanished`). `restart` deletes what is there; `limit`
+    takes the first photos only.
 
-    Raises StoreError where `out` holds anything else, was begun with other settings (all are listed), where photos
-    changed or vanished, or where it cannot be written; committed shards stay whole in any case.
+    Raises StoreError where `out` holds anything else, was begun with other settings (all are listed), where none of
+    its photos is in the source, or where it cannot be written; committed shards stay whole in any case.
     """
     begun = time.monotonic()
     settings, ranks = fit_settings(settings or EncodeSettings(), vae), ranks or Ranks()
@@ -133,7 +153,7 @@ def encode_dataset(
         )
     store = find_store(paths, restart)
     identity = identify(None if restart else store, vae, settings, ranks)
-    entries = list_entries(source, limit)
+    listing = list_photos(source, limit, keep_vanished)
     for remark in source.remarks if ranks.rank == 0 else ():
         _LOG.warning("%s: %s", source.name, remark)
     if restart:
@@ -143,17 +163,18 @@ def encode_dataset(
         atomic.sweep(paths.root)
         if paths.manifest.exists():  # it may be another rank's, of this moment
             identity = identify(Store.open(paths.root), vae, settings, ranks)
-        store = prepare(paths, source, entries, identity, vae, settings, partial(progress, "scan"))
+        store, found = prepare(paths, source, listing, identity, vae, settings, partial(progress, "scan"))
         KeptBatches(store).remove_stale()
     times = _run(store, source, vae, work or Work(), runner, ranks, progress)
     if store.is_finished:
         store.finalise()
     if mirror is not None:
         mirror.finish()
-    shards, quarantined = store.shards(), store.quarantined()
+    newest = len(store.rosters) - 1
+    shards, quarantined = store.shards(newest), store.quarantined(newest)
     return EncodeReport(
-        num_seen=len(entries),
-        num_written=sum(shard.num_rows for shard in shards),
+        num_seen=len(listing.entries),
+        num_written=sum(len(shard.rows) for shard in shards),
         quarantined=dict(Counter(line["reason"] for line in quarantined)),
         num_shards_left=store.num_shards - len(shards),
         num_degraded=sum(shard.degraded is not None for shard in shards),
@@ -161,6 +182,7 @@ def encode_dataset(
         seconds=time.monotonic() - begun,
         times=times,
         remarks=tuple(source.remarks),
+        changes=found.counts(),
     )
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,6 @@ from sdvae.store import store as stores
 from sdvae.store.buckets import Size
 from sdvae.store.geometry import Preprocess, plan_geometry
 from sdvae.store.paths import StorePaths
-from sdvae.store.roster import Task, roster_lines
 from sdvae.store.shard import STORE_DTYPES
 from sdvae.store.store import Store, differences
 from sdvae.vae import VAE
@@ -126,7 +125,7 @@ def require_same_vae(store: Store, vae: VAE) -> None:
 
 def require_same_run(store: Store, identity: dict[str, Any]) -> None:
     """Raise StoreError, with all differences, unless a run like this one began the store."""
-    now = json.loads(sealed.canonical_json(identity))
+    now = json.loads(sealed.canonical_json(identity | {"version": store.version}))  # older stores go on as they are
     stored = {name: store.manifest.get(name) for name in now}
     stored["vae"] = {name: store.manifest["vae"].get(name) for name in now["vae"]}
     found = differences(stored, now)
@@ -137,20 +136,17 @@ def require_same_run(store: Store, identity: dict[str, Any]) -> None:
         )
 
 
-def begin(paths: StorePaths, identity: dict[str, Any], tasks: Sequence[Task], vae: VAE) -> Store:
-    """Write roster and manifest. From the manifest on, the folder is a store."""
-    roster = roster_lines(tasks)
-    entry = {
-        "sha256": atomic.write_bytes(paths.roster(0), *roster),
-        "num_bytes": sum(map(len, roster)),
-        "num_records": sum(len(task.records) for task in tasks),
-        "num_shards": len(tasks),
-    }
+def begin(paths: StorePaths, identity: dict[str, Any], vae: VAE) -> Store:
+    """Write the manifest. From there on the folder is a store, without a generation."""
     with fixed_threads(identity["compute"]["num_threads"]):
         latent_error = vae.latent_error()
         space = {"latent_space": vae.latent_space, "evidence": vae.verdict.to_json()}
-    told = {"vae": identity["vae"] | space, "roster": entry, "latent_error": latent_error}
-    manifest = sealed.seal(identity | told)
+    manifest = sealed.seal(identity | {"vae": identity["vae"] | space, "latent_error": latent_error})
+    return write_manifest(paths, manifest)
+
+
+def write_manifest(paths: StorePaths, manifest: bytes) -> Store:
+    """Put a sealed manifest in its place, unless there is one."""
     atomic.write_bytes(paths.journal / "manifest.json", manifest)  # a copy: nothing else could restore it
     atomic.create_bytes(paths.manifest, manifest)
     return Store.open(paths.root)

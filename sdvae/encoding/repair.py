@@ -1,9 +1,9 @@
 """A damaged store restored, byte for byte: all but the numbers follows from what else the store holds.
 
-What follows from what: manifest.json has a copy in the journal; a roster follows from the indexes, the commit of a
-roster from that roster, an index from roster, numbers and quarantine, a `done` from index and numbers, the
-quarantine from the indexes. Nothing is written that a digest elsewhere, or a second derivation, does not confirm.
-Numbers are in no other file: the photos have to be encoded again.
+What follows from what: manifest.json and the changes of a roster have copies in the journal; the rest of a roster
+follows from the indexes, the commit of a roster from that roster, an index from roster, numbers and quarantine, a
+`done` from index and numbers, the quarantine from the indexes. Nothing is written that a digest elsewhere, or a second
+derivation, does not confirm. Numbers are in no other file: the photos have to be encoded again.
 """
 
 import hashlib
@@ -24,11 +24,12 @@ from sdvae.errors import StoreError, VerifyError
 from sdvae.journal import read_journal
 from sdvae.progress import Progress, silent
 from sdvae.sources.entries import Source
+from sdvae.store.generations import Change, View, parse_changes
 from sdvae.store.paths import StorePaths
 from sdvae.store.records import Line, Record, quarantined_line, read_roster, written_line
 from sdvae.store.roster import Roster, Task, roster_lines
 from sdvae.store.shard import CommittedFile, TensorPlaces, row_sha256, shard_files
-from sdvae.store.store import Store
+from sdvae.store.store import OLD_VERSION, Store, seal_generation
 from sdvae.store.verify import Damage, Verdict, verify
 from sdvae.vae import VAE
 
@@ -75,7 +76,10 @@ def remedy(damage: Damage) -> str:
         return "it was attached, or made from pictures of yours; remove its folder, and make the stream again"
     match damage.path.parent.name, damage.path.suffix:
         case "roster", ".jsonl":
-            return "it follows from the indexes of all its shards; mend or encode those first"
+            return (
+                "it follows from the indexes of all its shards, and its changes from their copy in journal/; mend or "
+                "encode those first"
+            )
         case "roster", _:
             return "it follows from the roster beside it and the indexes of all its shards; mend those first"
         case (("shards" | "index" | "done"), _):
@@ -95,7 +99,8 @@ def _restore_foundation(paths: StorePaths, path: Path) -> bool:
 def _restore_manifest(paths: StorePaths) -> bool:
     copy = paths.journal / "manifest.json"
     data = copy.read_bytes() if copy.is_file() else b""
-    commits = [sealed.unseal(path.read_bytes()) for path in paths.done(0).parent.glob("*.json")]
+    committed = [*paths.done(0).parent.glob("*.json"), *paths.generation(0).parent.glob("*.json")]
+    commits = [sealed.unseal(path.read_bytes()) for path in committed]
     named = {commit["manifest_sha256"] for commit in commits if commit}
     if sealed.unseal(data) is None or not named <= {hashlib.sha256(data).hexdigest()}:
         return False
@@ -109,17 +114,13 @@ def _restore_generation(paths: StorePaths, generation: int) -> bool:
     header = _parse(data.partition(b"\n")[0])
     if header is None or _roster_bytes(paths, header) != data:
         return False
-    entry = header | {
-        "num_bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "manifest_sha256": hashlib.sha256(paths.manifest.read_bytes()).hexdigest(),
-    }
-    _replace(paths.generation(generation), sealed.seal(entry))
+    commit = seal_generation(Store.open(paths.root), header, hashlib.sha256(data).hexdigest(), len(data))
+    _replace(paths.generation(generation), commit)
     return True
 
 
 def _roster_bytes(paths: StorePaths, header: Mapping[str, Any]) -> bytes | None:
-    """The roster that the indexes tell of, committed or not; None where one of them is not to be had."""
+    """The roster that the indexes and the copy of its changes tell of; None where one of these is not to be had."""
     tasks: list[Task] = []
     for number in range(header["first_shard"], header["first_shard"] + header["num_shards"]):
         path = paths.index(number)
@@ -127,7 +128,15 @@ def _roster_bytes(paths: StorePaths, header: Mapping[str, Any]) -> bytes | None:
         if not records:
             return None
         tasks.append(Task(number, records[0].bucket_px, tuple(records)))
-    return b"".join(roster_lines(tasks, header["generation"], header["previous"]))
+    changes: list[Change] | None = None
+    if "changes" in header:
+        path = paths.changes(header["generation"])
+        data = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(data).hexdigest() != header["changes"]["sha256"]:
+            return None
+        changes = parse_changes(data)
+    first = header["first_shard"]
+    return b"".join(roster_lines(tasks, header["generation"], header["previous"], first, changes))
 
 
 def _records(lines: Sequence[bytes]) -> list[Record] | None:
@@ -157,7 +166,7 @@ def _restore_contents(store: Store, damages: Sequence[Damage], photos: Photos | 
     if photos is not None and lost and all(roster.is_whole() for roster in store.rosters):
         _encode_again(store, lost, photos)
     with suppress(VerifyError):  # an index or a commit is still damaged, so its quarantine cannot be told
-        if len(store.shards()) == store.num_shards:
+        if len(store.shards(len(store.rosters) - 1)) == store.num_shards:
             store.finalise()
 
 
@@ -198,8 +207,10 @@ def _was_encoded(damage: Damage) -> bool:
 
 
 def _restore_roster(store: Store, generation: int, roster: CommittedFile) -> None:
-    first = {"generation": 0, "previous": None, "first_shard": 0}
-    entry = sealed.read_json(store.paths.generation(generation)) if generation else store.manifest["roster"] | first
+    if generation == 0 and store.version == OLD_VERSION:
+        entry = store.manifest["roster"] | {"generation": 0, "previous": None, "first_shard": 0}
+    else:
+        entry = sealed.read_json(store.paths.generation(generation))
     data = _roster_bytes(store.paths, entry)
     if data is not None and hashlib.sha256(data).hexdigest() == roster.sha256:
         atomic.write_bytes(roster.path, data)
@@ -218,7 +229,10 @@ class _Rest:
                     self.records[number].append(record)
         path = store.paths.quarantine
         found = [_parse(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
-        self.failures = {line["key"]: line for line in found if line is not None and "key" in line}
+        self._quarantined = {line["key"]: line for line in found if line is not None and "key" in line}
+        self._view: View = {}
+        with suppress(VerifyError):  # changes are damaged, so the quarantine cannot be read by the names in it
+            self._view = store.view()
 
     def restore(self, number: int) -> bool:
         """Restore index or commit of a shard; False where that takes the photos."""
@@ -246,12 +260,24 @@ class _Rest:
         atomic.write_bytes(shard.index_file.path, content[shard.index_file.path])
         return shard.tensors_file is None or shard.tensors_file.is_whole()
 
-    def _has_failed(self, record: Record) -> bool:
-        return record.step is not None or record.key in self.failures
+    def _failures(self, number: int) -> list[tuple[str, str] | None]:
+        """Why each record of a shard has no latents, None where it has some; of a retired one nothing more is known."""
+        failures: list[tuple[str, str] | None] = []
+        changes = self._view.get(number, {})
+        for place, record in enumerate(self.records[number]):
+            change = changes.get(place)
+            line = self._quarantined.get(change.key if change else record.key)
+            if record.step is not None:
+                failures.append((record.step, record.reason or ""))
+            elif line is not None and not (change and change.is_retired):
+                failures.append((line["step"], line["reason"]))
+            else:
+                failures.append(None)
+        return failures
 
     def _tensors(self, number: int) -> dict[str, NDArray[Any]] | None:
         """The tensors of a shard by their place; None where the file has not the length it should have."""
-        num_rows = sum(not self._has_failed(record) for record in self.records[number])
+        num_rows = self._failures(number).count(None)
         bucket_px = self.records[number][0].bucket_px
         if bucket_px is None or not num_rows:
             return {}
@@ -267,10 +293,9 @@ class _Rest:
         """The index, as roster, numbers and quarantine have it."""
         lines: list[Line] = []
         row = 0
-        for record in self.records[number]:
-            if self._has_failed(record):
-                failure = self.failures.get(record.key, {"step": record.step, "reason": record.reason})
-                lines.append(quarantined_line(record, failure["step"], failure["reason"]))
+        for record, failure in zip(self.records[number], self._failures(number), strict=True):
+            if failure is not None:
+                lines.append(quarantined_line(record, *failure))
             else:
                 lines.append(written_line(record, row, row_sha256(tensors, row)))
                 row += 1

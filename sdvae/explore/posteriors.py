@@ -57,24 +57,24 @@ def of_store(store: Store, vae: VAE, space: str | None = None) -> DiagonalGaussi
     `space` names the latent space of both where it is not proved that they share one (StoreError).
     """
     require_space(store, vae, space)
-    shards = [shard for shard in store.shards() if shard.num_rows]
-    if not shards:
+    rows_of = [(shard, rows) for shard in store.shards() if (rows := shard.rows)]
+    if not rows_of:
         raise StoreError(f"{store.paths.root} holds no latents; run sdvae encode to its end")
-    sizes = {shard.bucket_px for shard in shards}
+    sizes = {shard.bucket_px for shard, _ in rows_of}
     if len(sizes) > 1:
         raise StoreError(
             f"{store.paths.root} holds latents of {len(sizes)} sizes, and a distribution has one; give the photos "
             "instead of the store"
         )
-    rows = _evenly(range(sum(shard.num_rows for shard in shards)), MOST_PHOTOS)
+    places = _evenly(range(sum(len(rows) for _, rows in rows_of)), MOST_PHOTOS)
     means, logvars = [], []
     first = 0
-    for shard in shards:  # one map open at a time: a store may have more shards than a process may open files
-        chosen = [row - first for row in rows if first <= row < first + shard.num_rows]
+    for shard, rows in rows_of:  # one map open at a time: a store may have more shards than a process may open files
+        chosen = [rows[place - first] for place in places if first <= place < first + len(rows)]
         mean, logvar = shard.moments()
         means.append(mean[chosen].astype(np.float32))
         logvars.append(logvar[chosen].astype(np.float32))
-        first += shard.num_rows
+        first += len(rows)
     return DiagonalGaussian(torch.from_numpy(np.concatenate(means)), torch.from_numpy(np.concatenate(logvars)))
 
 

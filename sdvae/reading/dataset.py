@@ -4,6 +4,7 @@ import bisect
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 Index = SupportsIndex | tuple[SupportsIndex, int]  # a record, or (record, epoch)
 Example = dict[str, Any]
 
+_LOG = logging.getLogger(__name__)
 _CHUNK_ROWS = 8  # rows converted at once: what stays in a core's cache is converted four times as fast
 
 
@@ -59,8 +61,9 @@ class LatentDataset(Dataset[Example]):
     mirrored photos, either is as likely. Both draws come from Philox on the CPU, keyed by (seed, key) at a counter
     from the epoch: no worker, rank, resumption, batch or device changes them.
 
-    Numbers are read from memory maps, or before the first epoch with `preload`. Raises StoreError for a store that
-    is unfinished, or of another VAE than `expect_vae` (a VAE, or its fingerprint); VerifyError for a damaged one.
+    Records are those of the newest generation that is complete, or of an older `generation`. Numbers are read from
+    memory maps, or before the first epoch with `preload`. Raises StoreError where that generation is not complete, or
+    of another VAE than `expect_vae` (a VAE, or its fingerprint); VerifyError for a damaged store.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class LatentDataset(Dataset[Example]):
         preload: Literal["ram", "cuda"] | None = None,
         expect_vae: "VAE | str | None" = None,
         streams: Sequence[str] | None = None,
+        generation: int | None = None,
     ) -> None:
         if not 0 <= seed < 2**64:
             raise ConfigError(f"seed is {seed}; it must be a number of 64 bits, 0 or above")
@@ -85,12 +89,12 @@ class LatentDataset(Dataset[Example]):
         self.latent_scaling = self.store.latent_scaling
         self.sample, self.seed, self.preload = sample, seed, preload
         self.has_flips: bool = self.store.manifest["preprocess"].get("flip", False)
-        self._shards = _written_shards(self.store)
+        self._shards, rows = _written_shards(self.store, generation)
         names = stream_names(self.store) if streams is None else streams
         self._streams = [
             StreamReader(Stream.open(self.store, name), self._shards, self.latent_scaling) for name in names
         ]
-        self._starts = list(itertools.accumulate((shard.num_rows for shard in self._shards), initial=0))
+        self._starts = list(itertools.accumulate(map(len, rows), initial=0))
         # In shared memory: `set_epoch` reaches workers that live on from epoch to epoch.
         with torch.inference_mode(False):  # else `set_epoch` could not write to it
             epoch = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -118,9 +122,9 @@ class LatentDataset(Dataset[Example]):
     def buckets(self) -> dict[Size, NDArray[np.int64]]:
         """The numbers of the records of each size (height, width) in pixels."""
         numbers: dict[Size, list[NDArray[np.int64]]] = {}
-        for shard, start in zip(self._shards, self._starts, strict=False):
+        for shard, (start, end) in zip(self._shards, itertools.pairwise(self._starts), strict=True):
             assert shard.bucket_px is not None
-            numbers.setdefault(shard.bucket_px, []).append(np.arange(start, start + shard.num_rows))
+            numbers.setdefault(shard.bucket_px, []).append(np.arange(start, end))
         return {bucket_px: np.concatenate(found) for bucket_px, found in numbers.items()}
 
     @property
@@ -133,9 +137,9 @@ class LatentDataset(Dataset[Example]):
         self._epoch.fill_(epoch)
 
     def record(self, index: SupportsIndex) -> dict[str, Any]:
-        """What the store's index says about a record (docs/store.md)."""
-        position, row = self._find(range(len(self))[index])
-        return self._opened(position).record(row)
+        """What the store's index says about a record, as the generation has it (docs/store.md)."""
+        position, place = self._find(range(len(self))[index])
+        return self._opened(position).record(place)
 
     def __getitem__(self, index: Index | Sequence[Index]) -> Example:
         if isinstance(index, list):
@@ -156,14 +160,15 @@ class LatentDataset(Dataset[Example]):
             raise DeviceError("latents on the GPU cannot be read by worker processes; give the loader num_workers=0")
         epoch_now, every = int(self._epoch), range(len(self))
         drawn = [index if isinstance(index, tuple) else (index, epoch_now) for index in indices]
-        places = [self._find(every[record]) for record, _ in drawn]
-        shards = [self._opened(position) for position, _ in places]
-        rows = [row for _, row in places]
+        found = [self._find(every[record]) for record, _ in drawn]
+        shards = [self._opened(position) for position, _ in found]
+        places = [place for _, place in found]
         if len({shard.shape for shard in shards}) > 1:
-            buckets = {self._shards[position].bucket_px for position, _ in places}
-            found = sorted(size_text(*bucket) for bucket in buckets if bucket)
-            raise ShapeError(f"a batch needs one size, this has {', '.join(found)}; draw with BucketBatchSampler")
-        records = [shard.record(row) for shard, row in zip(shards, rows, strict=True)]
+            buckets = {self._shards[position].bucket_px for position, _ in found}
+            sizes = sorted(size_text(*bucket) for bucket in buckets if bucket)
+            raise ShapeError(f"a batch needs one size, this has {', '.join(sizes)}; draw with BucketBatchSampler")
+        records = [shard.record(place) for shard, place in zip(shards, places, strict=True)]
+        rows = [record["row"] for record in records]
         streams = [
             record_stream(self.seed, record["key"], epoch) if self.sample or self.has_flips else None
             for record, (_, epoch) in zip(records, drawn, strict=True)
@@ -200,7 +205,7 @@ class LatentDataset(Dataset[Example]):
                 batch[chunk] = scale(latents, self.latent_scaling)
         return batch
 
-    def _find(self, record: int) -> tuple[int, int]:  # (position in self._shards, row)
+    def _find(self, record: int) -> tuple[int, int]:  # (position in self._shards, number of the written record there)
         position = bisect.bisect(self._starts, record) - 1
         return position, record - self._starts[position]
 
@@ -212,7 +217,7 @@ class LatentDataset(Dataset[Example]):
     def _class_numbers(self) -> dict[Any, int]:
         if self._classes is None:
             opened = map(self._opened, range(len(self._shards)))
-            found = {shard.record(row)["label"] for shard in opened for row in range(len(shard.spans))} - {None}
+            found = {shard.record(place)["label"] for shard in opened for place in range(len(shard.spans))} - {None}
             ordered = sorted(found, key=lambda label: (isinstance(label, str), label))
             self._classes = {label: number for number, label in enumerate(ordered)}
         return self._classes
@@ -249,16 +254,23 @@ class _MappedShard:
         self._text: NDArray[np.uint8] = _map_file(shard.index_file.path, shard.index_file.num_bytes).numpy()
         ends = np.flatnonzero(self._text == ord("\n")) + 1
         self.spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)  # of the line of each row
-        if shard.num_quarantined:
-            is_written = [json.loads(self._line(span))["row"] is not None for span in self.spans]
-            self.spans = self.spans[is_written]
+        self._rows: Sequence[int] = range(shard.num_rows)
+        self._texts: dict[int, dict[str, Any]] = {}  # what newer generations say, by the number of the written record
+        if shard.num_quarantined or shard.changes:
+            rows: list[int | None] = [json.loads(self._line(span))["row"] for span in self.spans]
+            retired = {record for record, change in shard.changes.items() if change.is_retired}
+            kept = [record for record, row in enumerate(rows) if row is not None and record not in retired]
+            self.spans = self.spans[kept]
+            self._rows = [row for row in map(rows.__getitem__, kept) if row is not None]
+            changed = ((place, shard.changes.get(record)) for place, record in enumerate(kept))
+            self._texts = {place: change.texts for place, change in changed if change}
 
-    def record(self, row: int) -> dict[str, Any]:
-        """The line of a row."""
-        record: dict[str, Any] = json.loads(self._line(self.spans[row]))
-        if record["row"] != row:
+    def record(self, place: int) -> dict[str, Any]:
+        """The line of a written record."""
+        record: dict[str, Any] = json.loads(self._line(self.spans[place]))
+        if record["row"] != self._rows[place]:
             raise VerifyError(f"{self._index_path} is damaged: its lines do not count its rows")
-        return record
+        return record | self._texts[place] if place in self._texts else record
 
     def preload(self, device: str, needed: list[str]) -> None:
         """Copy the numbers to where no disk is asked for them: those named, and the same of mirrored photos."""
@@ -301,17 +313,21 @@ def _numbers(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:  # int6
     return torch.from_numpy(np.array(values, np.int64))  # torch.tensor takes three times as long
 
 
-def _written_shards(store: Store) -> list[Shard]:
-    shards = store.shards()
-    if len(shards) < store.num_shards:
+def _written_shards(store: Store, generation: int | None) -> tuple[list[Shard], list[Sequence[int]]]:
+    """The shards that have records in a view, and the rows of these."""
+    complete, newest = store.newest_complete(), len(store.rosters) - 1
+    shards = store.shards(generation)
+    if complete is None or (generation is not None and generation > complete):
         raise StoreError(
-            f"{store.paths.root} is not finished: {len(shards)} of its {store.num_shards} shards are there; "
-            "run sdvae encode to its end"
+            f"{store.paths.root} is not finished: {len(store.paths.committed())} of its {store.num_shards} shards are "
+            "there; run sdvae encode to its end"
         )
-    written = [shard for shard in shards if shard.num_rows]
+    if generation is None and complete < newest:
+        _LOG.warning("%s: generation %d is not encoded yet; this is generation %d", store.paths.root, newest, complete)
+    written = [(shard, rows) for shard in shards if shard.bucket_px and (rows := shard.rows)]
     if not written:
         raise StoreError(f"{store.paths.root} holds no latents; its quarantine.jsonl says why")
-    return written
+    return [shard for shard, _ in written], [rows for _, rows in written]
 
 
 def _require_vae(store: Store, expected: "VAE | str") -> None:

@@ -173,15 +173,18 @@ def _finish(pending: list[Future[None]]) -> int:
 def _open_store(root: Path, vae: VAE, space: str | None) -> list[_Series]:
     store = Store.open(root)
     require_space(store, vae, space)
-    shards = store.shards()
-    if len(shards) < store.num_shards:
-        _LOG.warning("%s is not finished: %d of its %d shards are there", root, len(shards), store.num_shards)
+    num_there = len(store.paths.committed())
+    if num_there < store.num_shards:
+        _LOG.warning("%s is not finished: %d of its %d shards are there", root, num_there, store.num_shards)
     series = []
-    for shard in (shard for shard in shards if shard.num_rows):
+    for shard in store.shards():
         lines = list(written(shard.records()))
+        if not lines:
+            continue
         mean, _ = shard.moments()
+        rows = [line["row"] for line in lines]
         sizes = [without_padding(line["resized_px"], line["crop_px"]) for line in lines]
-        series.append(_Series(mean.shape[2:], [line["key"] for line in lines], sizes, partial(_read_rows, mean)))
+        series.append(_Series(mean.shape[2:], [line["key"] for line in lines], sizes, partial(_read_rows, mean, rows)))
     if not series:
         raise StoreError(f"{root} holds no image; run sdvae encode to its end, or see its quarantine.jsonl")
     return series
@@ -193,8 +196,8 @@ def without_padding(resized_px: Size, crop_px: tuple[int, int, int, int]) -> Siz
     return min(height, resized_px[0] - top), min(width, resized_px[1] - left)
 
 
-def _read_rows(mean: NDArray[np.floating[Any]], rows: slice) -> Tensor:
-    return torch.from_numpy(mean[rows].astype(np.float32))
+def _read_rows(mean: NDArray[np.floating[Any]], rows: list[int], places: slice) -> Tensor:
+    return torch.from_numpy(mean[rows[places]].astype(np.float32))
 
 
 def _open_files(source: Path, vae: VAE, told: Scaling | None, spread: Spread) -> tuple[list[_Series], tuple[str, ...]]:

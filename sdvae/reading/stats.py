@@ -61,34 +61,39 @@ class _Running:
 
 def measure(store: Store) -> StoreStats:
     """Read every committed number once, in fp64; the memory needed does not grow with the store."""
-    shards = store.shards()
     means, variances = _Running(), _Running()
     buckets: Counter[str] = Counter()
     num_enlarged = 0
-    for shard in (shard for shard in shards if shard.bucket_px and shard.num_rows):
+    num_written = 0
+    for shard in store.shards():
+        rows = shard.rows
+        if not rows:
+            continue
         assert shard.bucket_px is not None
-        buckets[size_text(*shard.bucket_px)] += shard.num_rows
+        num_written += len(rows)
+        buckets[size_text(*shard.bucket_px)] += len(rows)
         num_enlarged += sum(map(_is_enlarged, written(shard.records())))
         tensors = shard.tensors()
         chunk_rows = max(1, _CHUNK_VALUES // tensors["mean"][0].size)
-        for start in range(0, shard.num_rows, chunk_rows):
+        for start in range(0, len(rows), chunk_rows):
             for name, values in tensors.items():
-                chunk = values[start : start + chunk_rows].astype(np.float64)
+                chunk = values[list(rows[start : start + chunk_rows])].astype(np.float64)
                 if name.startswith("mean"):
                     means.add(chunk)
                 else:
                     variances.add(np.exp(chunk))
     if not means.count:
         raise StoreError(f"{store.paths.root} holds no latents yet; run sdvae encode")
+    quarantined = store.quarantined()
     of_means = means.squares / means.count
     overall_mean = float(means.mean.mean())
     variance = of_means + variances.mean
     return StoreStats(
-        num_written=sum(shard.num_rows for shard in shards),
-        num_quarantined=sum(shard.num_quarantined for shard in shards),
+        num_written=num_written,
+        num_quarantined=len(quarantined),
         buckets=dict(sorted(buckets.items())),
         num_enlarged=num_enlarged,
-        quarantined=dict(Counter(line["reason"] for line in store.quarantined()).most_common()),
+        quarantined=dict(Counter(line["reason"] for line in quarantined).most_common()),
         mean=means.mean.tolist(),
         std=np.sqrt(variance).tolist(),
         posterior_std=np.sqrt(variances.mean).tolist(),

@@ -49,12 +49,12 @@ def store_page(store: Store, vae: VAE, progress: Progress = silent, space: str |
     """
     require_space(store, vae, space)
     stats = measure(store)
-    shards = [shard for shard in store.shards() if shard.num_rows]
+    shards = [shard for shard in store.shards() if shard.rows]
     texts = _texts(shards)
     remarks = []
     if not store.is_finished:
         remarks.append(
-            f"The store is not complete: {len(store.shards()):,} of its {store.num_shards:,} shards are there."
+            f"The store is not complete: {len(store.paths.committed()):,} of its {store.num_shards:,} shards are there."
         )
     if store.manifest["vae"]["fingerprint"] != vae.fingerprint:
         remarks.append(f"Decoded by {vae.name}, which is not the VAE that encoded the store.")
@@ -102,14 +102,16 @@ def _decodes(store: Store, shards: Sequence[Shard], num_written: int, vae: VAE, 
     first = done = 0
     progress("decode", 0, count)
     for shard in shards:
-        rows = [place - first for place in wanted if first <= place < first + shard.num_rows]
-        first += shard.num_rows
-        if not rows:
+        rows = shard.rows
+        places = [place - first for place in wanted if first <= place < first + len(rows)]
+        first += len(rows)
+        if not places:
             continue
         lines = list(written(shard.records()))
         mean, logvar = shard.moments()
-        for row in rows:
-            yield _decode(lines[row], mean[row].astype(np.float32), logvar[row].astype(np.float32), vae)
+        for place in places:
+            row = rows[place]
+            yield _decode(lines[place], mean[row].astype(np.float32), logvar[row].astype(np.float32), vae)
             done += 1
             progress("decode", done, count)
 

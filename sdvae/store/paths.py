@@ -11,7 +11,7 @@ from sdvae.store.buckets import Size
 _OWN_FOLDERS = ("roster", "shards", "index", "done", "journal")
 _OWN_FILE = re.compile(
     r"manifest\.json|quarantine\.jsonl|roster/\d{5,}\.jsonl?"
-    r"|journal/(scan\.jsonl|timings\.jsonl|(manifest|listing)\.json|lock|\d{5,}-\d{5,}\.batch)"
+    r"|journal/((scan|timings|changes-\d{5,})\.jsonl|(manifest|listing)\.json|lock|\d{5,}-\d{5,}\.batch)"
     r"|shards/\d{5,}-\d+x\d+\.safetensors|index/\d{5,}\.jsonl|done/\d{5,}\.json"
     r"|streams/[a-z][a-z0-9_]*/(stream\.json|\d{5,}\.(json|safetensors))"
 )
@@ -33,8 +33,12 @@ class StorePaths:
         return self.root / "roster" / f"{generation:05d}.jsonl"
 
     def generation(self, generation: int) -> Path:
-        """The commit of a later roster; that of the first is the manifest."""
+        """The commit of a roster; in a store of version 1 that of the first is the manifest."""
         return self.root / "roster" / f"{generation:05d}.json"
+
+    def changes(self, generation: int) -> Path:
+        """A copy of a generation's changes, which nothing else could restore."""
+        return self.journal / f"changes-{generation:05d}.jsonl"
 
     @property
     def quarantine(self) -> Path:

@@ -1,5 +1,6 @@
 """A record: one photo of a source, and its line in roster and index. Only this file writes and reads those."""
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -110,8 +111,8 @@ def quarantine(lines: Iterable[Line]) -> list[Line]:
 
 
 def read_roster(path: Path) -> Iterator[tuple[int, Record]]:
-    """The records of a roster file, each with the number of its shard."""
+    """The records of the shards of a roster file, each with the number of its shard."""
     with path.open("rb") as lines:
-        next(lines)  # the header
-        for line in map(json.loads, lines):
+        header = json.loads(next(lines))
+        for line in map(json.loads, itertools.islice(lines, header["num_records"])):  # behind them are changes
             yield line["shard"], Record.from_json(line)

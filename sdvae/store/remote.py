@@ -69,8 +69,9 @@ class Mirror:
             return
         self.paths.make_folders()
         generations = [path for path in self._list("roster") if path.suffix == ".json"]
-        for roster in (self.paths.roster(number) for number in range(len(generations) + 1)):
-            if not roster.exists():
+        first = {self.paths.roster(0): self.paths.manifest}  # in version 1, the commit of the first roster
+        for roster, commit in (first | {path.with_suffix(".jsonl"): path for path in generations}).items():
+            if not (commit.exists() and roster.exists()):  # without its commit, what is here is one in the making
                 self._pull_file(roster)
         for path in (self.paths.manifest, *generations):
             self._commit_here(path, manifest if path == self.paths.manifest else self._read(path))
@@ -84,14 +85,18 @@ class Mirror:
     def push(self) -> None:
         """Copy what is committed here and not there; StoreError where another store is there."""
         if not self._pushed:
-            self._pushed |= {path for folder in ("done", "roster") for path in self._list(folder)}
-        self._commit_there(self.paths.roster(0))
+            self._pushed |= set(self._list("done"))
+        first = self.paths.generation(0)
+        begun = first if first.exists() else self.paths.manifest  # what commits the first roster
+        if begun not in self._pushed and self._read(begun) is None:
+            self._commit_there(self.paths.roster(0))
         self._commit_there(self.paths.manifest)
-        for path in sorted(self.paths.generation(1).parent.glob("*.json")):
-            if path not in self._pushed:
+        for path in sorted(first.parent.glob("*.json")):
+            if path not in self._pushed and self._read(path) is None:
                 self._remove_there(self.paths.quarantine)  # its presence says that nothing is left to do
-                self._put(path.with_suffix(".jsonl"))
-                self._commit_there(path)
+                if path != first:
+                    self._put(path.with_suffix(".jsonl"))
+            self._commit_there(path)
         store = Store.open(self.local)
         for number in self.paths.committed():
             path = self.paths.done(number)

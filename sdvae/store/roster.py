@@ -1,15 +1,17 @@
 """The roster: which record of a source goes to which shard and batch, fixed before anything is encoded."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdvae.errors import ImageError, StoreError
+from sdvae.errors import ImageError
 from sdvae.sealed import canonical_json
 from sdvae.store.buckets import Size
+from sdvae.store.generations import Change
 from sdvae.store.geometry import Preprocess, plan_geometry
-from sdvae.store.records import Record, read_roster, roster_line
+from sdvae.store.records import Record, roster_line
 
 REFERENCE_PX = 512 * 512  # a batch of larger photos has fewer rows, in proportion
 
@@ -63,16 +65,23 @@ def place(records: Iterable[Record], rows_of: Callable[[Size | None], int], firs
     return tasks
 
 
-def roster_lines(tasks: Sequence[Task], generation: int = 0, previous: str | None = None) -> list[bytes]:
-    """The roster file: a header, then every record with its shard, in order of shards and batches.
+def roster_lines(
+    tasks: Sequence[Task],
+    generation: int = 0,
+    previous: str | None = None,
+    first_shard: int = 0,
+    changes: Sequence[Change] | None = (),
+) -> list[bytes]:
+    """The roster file of a generation: a header, every record with its shard, in order of shards and batches, changes.
 
-    `previous` is the sha256 of the roster of the generation before.
+    `previous` is the sha256 of the roster of the generation before. `changes` is None in a store of version 1, which
+    has none.
     """
     shards = [b"".join(roster_line(record, task.number) for record in task.records) for task in tasks]
-    header = {
+    header: dict[str, object] = {
         "generation": generation,
         "previous": previous,
-        "first_shard": tasks[0].number,
+        "first_shard": first_shard,
         "num_shards": len(tasks),
         "num_records": sum(len(task.records) for task in tasks),
         "shards": [
@@ -80,7 +89,13 @@ def roster_lines(tasks: Sequence[Task], generation: int = 0, previous: str | Non
             for task, lines in zip(tasks, shards, strict=True)
         ],
     }
-    return [canonical_json(header), *shards]
+    if changes is None:
+        return [canonical_json(header), *shards]
+    data = b"".join(change.line() for change in changes)
+    header["changes"] = {
+        "num_changes": len(changes), "num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
+    }  # fmt: skip
+    return [canonical_json(header), *shards, data]
 
 
 class Roster:
@@ -123,26 +138,6 @@ class PlannedShard:
         return self.num_records if self.bucket_px else 0
 
 
-def find_new(paths: Sequence[Path], planned: Iterable[Record]) -> list[Record]:
-    """Those records that no roster of a store has; StoreError, with names, where others changed or vanished."""
-    unseen = {record.key: record for record in planned}
-    changed: list[str] = []
-    gone: list[str] = []
-    for _, known in (line for path in paths for line in read_roster(path)):
-        record = unseen.pop(known.key, None)
-        if record is None:
-            gone.append(known.key)
-        elif record.to_json() != known.to_json():
-            changed.append(known.key)
-    if gone or changed:
-        found = [f"{_count(keys)} {verb}" for keys, verb in ((changed, "changed"), (gone, "vanished")) if keys]
-        raise StoreError(
-            f"since this store was begun, {' and '.join(found)} in the source; put back what was there, "
-            "or start again with --restart"
-        )
-    return list(unseen.values())
-
-
 def _plan(record: Record, preprocess: Preprocess, downscale: int) -> Record:
     if record.original_px is None:
         return record
@@ -150,9 +145,3 @@ def _plan(record: Record, preprocess: Preprocess, downscale: int) -> Record:
         return replace(record, geometry=plan_geometry(*record.original_px, preprocess, downscale, record.key))
     except ImageError as error:
         return replace(record, step="preprocess", reason=str(error))
-
-
-def _count(keys: Sequence[str]) -> str:
-    keys = sorted(keys)
-    names = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
-    return f"{len(keys)} file{'s' * (len(keys) != 1)} ({names})"

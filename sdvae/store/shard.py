@@ -6,7 +6,7 @@ import math
 import stat
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from sdvae import atomic, sealed
 from sdvae.errors import StoreError, VerifyError
 from sdvae.store.buckets import Size
+from sdvae.store.generations import Change, viewed
 from sdvae.store.paths import StorePaths
-from sdvae.store.records import Line, pack_index, parse_index
+from sdvae.store.records import Line, pack_index, parse_index, written
 
 DATA_START = 4096  # numbers begin on the second page of every shard file, so that no header moves a row
 STORE_DTYPES: dict[str, np.dtype[Any]] = {"fp16": np.dtype("<f2"), "fp32": np.dtype("<f4")}
@@ -133,7 +134,10 @@ class CommittedFile:
 
 @dataclass(frozen=True)
 class Shard:
-    """A committed shard; `tensors_file` is None where every record was quarantined."""
+    """A committed shard; `tensors_file` is None where every record was quarantined.
+
+    `changes`, by the number of the record, is what later generations say of its records; a shard by itself has none.
+    """
 
     number: int
     bucket_px: Size | None
@@ -143,6 +147,7 @@ class Shard:
     degraded: int | None  # rows at once, where memory did not suffice for whole batches
     tensors_file: CommittedFile | None
     index_file: CommittedFile
+    changes: Mapping[int, Change] = field(default_factory=dict)
 
     @classmethod
     def from_commit(cls, paths: StorePaths, commit: Mapping[str, Any], manifest: Mapping[str, Any]) -> "Shard":
@@ -162,8 +167,15 @@ class Shard:
 
     @property
     def num_records(self) -> int:
-        """Records of the shard, quarantined ones too."""
-        return self.num_rows + self.num_quarantined
+        """Records of the shard, quarantined ones too, without the retired."""
+        return self.num_rows + self.num_quarantined - sum(change.is_retired for change in self.changes.values())
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """The rows of the written records, without the retired, in order; the index is read where some are."""
+        if not any(change.is_retired for change in self.changes.values()):
+            return range(self.num_rows)
+        return [line["row"] for line in written(self.records())]
 
     @property
     def files(self) -> list[CommittedFile]:
@@ -171,9 +183,9 @@ class Shard:
         return [self.index_file] if self.tensors_file is None else [self.index_file, self.tensors_file]
 
     def records(self) -> list[Line]:
-        """The lines of the index, those of quarantined records too; VerifyError where they were altered."""
+        """The lines of the index, those of quarantined records too, with `changes`; VerifyError if it was altered."""
         self.require_whole_index()
-        return parse_index(self.index_file.path.read_bytes())
+        return viewed(parse_index(self.index_file.path.read_bytes()), self.changes)
 
     def require_whole_index(self) -> None:
         """Raise VerifyError unless the index is the one committed."""

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from sdvae import sealed
 from sdvae.errors import StoreError, VerifyError
 from sdvae.progress import Progress, silent
+from sdvae.store.generations import View, name_known
 from sdvae.store.paths import StorePaths
 from sdvae.store.records import pack_index, read_roster, written
 from sdvae.store.shard import CommittedFile, Shard
@@ -83,11 +85,15 @@ def _damaged_generation(store: Store) -> Damage | None:
     try:
         num_rosters, num_shards = len(store.rosters), store.num_shards
     except VerifyError:
-        paths = sorted(store.paths.generation(1).parent.glob("*.json"))
+        paths = sorted(store.paths.generation(0).parent.glob("*.json"))
         broken = [path for path in paths if sealed.unseal(path.read_bytes()) is None]
         return Damage((broken or paths[-1:])[0], "damaged")
-    if any(number >= num_shards for number in store.paths.committed()):
-        return Damage(store.paths.generation(num_rosters), "missing")
+    next_one = store.paths.generation(num_rosters)
+    later = [path for path in next_one.parent.glob("*.json") if path.stem.isdecimal() and int(path.stem) > num_rosters]
+    # A roster without a commit is one in the making, but not beside quarantine.jsonl, which goes before it is written.
+    is_lost = store.paths.quarantine.is_file() and store.paths.roster(num_rosters).is_file()
+    if is_lost or later or any(number >= num_shards for number in store.paths.committed()):
+        return Damage(next_one, "missing")
     return None
 
 
@@ -110,10 +116,13 @@ class _Examination:
     def verdict(self, progress: Progress) -> Verdict:
         """Hash everything."""
         rosters = self.store.rosters
+        if not rosters:
+            return Verdict([Damage(self.paths.generation(0), "not encoded yet")])
         damages = [Damage(roster.path, state) for roster in rosters for state in _states(roster)]
         numbers = range(self.store.num_shards)
         findings: list[_Finding] = []
-        num_records, num_all = 0, self.store.num_records
+        changes = (change for changes in self._view.values() for change in changes.values())
+        num_records, num_all = 0, self.store.num_records - sum(change.is_retired for change in changes)
         with ThreadPoolExecutor(_NUM_THREADS, "sdvae-verify") as pool:
             for finding in pool.map(self._examine, numbers):
                 findings.append(finding)
@@ -126,10 +135,10 @@ class _Examination:
         of_streams = list(examine_streams(self.store))
         damages += [Damage(path, state) for path, _, state in of_streams if state]
         files = [*rosters, *(file for finding in findings for file in finding.files)]
+        num_commits = len(numbers) + sum(self.paths.generation(number).is_file() for number in range(len(rosters)))
         return Verdict(
             damages,
-            # The commits, of shards and of rosters; quarantine.
-            num_files=len(files) + len(numbers) + len(rosters) + 1 + len(of_streams),
+            num_files=len(files) + num_commits + 2 + len(of_streams),  # 2: the manifest and the quarantine
             num_bytes=sum(file.num_bytes for file in files) + sum(num_bytes for _, num_bytes, _ in of_streams),
             num_records=num_records,
         )
@@ -140,7 +149,7 @@ class _Examination:
             is_finished = self.paths.quarantine.is_file()
             return _Finding([Damage(path, "missing" if is_finished else "not encoded yet", number)])
         try:
-            shard = self.store.shard(number)
+            shard = replace(self.store.shard(number), changes=self._view.get(number, {}))
         except VerifyError:
             return _Finding([Damage(path, "damaged", number)])
         damages = [Damage(shard.index_file.path, state, number) for state in _states(shard.index_file)]
@@ -158,16 +167,27 @@ class _Examination:
 
     @cached_property
     def _keys(self) -> dict[int, list[str]]:
-        """The records of every shard, as the rosters that are whole have them."""
+        """The records of every shard, as the rosters that are whole have them, without the retired."""
         keys: dict[int, list[str]] = defaultdict(list)
-        for roster in self.store.rosters:
-            for number, record in read_roster(roster.path) if roster.is_whole() else ():
-                keys[number].append(record.key)
+        rosters = (roster.path for roster in self.store.rosters if roster.is_whole())
+        for one in name_known(chain.from_iterable(map(read_roster, rosters)), self._view):
+            if not one.is_retired:
+                keys[one.place[0]].append(one.record.key)
         return keys
+
+    @cached_property
+    def _view(self) -> View:
+        try:
+            return self.store.view()
+        except VerifyError:  # the damage of its roster is told; records have their old names
+            return {}
 
     def _examine_quarantine(self) -> list[Damage]:
         """Its bytes follow from the indexes."""
-        data = pack_index(self.store.quarantined())
+        try:
+            data = pack_index(self.store.quarantined(len(self.store.rosters) - 1))
+        except VerifyError:  # changes are damaged, which is told; what is quarantined is not known
+            return []
         expected = CommittedFile(self.paths.quarantine, len(data), hashlib.sha256(data).hexdigest())
         return [Damage(expected.path, state) for state in _states(expected)]
 

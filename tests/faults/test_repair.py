@@ -41,7 +41,7 @@ SPOILS = [flip_one, cut, zero, Path.unlink]
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-@pytest.mark.parametrize(("kind", "num_files"), [("root", 11), ("grown_root", 15)])
+@pytest.mark.parametrize(("kind", "num_files"), [("root", 12), ("grown_root", 16)])
 def test_each_file_but_the_numbers_follows_from_the_others(
     kind: str, num_files: int, spoil: Spoil, request: pytest.FixtureRequest
 ) -> None:
