@@ -123,7 +123,7 @@ def _weights(config: VAEConfig) -> Weights:
 def _apart(made: Tensor, expected: Tensor) -> float:
     """Relative L2 distance; NaN where one of them is not finite."""
     made, expected = made.to(torch.float64), expected.to(torch.float64)
-    return ((made - expected).norm() / expected.norm()).item()
+    return float((made - expected).norm() / expected.norm())
 
 
 # --- What was found before ---
@@ -135,7 +135,7 @@ def _identity(index: int) -> str:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
-    driver = torch._C._cuda_getDriverVersion()
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # absent in builds without CUDA
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
     return f"{name} {capability}, driver {driver}, torch {torch.__version__}, Triton {triton}, sdvae {__version__}"
 
