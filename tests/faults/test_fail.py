@@ -71,6 +71,7 @@ def test_an_operation_fails_here_and_there(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 def test_every_operation_fails(
     photos: Path, tmp_path: Path, small_vae: VAE, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, code: int

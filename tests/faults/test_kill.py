@@ -289,6 +289,7 @@ def test_killed_again_and_again_in_one_store(victim: Victim, undisturbed: Victim
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_killed_at_every_operation_then_finished(victim: Victim, undisturbed: Victim) -> None:
     expected = read_store(undisturbed.out)
     kill_at = 0
