@@ -113,49 +113,63 @@ def compare(
     Latents that no record of the view has any longer are taken for a photo of the same bytes: a renamed one, or one
     that is back. `has_latents` says where there are some already. Keys that `is_kept` names do not count as vanished.
     """
-    found = Difference()
+    found, idle = Difference(), _Idle()
     unseen = {record.key: record for record in planned}
     again: list[Record] = []
-    freed: dict[Place, Record] = {}  # in the view until now
-    free: defaultdict[tuple[Any, ...], list[Place]] = defaultdict(list)
     for one in known:
         if one.is_retired:
-            free[_content(one.record)].append(one.place)
+            idle.add(one)
             continue
         found.num_before += 1
         now = unseen.pop(one.record.key, None)
-        if now is None and is_kept(one.record.key):
-            continue
         if now is None:
-            freed[one.place] = one.record
+            if not is_kept(one.record.key):
+                idle.add(one)
         elif _content(now) != _content(one.record):
-            freed[one.place] = one.record
+            idle.add(one)
             again.append(now)
         elif _texts(now) != _texts(one.record):
             found.texts.append(now.key)
             found.changes.append(Change.of(one.place, now))
-    for where, record in freed.items():
-        free[_content(record)].append(where)
     found.changed = sorted(record.key for record in again)
-    gone = {record.key for record in freed.values()}.difference(found.changed)
+    gone = {record.key for record in idle.leaving.values()}.difference(found.changed)
     for record in sorted([*again, *unseen.values()], key=lambda record: record.key):
-        places = free.get(_content(record), [])
-        place = next(filter(has_latents, places), None)
-        was = None if place is None else freed.pop(place, None)
+        place = idle.take(record, has_latents)
         if place is None:
             found.to_encode.append(record)
         else:
-            places.remove(place)
             found.changes.append(Change.of(place, record))
+        was = idle.leaving.pop(place, None) if place else None
         if record.key in unseen and was is not None and was.key in gone:
             gone.remove(was.key)
             found.renamed.append(record.key)
         elif record.key in unseen:
             found.added.append(record.key)
-    found.changes += [Change.of(where, record, is_retired=True) for where, record in freed.items()]
+    found.changes += [Change.of(place, record, is_retired=True) for place, record in idle.leaving.items()]
     found.changes.sort(key=lambda change: (change.shard, change.record))
     found.vanished = sorted(gone)
     return found
+
+
+class _Idle:
+    """Latents that no photo has any longer: of retired records, and of those in `leaving`, which are to be."""
+
+    def __init__(self) -> None:
+        self.leaving: dict[Place, Record] = {}
+        self._places: defaultdict[tuple[Any, ...], list[Place]] = defaultdict(list)
+
+    def add(self, one: Known) -> None:
+        self._places[_content(one.record)].append(one.place)
+        if not one.is_retired:
+            self.leaving[one.place] = one.record
+
+    def take(self, record: Record, has_latents: Callable[[Place], bool]) -> Place | None:
+        """A place whose latents are those of this photo; nobody else gets it."""
+        places = self._places.get(_content(record), [])
+        place = next(filter(has_latents, places), None)
+        if place is not None:
+            places.remove(place)
+        return place
 
 
 def name_known(placed: Iterable[tuple[int, Record]], view: View) -> Iterator[Known]:
