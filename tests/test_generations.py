@@ -20,6 +20,7 @@ from torch import Tensor
 from sdvae import atomic, sealed
 from sdvae.cli.main import cli
 from sdvae.encoding import encode
+from sdvae.encoding.attach import attach
 from sdvae.encoding.compact import compact
 from sdvae.encoding.manifest import EncodeSettings
 from sdvae.encoding.repair import repair
@@ -464,6 +465,18 @@ def test_what_cannot_be_compacted_is_refused(lived: Path, photos: Path, tmp_path
     path.write_bytes(path.read_bytes()[:-1] + b"\x7b")
     with pytest.raises(VerifyError, match=r"the latents of a\.png are damaged"):
         compact(root, tmp_path / "out")
+
+
+def test_a_compaction_says_that_it_leaves_streams_behind(
+    lived: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = Path(shutil.copytree(lived, tmp_path / "lived"))
+    keys = [line["key"] for shard in Store.open(root).shards() for line in written(shard.records())]
+    attach(root, "text", [(key, np.ones((2, 3), np.float32)) for key in keys])
+    assert LatentDataset(root)[0]["text"].shape == (2, 3)
+    compact(root, tmp_path / "new")
+    assert f"the new store has none of the streams of {root} (text): make them again" in caplog.text
+    assert not (tmp_path / "new" / "streams").exists() and len(LatentDataset(tmp_path / "new")) == len(keys)
 
 
 def test_degraded_shards_stay_marked(lived: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ for name in sys.argv[1:]:
     exec(f"from sdvae import {name}; print({name}.__name__)")
 """
     command = [sys.executable, "-c", script, *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.stdout.split() == names, done.stderr
 
 

@@ -1,6 +1,7 @@
 """A store written anew: the newest view of another one as a single generation. Rows are copied, nothing is encoded."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,8 +23,10 @@ from sdvae.store.records import Line, Record, quarantined_line, written_line
 from sdvae.store.roster import Task, place, roster_lines
 from sdvae.store.shard import Shard, commit_shard, row_sha256
 from sdvae.store.store import VERSION, Store, commit_roster
+from sdvae.store.streams import stream_names
 from sdvae.weights.evidence import Verdict
 
+_LOG = logging.getLogger(__name__)
 _OPEN_SHARDS = 64  # maps of the old store at once: a process may open only so many files
 
 
@@ -31,13 +34,16 @@ def compact(path: str | Path, out: str | Path, progress: Progress = silent) -> i
     """Write the newest view of the finished store `path` to `out` as a store of one generation; returns its records.
 
     The bytes are those of a store encoded afresh from the same photos, by the same VAE and compute block, where no
-    shard is degraded. After a kill it may be run again. Raises StoreError for a store that is not finished, or where
-    `out` holds anything else; VerifyError where latents are not those that were committed.
+    shard is degraded. Streams are not copied, and a warning says so. After a kill it may be run again. Raises
+    StoreError for a store that is not finished, or where `out` holds anything else; VerifyError where latents are not
+    those that were committed.
     """
     store, paths = Store.open(Path(path)), StorePaths(Path(out).resolve())
     require_apart(store.paths.root, paths.root)
     if not store.is_finished:
         raise StoreError(f"{store.paths.root} is not finished; run sdvae encode to its end, then compact it")
+    if names := stream_names(store):
+        _LOG.warning("the new store has none of the streams of %s (%s): make them again", path, ", ".join(names))
     shards = store.shards()
     held = {found.record.key: found for shard in shards for found in _held(shard)}
     rows_of = _rows_of(shards, store.manifest["shard_rows"])
