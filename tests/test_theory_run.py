@@ -29,7 +29,7 @@ PARTS = {
     "iwae": lambda work: iwae.run(work, iwae.Settings(VAE, Schedule(1, 64), 3, 6)),
     "gradients": lambda work: gradients.run(work, gradients.Settings(VAE, 4, 50)),
     "beta": lambda work: beta.run(work, BETA),
-    "autoencoder": lambda work: autoencoder.run(work, autoencoder.Settings(BETA, 30, 1)),
+    "autoencoder": lambda work: autoencoder.run(work, autoencoder.Settings(BETA, 30, 1, Schedule(1, 64))),
     "denoising": lambda work: denoising.run(work, denoising.Settings(VAE, Shape(3, 16), Schedule(1, 64))),
 }
 

@@ -25,7 +25,7 @@ class Settings:
 
     vae: likelihood.Settings = field(default_factory=likelihood.Settings)
     shape: Shape = field(default_factory=lambda: Shape(100, 1000))
-    schedule: Schedule = field(default_factory=lambda: Schedule(20, learning_rate=2e-3))
+    schedule: Schedule = field(default_factory=lambda: Schedule(12, learning_rate=2e-3))
 
 
 def run(work: Work, settings: Settings = Settings()) -> Findings:
