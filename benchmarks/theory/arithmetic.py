@@ -23,9 +23,9 @@ class Settings:
     """A VAE of the 3,528 upright sprites: beta 4 on all of them pays for size and place alone, not for the shape."""
 
     shape: Shape = field(default_factory=lambda: Shape(num_latents=8, width=256))
-    schedule: Schedule = field(default_factory=lambda: Schedule(100))
-    beta: float = 0.5  # a shape is told by few pixels, and must be worth its nats
-    classifier: Schedule = field(default_factory=lambda: Schedule(10))
+    schedule: Schedule = field(default_factory=lambda: Schedule(100, batch_size=64))
+    beta: float = 0.2  # a shape is told by few pixels, and must be worth its nats
+    classifier: Schedule = field(default_factory=lambda: Schedule(30, learning_rate=2e-3))
     num_drawn: int = 6000  # sprites at any place, which the classifier learns from
     num_sums: int = 1000
     every: int = 1  # of the upright sprites, which ones are used
@@ -37,9 +37,9 @@ class SpriteClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(32 * (SIDE // 4) ** 2, 64), nn.ReLU(), nn.Linear(64, len(SHAPES) + len(SIZES)),
+            nn.Conv2d(1, 12, 5, stride=2, padding=2), nn.ReLU(),
+            nn.Conv2d(12, 24, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(24 * (SIDE // 4) ** 2, 64), nn.ReLU(), nn.Linear(64, len(SHAPES) + len(SIZES)),
         )  # fmt: skip
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # (N, D) -> (N, 3), (N, 6)
