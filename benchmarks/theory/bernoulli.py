@@ -43,7 +43,7 @@ def make_vae(images: Tensor, shape: Shape, start: DenseVAE | None = None) -> Den
 def _scale(network: nn.Sequential) -> None:
     """First weights under which values keep their scale through SiLU; under torch's own they shrink fivefold a layer.
 
-    With these a VAE has 27 active latents after 1,800 steps instead of 11, and loses 5 nats less.
+    After 1,800 steps a VAE has 27 active latents instead of 11, and its bound is 5 nats better.
     """
     *hidden, last = [layer for layer in network if isinstance(layer, nn.Linear)]
     for layer, gain in [*((layer, 1.5) for layer in hidden), (last, 0.3)]:

@@ -4,6 +4,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from sdvae import atomic
@@ -49,9 +50,11 @@ def _scatter(axes: Any, places: Tensor, labels: Tensor) -> None:
 
 
 def save_figure(work: Work, name: str, figure: Any) -> str:
-    """Keep a matplotlib figure as NAME.png; returns the file's name."""
+    """Keep a matplotlib figure as NAME.png, of 128 colours at most; returns the file's name."""
     figure.set_layout_engine("constrained")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None})
-    atomic.write_bytes(work.folder / f"{name}.png", buffer.getbuffer())
+    drawn, kept = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100, bbox_inches="tight", pad_inches=0.05)
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(kept, "PNG", optimize=True)
+    atomic.write_bytes(work.folder / f"{name}.png", kept.getbuffer())
     return f"{name}.png"
