@@ -112,7 +112,10 @@ def test_sprites_run(tmp_path: Path) -> None:
 
 def test_arithmetic_runs(tmp_path: Path) -> None:
     work = Work(tmp_path / "arithmetic", tmp_path)
-    require_whole(work, arithmetic.run(work, arithmetic.Settings(TINY, ONCE, ONCE, num_sums=16, every=37)))
+    require_whole(
+        work,
+        arithmetic.run(work, arithmetic.Settings(TINY, ONCE, classifier=ONCE, num_drawn=40, num_sums=16, every=37)),
+    )
 
 
 class _Straight:
@@ -130,15 +133,14 @@ class _Straight:
 
 
 def test_terms_share_their_place_and_the_sum_has_the_signs_of_its_name() -> None:
-    together = arithmetic.terms(3, False, torch.Generator().manual_seed(0))
-    big, small, heart, aim = together
-    for images, area in zip(together, (100.0, 25.0, 25.0, 100.0), strict=True):
-        torch.testing.assert_close(images.sum(1), torch.full((3,), area), rtol=0.03, atol=0.0)
+    big, small, heart, aim = arithmetic.terms(3, torch.Generator().manual_seed(0))
+    for images, area in zip((big, small, heart, aim), (100.0, 49.0, 49.0, 100.0), strict=True):
+        torch.testing.assert_close(images.sum(1), torch.full((3,), area), rtol=0.05, atol=0.0)
     assert (small > big).sum() == 0
-    torch.testing.assert_close(arithmetic.added(_Straight(), big, small, heart), big - small + heart)
-    *_, other, _ = arithmetic.terms(3, True, torch.Generator().manual_seed(0))
-    assert not torch.equal(other, heart)
-    assert aim.shape == heart.shape
+    made = arithmetic.sums(_Straight(), big, small, heart)
+    torch.testing.assert_close(made["latents"], big - small + heart)
+    torch.testing.assert_close(made["attribute"][1], (big - small).mean(0) + heart[1])
+    torch.testing.assert_close(made["pixels"], made["latents"].clamp(0.0, 1.0))
 
 
 # --- Anomalies ---
@@ -247,7 +249,7 @@ def test_who_follows_the_ball_catches_it_from_every_start() -> None:
     still[0, 7] = 1.0
     share = catch.is_caught(catch.every_start()).float().mean()
     assert agent.share_caught(still, seen, catch.every_start()).item() == pytest.approx(share.item())
-    assert share < 0.3
+    assert share < 0.4
 
 
 def test_the_search_finds_a_planted_linear_policy() -> None:

@@ -24,8 +24,8 @@ class Settings:
     num_random_games: int = 1000
     shape: Shape = field(default_factory=lambda: Shape(num_latents=8, width=256))
     schedule: Schedule = field(default_factory=lambda: Schedule(15))
-    search: Search = field(default_factory=Search)
-    num_games: int = 32  # each policy is judged by in a round
+    search: Search = field(default_factory=lambda: Search(num_rounds=20, population=50, num_best=8))
+    num_games: int = 16  # each policy is judged by in a round
     num_seeds: int = 5
 
 
@@ -106,7 +106,7 @@ def run(work: Work, settings: Settings = Settings()) -> Findings:
         for name, inputs in seen.items()
     ]
     text = (
-        "A game that is played on latents, every second frame. Below each: what the VAE decodes from the eight numbers "
+        "The frames of a game that is played on latents. Below each: what the VAE decodes from the eight numbers "
         "that the policy sees."
     )
     policy = find_policy(seen["latents"], settings, 0)
@@ -124,6 +124,6 @@ def _draw(work: Work, model: DenseVAE, policy: Tensor, seen: Tensor) -> str:
         shown.append(states)
         logits = seen[catch.number_of(states)] @ weights[:, :-1].T + weights[:, -1]
         states = catch.step(states, logits.argmax(1))
-    frames = catch.frames(torch.cat(shown)[::2]).flatten(1)
+    frames = catch.frames(torch.cat(shown)).flatten(1)
     both = torch.stack([frames, model.mean_image(latent_means(model, frames))]).view(2, -1, catch.SIDE, catch.SIDE)
     return draw_grids(work, "game", [Grid("A game played on latents", both, ("frame", "decoded"))])

@@ -25,7 +25,7 @@ class Settings:
     """All 28,224 sprites; each VAE takes about a minute."""
 
     shape: Shape = field(default_factory=lambda: Shape(num_latents=10, width=256))
-    schedule: Schedule = field(default_factory=lambda: Schedule(15))
+    schedule: Schedule = field(default_factory=lambda: Schedule(12))
     betas: tuple[float, float] = (1.0, 4.0)
     num_seeds: int = 3
     every: int = 1  # of the sprites, which ones are used
