@@ -13,6 +13,8 @@ from torch import Tensor
 
 from sdvae.cli import doctor
 from sdvae.config import VAEConfig
+from sdvae.encoding import manifest
+from sdvae.encoding.manifest import EncodeSettings
 from sdvae.engine import graphs, ops, selfcheck
 from sdvae.engine import program as programs
 from sdvae.engine.execute import execute
@@ -225,3 +227,16 @@ def test_what_a_compiler_raises_is_the_finding(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(selfcheck, "choose_kernels", fail)
     monkeypatch.setattr(DeviceSession, "guard", lambda session: torch.no_grad())
     assert selfcheck.examine(0) == "RuntimeError: Failed to find C compiler."
+
+
+def test_a_store_begun_on_a_gpu_tells_its_kernels(machine: Machine, kernels: ModuleType) -> None:
+    """One that was begun before this was told goes on without it."""
+    vae: Any = SimpleNamespace(device=GPU, dtype=torch.float16)
+    begun = manifest._identify_compute(vae, EncodeSettings(), {}, 1)
+    assert begun["kernels"] == kernels.NAME == "Triton"
+    machine.fault = "wrong"
+    machine.driver += 1
+    machine.restart()
+    assert manifest._identify_compute(vae, EncodeSettings(), begun, 1)["kernels"] == "torch"
+    older = {name: value for name, value in begun.items() if name != "kernels"}
+    assert manifest._identify_compute(vae, EncodeSettings(), older, 1) == older

@@ -15,6 +15,7 @@ from sdvae import atomic, sealed
 from sdvae.encoding.resize import choose_resizer
 from sdvae.engine.plan import IMAGES_AT_ONCE
 from sdvae.engine.precision import DTYPES
+from sdvae.engine.selfcheck import trusted_kernels
 from sdvae.errors import ConfigError, StoreError
 from sdvae.store import store as stores
 from sdvae.store.buckets import Size
@@ -113,6 +114,8 @@ def _identify_compute(
         "batch_rows": batch_rows,
         "num_threads": settings.num_threads or recorded.get("num_threads") or max(1, num_cores() // num_neighbours),
     }
+    if kind == "cuda" and (not recorded or "kernels" in recorded):
+        compute["kernels"] = trusted_kernels(vae.device).NAME
     if not recorded:
         return compute | {"images_at_once": min(IMAGES_AT_ONCE, batch_rows) if kind == "cpu" else 0}
     return compute | {key: recorded[key] for key in ("images_at_once",) if key in recorded}  # older stores had none
