@@ -25,7 +25,7 @@ class Settings:
     """All 28,224 sprites; each VAE takes about two minutes.
 
     Small first weights let latents begin one after the other, each along an axis of its own. Under weights that keep
-    the scale all begin at once, mixed, and the gap is 0.03 for beta 4 and 0.06 for beta 1.
+    the scale all begin at once, mixed: after 12 epochs the gap was 0.03 for beta 4 and 0.06 for beta 1.
     """
 
     shape: Shape = field(default_factory=lambda: Shape(num_latents=10, width=256, keeps_scale=False))
