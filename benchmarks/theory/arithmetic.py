@@ -22,7 +22,7 @@ TO_REACH = 0.90
 class Settings:
     """A VAE of the 3,528 upright sprites: beta 4 on all of them pays for size and place alone, not for the shape."""
 
-    shape: Shape = field(default_factory=lambda: Shape(num_latents=8, width=256))
+    shape: Shape = field(default_factory=lambda: Shape(num_latents=8, width=256, keeps_scale=False))
     schedule: Schedule = field(default_factory=lambda: Schedule(100, batch_size=64))
     beta: float = 0.2  # a shape is told by few pixels, and must be worth its nats
     classifier: Schedule = field(default_factory=lambda: Schedule(30, learning_rate=2e-3))

@@ -13,10 +13,11 @@ from theory.work import Work
 
 @dataclass(frozen=True)
 class Shape:
-    """How large a VAE is."""
+    """How large a VAE is, and whether its first weights keep the scale of values; torch's own shrink it at SiLU."""
 
     num_latents: int = 10
     width: int = 400
+    keeps_scale: bool = True
 
 
 def train_grey_vae(
@@ -37,13 +38,13 @@ def train_grey_vae(
 
 
 def _new(num_values: int, shape: Shape) -> DenseVAE:
-    """First weights under which values keep their scale through SiLU: torch's own shrink them fivefold a layer."""
     model = DenseVAE(num_values, shape.num_latents, shape.width)
-    for network in (model.encoder, model.decoder):
-        layers = [layer for layer in network if isinstance(layer, nn.Linear)]
-        for layer, gain in zip(layers, (1.5, 1.5, 0.3), strict=True):
-            nn.init.normal_(layer.weight, std=gain / layer.in_features**0.5)
-            nn.init.zeros_(layer.bias)
+    if shape.keeps_scale:
+        for network in (model.encoder, model.decoder):
+            layers = [layer for layer in network if isinstance(layer, nn.Linear)]
+            for layer, gain in zip(layers, (1.5, 1.5, 0.3), strict=True):
+                nn.init.normal_(layer.weight, std=gain / layer.in_features**0.5)
+                nn.init.zeros_(layer.bias)
     return model
 
 

@@ -22,10 +22,14 @@ Factors = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Settings:
-    """All 28,224 sprites; each VAE takes about a minute."""
+    """All 28,224 sprites; each VAE takes about two minutes.
 
-    shape: Shape = field(default_factory=lambda: Shape(num_latents=10, width=256))
-    schedule: Schedule = field(default_factory=lambda: Schedule(12))
+    Small first weights let latents begin one after the other, each along an axis of its own. Under weights that keep
+    the scale all begin at once, mixed: after 12 epochs the gap was 0.03 for beta 4 and 0.06 for beta 1.
+    """
+
+    shape: Shape = field(default_factory=lambda: Shape(num_latents=10, width=256, keeps_scale=False))
+    schedule: Schedule = field(default_factory=lambda: Schedule(25))
     betas: tuple[float, float] = (1.0, 4.0)
     num_seeds: int = 3
     every: int = 1  # of the sprites, which ones are used
