@@ -15,8 +15,8 @@ from theory import beta
 from theory.bernoulli import binary_test_images, make_vae
 from theory.dense import DenseVAE
 from theory.digits import SIDE, Classifier, accuracy, binarised, digit_classifier, digits
+from theory.figures import draw_panels
 from theory.fit import Schedule, fit, generator_of
-from theory.panels import draw_panels
 from theory.work import Findings, Row, Work, sheet
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdvae.train.losses import bernoulli_nll, kl_term, log_evidence, log_importance_weights
-from theory.dense import DenseVAE
+from theory.dense import DenseVAE, keep_scale
 from theory.digits import binarised, digits
 from theory.fit import Schedule, fit, generator_of, seeded
 from theory.work import Work
@@ -27,28 +27,10 @@ class Shape:
 
 def make_vae(images: Tensor, shape: Shape, start: DenseVAE | None = None) -> DenseVAE:
     """A VAE of such images: new, or with the weights of `start`."""
-
-    def new() -> DenseVAE:
-        model = DenseVAE(images.shape[1], shape.num_latents, shape.width)
-        for network in (model.encoder, model.decoder):
-            _scale(network)
-        return model
-
-    model = seeded(new, 0)
+    model = seeded(lambda: keep_scale(DenseVAE(images.shape[1], shape.num_latents, shape.width)), 0)
     if start is not None:
         model.load_state_dict(start.state_dict())
     return model
-
-
-def _scale(network: nn.Sequential) -> None:
-    """First weights under which values keep their scale through SiLU; under torch's own they shrink fivefold a layer.
-
-    After 1,800 steps a VAE has 27 active latents instead of 11, and its bound is 5 nats better.
-    """
-    *hidden, last = [layer for layer in network if isinstance(layer, nn.Linear)]
-    for layer, gain in [*((layer, 1.5) for layer in hidden), (last, 0.3)]:
-        nn.init.normal_(layer.weight, std=gain / layer.in_features**0.5)
-        nn.init.zeros_(layer.bias)
 
 
 def train_vae(

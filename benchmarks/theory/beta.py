@@ -9,8 +9,8 @@ from torch import Tensor
 from theory.bernoulli import Shape, binary_test_images, log_likelihood, train_vae
 from theory.dense import DenseVAE
 from theory.digits import SIDE, digits
+from theory.figures import draw_panels, save_figure
 from theory.fit import Schedule, generator_of
-from theory.panels import draw_panels, save_figure
 from theory.work import Findings, Row, Work, sheet
 
 ACTIVE = 0.01  # Burda et al.: a latent is used where the variance of its mean over images is larger

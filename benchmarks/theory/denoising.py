@@ -11,8 +11,8 @@ from theory import likelihood
 from theory.bernoulli import Shape, make_vae
 from theory.dense import DenseVAE
 from theory.digits import SIDE, digits
+from theory.figures import draw_panels
 from theory.fit import Schedule, fit, generator_of
-from theory.panels import draw_panels
 from theory.work import Findings, Row, Work, sheet
 
 STD = 0.5  # of the noise, where pixels are in [0, 1]

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdvae.train.losses import bernoulli_nll, kl_term
-from theory.dense import DenseVAE
+from theory.dense import DenseVAE, keep_scale
 from theory.fit import Schedule, fit, seeded
 from theory.work import Work
 
@@ -39,13 +39,7 @@ def train_grey_vae(
 
 def _new(num_values: int, shape: Shape) -> DenseVAE:
     model = DenseVAE(num_values, shape.num_latents, shape.width)
-    if shape.keeps_scale:
-        for network in (model.encoder, model.decoder):
-            layers = [layer for layer in network if isinstance(layer, nn.Linear)]
-            for layer, gain in zip(layers, (1.5, 1.5, 0.3), strict=True):
-                nn.init.normal_(layer.weight, std=gain / layer.in_features**0.5)
-                nn.init.zeros_(layer.bias)
-    return model
+    return keep_scale(model) if shape.keeps_scale else model
 
 
 @torch.inference_mode()

@@ -7,8 +7,8 @@ import torch
 from theory.bernoulli import Shape, binary_test_images, elbo, evidence, train_vae
 from theory.dense import DenseVAE
 from theory.digits import SIDE
+from theory.figures import draw_panels
 from theory.fit import Schedule, generator_of
-from theory.panels import draw_panels
 from theory.work import Findings, Row, Work, sheet
 
 TO_REACH = 85.5  # nats
