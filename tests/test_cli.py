@@ -209,7 +209,7 @@ def test_json_is_one_object_on_stdout_and_quiet_is_quiet(
     assert values.keys() == {
         "command", "output", "num_seen", "num_written", "quarantined", "num_shards_left",
         "num_degraded", "seconds", "images_per_s", "steps_s", "slowest", "psnr_db", "remarks",
-        "changes", "vae",
+        "streams", "changes", "vae",
     }  # fmt: skip
     assert (values["command"], values["num_seen"], values["num_written"]) == ("encode", 3, 3)
     assert values["quarantined"] == {}
