@@ -72,7 +72,7 @@ def run(
         return execute(program, plan, images), plan
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     name=st.sampled_from(list(CONFIGS)),
     direction=st.sampled_from(["encode", "decode"]),

@@ -69,7 +69,7 @@ def test_padding_is_the_references(padding: Padding) -> None:
         assert error(parts, model.decode(latents)) <= 2e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float16])
 def test_half_precision_is_no_worse_than_by_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = inputs("all parts", "decode", HEIGHT, WIDTH)
     program = compiled("all parts", "decode", dtype)
