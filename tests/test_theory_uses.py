@@ -112,10 +112,11 @@ def test_sprites_run(tmp_path: Path) -> None:
 
 def test_arithmetic_runs(tmp_path: Path) -> None:
     work = Work(tmp_path / "arithmetic", tmp_path)
-    require_whole(
-        work,
-        arithmetic.run(work, arithmetic.Settings(TINY, ONCE, classifier=ONCE, num_drawn=40, num_sums=16, every=37)),
+    findings = arithmetic.run(
+        work, arithmetic.Settings(TINY, ONCE, classifier=ONCE, num_drawn=40, num_sums=16, every=37)
     )
+    require_whole(work, findings)
+    assert {"latents", "attribute", "pixels", "drawn"} <= findings.numbers["found"].keys()
 
 
 class _Straight:

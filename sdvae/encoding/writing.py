@@ -58,11 +58,9 @@ class Writer:
     def _do(self, function: Callable[..., None], *arguments: Any) -> None:
         if self._has_failed:
             return
-        try:
-            function(*arguments)
-        except BaseException:
-            self._has_failed = True
-            raise
+        self._has_failed = True  # unless it comes to its end
+        function(*arguments)
+        self._has_failed = False
 
 
 class ShardBuilder:
